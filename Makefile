@@ -1,0 +1,48 @@
+# Every target sets up .venv by itself and skips what is already there. Needs Python 3.11 (or 3.12) and make, no compiler.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PORT ?= 8000
+PIP := $(BIN)/pip --disable-pip-version-check
+DEMO := vllm_cospec/demo
+
+.PHONY: help venv demo serve test lint pair clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+venv: $(STAMP) ## set up .venv with vLLM's CPU build and this project, editable
+
+# pip's own sources are asked for torch's CPU build first; PyTorch's index is for those whose pip knows none.
+$(STAMP): requirements/cpu.txt setup.py pyproject.toml
+	@test -x $(BIN)/python || { "$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+	  || { echo "make: Python 3.11 or 3.12 is needed, found $(PYTHON); pass PYTHON=/path/to/python3.11" >&2; exit 1; }; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(PIP) install --quiet --no-deps '$(TORCH)' || $(PIP) install --no-deps '$(TORCH)' --index-url $(TORCH_INDEX)
+	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(STAMP) ## start a server with the bundled pair, ask it held-out problems, print the comparison, stop it
+	@$(BIN)/cospec demo
+
+serve: $(STAMP) ## serve the bundled pair on PORT (8000) until stopped
+	@$(BIN)/cospec demo --serve --port $(PORT)
+
+test: $(STAMP) ## run the tests
+	$(BIN)/pytest
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy vllm_cospec kernels training benchmarks
+
+pair: $(STAMP) ## train the bundled pair again, from scratch (under an hour on two cores)
+	$(BIN)/python -m vllm_cospec.training.demo_pair --output $(DEMO) --resume
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Arbitration: the reference, the CPU path and the Triton kernels."""

@@ -1,0 +1,256 @@
+"""Arbitration on the CPU: full statistics only for the mismatches a decision is needed for.
+
+There is no device to synchronise with here, so control flow runs in numpy over whole batches: strict verification's
+verdict on every position is an input, and each round takes the first undecided mismatch of every request at once.
+Typically one or two rounds end a step. Only the rows of those mismatches, [M, V], get a softmax; nothing of size
+[N, V] is written. Decisions equal those of :mod:`vllm_cospec.kernels.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_cospec.policies import Mismatches
+from vllm_cospec.statistics import LOGPROB_FLOOR, NUM_STATISTICS
+
+CEILING = -LOGPROB_FLOOR
+PLACEHOLDER = -1  # pads the output, as vLLM's own rejection sampler does
+UNLIMITED = np.iinfo(np.int64).max
+
+Decide = Callable[[Mismatches, np.ndarray], tuple[Tensor, Tensor | None]]
+"""(mismatches, index of each one's request) -> (kept, bool [M]; probability of keeping, float32 [M], or None)."""
+
+
+@dataclass
+class Requests:
+    """Per-request settings and state of a batch, each array with B entries."""
+
+    arbitrated: np.ndarray  # bool; False: strict
+    junk: np.ndarray  # bool; the drafter did not propose these tokens: strict
+    output_position: np.ndarray  # int64, index in the response of the block's first token
+    overrides_so_far: np.ndarray  # int64
+    max_overrides: np.ndarray  # int64, UNLIMITED for none
+    exact_tokens: np.ndarray  # int64
+    threshold: np.ndarray  # float32, of the learned policy
+
+
+@dataclass
+class Batch:
+    """One step of B requests with N draft tokens in all; rows of one request are consecutive."""
+
+    draft_tokens: Tensor  # [N] int
+    num_draft_tokens: np.ndarray  # [B] int64
+    accepted: Tensor  # [N] bool, strict verification's verdict on each position by itself
+    target_tokens: Tensor  # [N] int, emitted where the draft is not kept
+    bonus_tokens: Tensor  # [B] int
+    raw_target_logits: Tensor  # [N, V]
+    processed_target_logits: Tensor  # [N, V]
+    raw_argmax: Tensor  # [N] int, t*
+    draft_logits: Callable[[np.ndarray, np.ndarray], Tensor] | None  # (request, position), each [M] -> [M, V]
+    num_speculative_tokens: int  # K
+    max_draft_tokens: int  # width of the output less one
+    requests: Requests
+    acceptance_ratio: Tensor | None = None  # [N] float32, None when every request is greedy
+    uniform: Tensor | None = None  # [N] float32
+
+
+@dataclass
+class Consulted:
+    """The mismatches one round put to the policy."""
+
+    request: np.ndarray  # [M] index into the batch
+    position: np.ndarray  # [M] in the block
+    output_position: np.ndarray  # [M]
+    statistics: Tensor  # [M, 16] float32
+    kept: np.ndarray  # [M] bool
+    probability: Tensor | None  # [M] float32, of keeping
+
+
+@dataclass
+class BatchResult:
+    """What verification makes of a batch."""
+
+    output: Tensor  # [B, max_draft_tokens + 1] int32, PLACEHOLDER where nothing is emitted
+    num_mismatches: int  # of arbitrated requests, whether the policy could be consulted or not
+    overrides: np.ndarray  # [B] int64
+    overrides_per_position: np.ndarray  # [max_draft_tokens] int64
+    consulted: list[Consulted] = field(default_factory=list)
+
+
+def logit_statistics(target: Tensor, draft: Tensor | None, token: Tensor, top: Tensor) -> Tensor:
+    """Return the ten statistics that come from logits, float32 [M, 10], in schema order.
+
+    Args:
+        target: raw target logits of M mismatches, float32 [M, V].
+        draft: raw draft logits, float32 [M, V], or None.
+        token: d, int64 [M].
+        top: t*, int64 [M].
+    """
+    out = target.new_zeros(len(target), 10)
+    logp = torch.log_softmax(target, dim=-1).clamp_(min=LOGPROB_FLOOR)
+    index = token.unsqueeze(1)
+    out[:, 0] = logp.gather(1, index).squeeze(1)
+    out[:, 1] = logp.gather(1, top.unsqueeze(1)).squeeze(1)
+    out[:, 2] = _top2_gap(logp)
+    out[:, 3] = -(logp.exp() * logp).sum(1)
+    out[:, 4] = _rank(target, index).float().log1p()
+    if draft is not None:
+        logq = torch.log_softmax(draft, dim=-1).clamp_(min=LOGPROB_FLOOR)
+        q = logq.exp()
+        out[:, 5] = logq.gather(1, index).squeeze(1)
+        out[:, 6] = logq.gather(1, top.unsqueeze(1)).squeeze(1)
+        out[:, 7] = _top2_gap(logq)
+        out[:, 8] = -(q * logq).sum(1)
+        out[:, 9] = (q * (logq - logp)).sum(1).clamp(0, CEILING)
+    return out
+
+
+def top_k_entropy(target: Tensor, k: int) -> Tensor:
+    """Return -sum of p log p over the k most likely tokens of each row, float32 [M]."""
+    logp = torch.log_softmax(target, dim=-1).topk(min(k, target.shape[1]), dim=-1).values.clamp(min=LOGPROB_FLOOR)
+    return -(logp.exp() * logp).sum(1)
+
+
+def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchResult:
+    """Verify one step of a batch.
+
+    Args:
+        batch: the step; its tensors are only read.
+        decide: the policy.
+        collect: keep every consulted mismatch in the result.
+    """
+    n, width, requests = batch.num_draft_tokens, batch.max_draft_tokens, batch.requests
+    columns = np.arange(width)
+    valid = columns < n[:, None]
+    rows = np.where(valid, (np.cumsum(n) - n)[:, None] + columns, 0)
+    kept = batch.accepted.numpy()[rows] | ~valid if len(batch.draft_tokens) else ~valid
+    native_run = _runs(kept & valid)
+    matches = (batch.raw_argmax == batch.draft_tokens).numpy()
+    matches = matches[rows] & valid if len(matches) else valid
+    match_run = _runs(matches)
+    matches_before = np.cumsum(matches, axis=1) - matches
+    overrides = np.zeros(len(n), np.int64)
+    result = BatchResult(batch.draft_tokens, 0, overrides, np.zeros(width, np.int64))
+    undecided = requests.arbitrated.copy()
+    while True:
+        position = np.where(kept, width, columns).min(axis=1, initial=width)
+        request = np.flatnonzero(undecided & (position < width))
+        if not len(request):
+            break
+        result.num_mismatches += len(request)
+        undecided[:] = False
+        request = request[_may_override(batch, request, position[request], rows, overrides)]
+        if not len(request):
+            break
+        at = position[request]
+        context = np.stack(
+            [
+                at / batch.num_speculative_tokens,
+                match_run[request, at + 1] / batch.num_speculative_tokens,
+                matches_before[request, at] / batch.num_speculative_tokens,
+                overrides[request],
+                np.log1p(requests.overrides_so_far[request] + overrides[request]),
+                np.log1p(requests.output_position[request] + at),
+            ],
+            axis=1,
+        )
+        mismatches = _gather(batch, request, at, rows[request, at], context, native_run[request, at + 1])
+        keep, probability = decide(mismatches, request)
+        keep_rows = (keep & ~mismatches.statistics.isnan().any(1)).numpy()
+        if collect:
+            where = requests.output_position[request] + at
+            result.consulted.append(Consulted(request, at, where, mismatches.statistics, keep_rows, probability))
+        winners, at = request[keep_rows], at[keep_rows]
+        kept[winners, at] = True
+        overrides[winners] += 1
+        np.add.at(result.overrides_per_position, at, 1)
+        undecided[winners] = True
+    result.output = _emit(batch, np.minimum(np.where(kept, width, columns).min(axis=1, initial=width), n), rows)
+    return result
+
+
+def _top2_gap(logp: Tensor) -> Tensor:
+    first, second = logp.topk(2, dim=-1).values.unbind(1)
+    return (first - second).clamp(max=CEILING)
+
+
+def _rank(logits: Tensor, index: Tensor) -> Tensor:
+    value = logits.gather(1, index)
+    ties = (logits == value) & (torch.arange(logits.shape[1]) < index)
+    return ((logits > value) | ties).sum(1)
+
+
+def _runs(flags: np.ndarray) -> np.ndarray:
+    """Length of the run of True that starts at each column, with one extra column of zeros: [B, K] -> [B, K + 1]."""
+    runs = np.zeros((flags.shape[0], flags.shape[1] + 1), np.int64)
+    for column in reversed(range(flags.shape[1])):
+        runs[:, column] = np.where(flags[:, column], runs[:, column + 1] + 1, 0)
+    return runs
+
+
+def _may_override(
+    batch: Batch, request: np.ndarray, position: np.ndarray, rows: np.ndarray, overrides: np.ndarray
+) -> np.ndarray:
+    """Which of these mismatches the policy may decide: bool, one per request given."""
+    state = batch.requests
+    row = torch.from_numpy(rows[request, position])
+    token = batch.draft_tokens[row].long()
+    vocabulary = batch.raw_target_logits.shape[1]
+    legal = batch.processed_target_logits[row, token.clamp(0, vocabulary - 1)].isfinite()
+    legal &= (token >= 0) & (token < vocabulary)
+    within_budget = state.overrides_so_far[request] + overrides[request] < state.max_overrides[request]
+    inexact = state.output_position[request] + position >= state.exact_tokens[request]
+    return legal.numpy() & within_budget & inexact & ~state.junk[request]
+
+
+def _gather(
+    batch: Batch,
+    request: np.ndarray,
+    position: np.ndarray,
+    row: np.ndarray,
+    context: np.ndarray,
+    native_run: np.ndarray,
+) -> Mismatches:
+    index = torch.from_numpy(row)
+    target = batch.raw_target_logits[index].float()
+    token = batch.draft_tokens[index].long()
+    top = batch.raw_argmax[index].long()
+    draft = None if batch.draft_logits is None else batch.draft_logits(request, position).float()
+    statistics = torch.empty(len(row), NUM_STATISTICS)
+    statistics[:, :10] = logit_statistics(target, draft, token, top)
+    statistics[:, 10:] = torch.from_numpy(context)
+    return Mismatches(
+        statistics=statistics,
+        target_logit_draft=target.gather(1, token.unsqueeze(1)).squeeze(1),
+        target_logit_top=target.gather(1, top.unsqueeze(1)).squeeze(1),
+        draft_token=token,
+        target_token=top,
+        output_position=torch.from_numpy(batch.requests.output_position[request] + position),
+        natively_accepted_after=torch.from_numpy(native_run),
+        block_remaining=torch.from_numpy(batch.num_draft_tokens[request] - position - 1),
+        acceptance_ratio=torch.zeros(len(row)) if batch.acceptance_ratio is None else batch.acceptance_ratio[index],
+        uniform=torch.ones(len(row)) if batch.uniform is None else batch.uniform[index],
+        top_k_entropy=lambda k: top_k_entropy(target, k),
+    )
+
+
+def _emit(batch: Batch, num_accepted: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Build the output, int32 [B, width + 1]: accepted drafts, then the target's or the bonus token."""
+    num_requests, width = rows.shape
+    output = np.full((num_requests, width + 1), PLACEHOLDER, np.int32)
+    if len(batch.draft_tokens):
+        drafts = batch.draft_tokens.numpy()[rows]
+        output[:, :width] = np.where(np.arange(width) < num_accepted[:, None], drafts, PLACEHOLDER)
+    every = np.arange(num_requests)
+    complete = num_accepted == batch.num_draft_tokens
+    last = batch.bonus_tokens.numpy().copy()
+    if not complete.all():
+        stopped = every[~complete]
+        last[stopped] = batch.target_tokens.numpy()[rows[stopped, num_accepted[stopped]]]
+    output[every, num_accepted] = last
+    return torch.from_numpy(output)

@@ -1,0 +1,228 @@
+"""Trains the bundled pair from scratch: a generalist target and a specialist draft, on written-out arithmetic.
+
+Both are character-level Llamas that see the same kind of problem in different proportions: the target mostly
+sums and differences, the draft mostly products. Where they disagree, each is the better one about half of the
+time, which is what an arbiter needs. Everything is seeded; a run that was stopped continues with ``--resume``.
+
+    python -m vllm_cospec.training.demo_pair --output vllm_cospec/demo
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from vllm_cospec.training.tasks import draw_expression, split_of
+
+PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+CONTEXT = 128
+IGNORE = -100  # the label torch's cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Architecture and schooling of one model of the pair."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    product_share: float  # probability that a term of a training problem is a product
+    sum_share: float  # probability that a later term is added rather than subtracted
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+RECIPES = {
+    "target": Recipe(160, 448, 4, 5, product_share=0.02, sum_share=0.55, steps=5000, batch_size=128,
+                     learning_rate=2.5e-3, seed=1),
+    "draft": Recipe(64, 192, 2, 2, product_share=0.85, sum_share=0.5, steps=6000, batch_size=192,
+                    learning_rate=4e-3, seed=2),
+}  # fmt: skip
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character; anything else is ``<unk>``."""
+    vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, UNK, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        model_max_length=CONTEXT,
+        chat_template="{{ bos_token }}{{ messages[-1]['content'] }}",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(recipe: Recipe, vocab_size: int) -> LlamaForCausalLM:
+    """A randomly initialised model of the recipe's shape, seeded."""
+    torch.manual_seed(recipe.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.intermediate_size,
+            num_hidden_layers=recipe.num_layers,
+            num_attention_heads=recipe.num_heads,
+            num_key_value_heads=recipe.num_heads,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def draw_examples(recipe: Recipe, count: int) -> list[tuple[str, str]]:
+    """Draw ``count`` (prompt, solution) pairs in the recipe's proportions, from the ``pretrain`` split only."""
+    rng = random.Random(recipe.seed)
+    examples = []
+    while len(examples) < count:
+        num_terms = rng.choices((1, 2, 3), weights=(recipe.product_share * 0.2, 0.3, 0.6))[0]
+        expression = draw_expression(rng, num_terms, recipe.product_share, recipe.sum_share)
+        if split_of(expression.prompt) == "pretrain":
+            examples.append((expression.prompt, expression.solution))
+    return examples
+
+
+def tokenise(examples: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn examples into padded ids and labels, both int64 [count, longest]; only the solution is learnt."""
+    ids = [tokenizer.encode(prompt + solution) + [tokenizer.eos_token_id] for prompt, solution in examples]
+    longest = max(map(len, ids))
+    tokens = torch.full((len(ids), longest), tokenizer.pad_token_id)
+    labels = torch.full((len(ids), longest), IGNORE)
+    for row, (row_ids, (prompt, _)) in enumerate(zip(ids, examples, strict=True)):
+        tokens[row, : len(row_ids)] = torch.tensor(row_ids)
+        labels[row, 1 + len(prompt) : len(row_ids)] = tokens[row, 1 + len(prompt) : len(row_ids)]
+    return tokens, labels
+
+
+def cosine(step: int, total: int, warm_up: int = 100) -> float:
+    """Learning-rate factor: linear warm-up, then a cosine to zero."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+
+
+def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, step: int) -> None:
+    """Write weights and optimiser moments to one safetensors file, atomically."""
+    tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            tensors[f"optimizer.{key}.{name}"] = optimizer.state[parameter][key]
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"step": str(step)})
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> int:
+    """Restore what :func:`save_checkpoint` wrote; returns the number of finished steps."""
+    with safe_open(path, "pt") as file:
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(file.get_tensor(f"model.{name}"))
+            optimizer.state[parameter] = {
+                key: file.get_tensor(f"optimizer.{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")
+            }
+        return int(file.metadata()["step"])
+
+
+def train_model(
+    role: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, work: Path, resume: bool
+) -> LlamaForCausalLM:
+    """Train one model of the pair; its checkpoint is ``work/ROLE.safetensors``."""
+    model = build_model(recipe, len(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    checkpoint = work / f"{role}.safetensors"
+    first = load_checkpoint(checkpoint, model, optimizer) if resume and checkpoint.exists() else 0
+    tokens, labels = tokenise(draw_examples(recipe, min(recipe.steps * recipe.batch_size, 400_000)), tokenizer)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+    )
+    with Progress(*columns) as progress:
+        bar = progress.add_task(role, total=recipe.steps, completed=first, loss=float("nan"))
+        for step in range(first, recipe.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * cosine(step, recipe.steps)
+            generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+            rows = torch.randint(len(tokens), (recipe.batch_size,), generator=generator)
+            longest = int((tokens[rows] != tokenizer.pad_token_id).sum(1).max())
+            inputs, targets = tokens[rows, :longest], labels[rows, :longest]
+            logits = model(input_ids=inputs[:, :-1], use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            progress.update(bar, completed=step + 1, loss=loss.item())
+            if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
+                save_checkpoint(checkpoint, model, optimizer, step + 1)
+                print(f"{role} step {step + 1}/{recipe.steps} loss {loss.item():.4f}", flush=True)
+    return model.eval()
+
+
+def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write a checkpoint directory that vLLM and transformers load, replacing an older one only when complete."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    for extra in directory.glob("*"):
+        if not (partial / extra.name).exists():
+            shutil.copy(extra, partial)  # README.md, cospec.json
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Directory that receives target/ and draft/.")],
+    work: Annotated[Path, typer.Option(help="Directory for checkpoints of the run.")] = Path("runs/demo_pair"),
+    only: Annotated[str, typer.Option(help="Train just this one: target or draft.")] = "",
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+) -> None:
+    """Train the bundled pair from scratch and write both models."""
+    if only and only not in RECIPES:
+        raise typer.BadParameter(f"--only: {only!r} is neither 'target' nor 'draft'")
+    torch.set_num_threads(threads)
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    for role, recipe in RECIPES.items():
+        if only in ("", role):
+            export(train_model(role, recipe, tokenizer, work, resume), tokenizer, output / role)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,3 @@
+"""CoSpec: collaborative speculative decoding for vLLM."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,288 @@
+"""The arbiter: a small network over the statistics, and the artefact it is kept in.
+
+An artefact is a directory: ``config.json``, ``model.safetensors``, ``README.md``. It is written atomically, holds no
+pickle, and is refused, with the reason, when it is damaged or was made for something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vllm_cospec.errors import ArtefactError, first_sentence
+from vllm_cospec.statistics import NUM_STATISTICS, SCHEMA_NAME, SCHEMA_VERSION, schema_hash
+
+FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES = 4 * 2**20, 16 * 2**20  # an arbiter has a few thousand weights
+
+
+class Strict(BaseModel):
+    """A pydantic model that refuses unknown keys, NaN and infinity, and cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class SchemaId(Strict):
+    """Which statistics the arbiter was trained on."""
+
+    name: str
+    version: int
+    hash: str
+    draft_logits: bool
+    """False: trained with a drafter that has no logits (ngram, suffix)."""
+
+
+class CurvePoint(Strict):
+    """What one threshold does on the calibration problems."""
+
+    threshold: float = Field(ge=0, le=1)
+    accuracy: float = Field(ge=0, le=1)
+    accuracy_difference: float = Field(ge=-1, le=1)
+    """Accuracy minus the target's own."""
+    accuracy_difference_ci95: tuple[float, float]
+    """95 % confidence interval of the difference."""
+    acceptance_length: float = Field(ge=1)
+    override_rate: float = Field(ge=0, le=1)
+    """Overrides / mismatches."""
+    num_problems: int = Field(ge=1)
+
+
+class Provenance(Strict):
+    """Where the arbiter comes from."""
+
+    target: str = ""
+    draft: str = ""
+    vocab_size: int = Field(ge=2)
+    tokenizer_hash: str
+    """See :func:`tokenizer_hash`."""
+    training_config: dict[str, Any] = {}
+    git_sha: str = ""
+    packages: dict[str, str] = {}
+    created: str = ""
+    results: dict[str, Any] = {}
+    """Measured results, with their sample sizes."""
+
+
+class ArtefactConfig(Strict):
+    """The contents of an artefact's ``config.json``."""
+
+    format_version: Literal[1] = 1
+    schema_id: SchemaId = Field(alias="schema")
+    hidden_sizes: tuple[int, ...] = Field(min_length=1, max_length=2)
+    """Width of each hidden layer."""
+    threshold: float = Field(ge=0, le=1)
+    """Keep the draft when the score exceeds it."""
+    calibration: tuple[CurvePoint, ...] = ()
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _check(self) -> ArtefactConfig:
+        if not all(1 <= size <= 256 for size in self.hidden_sizes):
+            raise ValueError(f"hidden_sizes must lie between 1 and 256, got {list(self.hidden_sizes)}")
+        return self
+
+
+class Arbiter(nn.Module):
+    """Standardise, one or two hidden ReLU layers, one logit, sigmoid.
+
+    Normalisation is part of the network: its mean and scale are saved with the weights.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, hidden_sizes: tuple[int, ...] = (32, 32)):
+        super().__init__()
+        self.hidden_sizes = tuple(hidden_sizes)
+        self.register_buffer("mean", torch.zeros(NUM_STATISTICS))
+        self.register_buffer("scale", torch.ones(NUM_STATISTICS))
+        sizes = [NUM_STATISTICS, *hidden_sizes, 1]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+
+    def logit(self, statistics: Tensor) -> Tensor:
+        """Map statistics, float32 [M, 16], to logits, float32 [M]."""
+        x = (statistics - self.mean) / self.scale
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        return self.layers[-1](x).squeeze(-1)
+
+    def forward(self, statistics: Tensor) -> Tensor:
+        """Map statistics, float32 [M, 16], to scores in (0, 1), float32 [M]."""
+        return torch.sigmoid(self.logit(statistics))
+
+
+def tokenizer_hash(vocabulary: dict[str, int]) -> str:
+    """Return 16 hex digits over a tokenizer's vocabulary, whatever file it came from."""
+    text = json.dumps(sorted(vocabulary.items()), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def current_schema(draft_logits: bool) -> SchemaId:
+    """Return the schema this version of the package computes."""
+    return SchemaId(name=SCHEMA_NAME, version=SCHEMA_VERSION, hash=schema_hash(draft_logits), draft_logits=draft_logits)
+
+
+def save_artefact(directory: Path, arbiter: Arbiter, config: ArtefactConfig, card: str) -> None:
+    """Write an artefact; a reader sees the old one or the new one, never a part.
+
+    Raises:
+        ArtefactError: weights are not finite, or ``directory`` exists and is no artefact.
+    """
+    if config.hidden_sizes != arbiter.hidden_sizes:
+        raise ArtefactError(f"hidden_sizes: config says {config.hidden_sizes}, the network has {arbiter.hidden_sizes}")
+    tensors = {name: tensor.detach().float().contiguous() for name, tensor in arbiter.state_dict().items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ArtefactError(f"{name}: not finite; training has diverged, so nothing was saved")
+    if directory.exists() and not (directory / CONFIG_FILE).exists() and any(directory.iterdir()):
+        raise ArtefactError(f"{directory}: exists and is not an arbiter; choose another directory")
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / WEIGHTS_FILE)
+    (partial / CONFIG_FILE).write_text(config.model_dump_json(by_alias=True, indent=2) + "\n")
+    (partial / CARD_FILE).write_text(card)
+    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_config(directory: Path) -> ArtefactConfig:
+    """Read and check ``config.json`` of an artefact; the weights are not read.
+
+    Raises:
+        ArtefactError: names the file and the reason.
+    """
+    path = directory / CONFIG_FILE
+    try:
+        if not path.is_file():
+            raise ArtefactError(
+                f"{directory}: no arbiter here ({CONFIG_FILE} is missing); pass an artefact's directory"
+            )
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ArtefactError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is not an arbiter's configuration")
+        config = ArtefactConfig.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ArtefactError(first_sentence(error, str(path))) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ArtefactError):
+            raise
+        raise ArtefactError(f"{directory}: cannot be read ({error}); pass an artefact's directory") from None
+    ours = current_schema(config.schema_id.draft_logits)
+    if config.schema_id != ours:
+        raise ArtefactError(
+            f"{path}: made for schema {config.schema_id.name} v{config.schema_id.version} ({config.schema_id.hash}), "
+            f"this version computes {ours.name} v{ours.version} ({ours.hash}); retrain or install the matching version"
+        )
+    return config
+
+
+def load_artefact(directory: Path) -> tuple[Arbiter, ArtefactConfig]:
+    """Read and check an artefact.
+
+    Returns:
+        The network, in evaluation mode without gradients, and its configuration.
+
+    Raises:
+        ArtefactError: missing, truncated, altered or mismatched; names the file and the reason.
+    """
+    config = load_config(directory)
+    arbiter = Arbiter(config.hidden_sizes)
+    expected = {name: tuple(tensor.shape) for name, tensor in arbiter.state_dict().items()}
+    path = directory / WEIGHTS_FILE
+    try:
+        if not path.is_file():
+            raise ArtefactError(f"{path}: missing; copy the whole artefact")
+        if path.stat().st_size > MAX_WEIGHTS_BYTES:
+            raise ArtefactError(f"{path}: larger than {MAX_WEIGHTS_BYTES} bytes; these are not an arbiter's weights")
+        with safe_open(path, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            if found != expected:
+                wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+                raise ArtefactError(
+                    f"{path}: tensor {wrong[0]!r} has shape {found.get(wrong[0])}, "
+                    f"config.json calls for {expected.get(wrong[0])}; copy the whole artefact"
+                )
+            weights = {name: file.get_tensor(name) for name in found}
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(f"{path}: cannot be read ({error}); it is damaged, copy it again") from None
+    for name, tensor in weights.items():
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise ArtefactError(f"{path}: tensor {name!r} is not finite float32; it is damaged, copy it again")
+    if not (weights["scale"] > 0).all():
+        raise ArtefactError(f"{path}: tensor 'scale' is not positive; it is damaged, copy it again")
+    arbiter.load_state_dict(weights)
+    return arbiter.eval().requires_grad_(False), config
+
+
+def check_fit(config: ArtefactConfig, where: str, draft_logits: bool, vocab_size: int, tokenizer: str) -> None:
+    """Refuse an artefact trained for another drafter variant, vocabulary or tokenizer.
+
+    Args:
+        config: of the artefact.
+        where: its path, for the message.
+        draft_logits: whether the drafter in use has logits.
+        vocab_size: of the target in use.
+        tokenizer: :func:`tokenizer_hash` of the target in use.
+
+    Raises:
+        ArtefactError: says what differs.
+    """
+    made = config.provenance
+    if config.schema_id.draft_logits != draft_logits:
+        with_or_without = "with" if config.schema_id.draft_logits else "without"
+        raise ArtefactError(
+            f"arbiter: {where} was trained {with_or_without} draft logits, this drafter has "
+            f"{'them' if draft_logits else 'none'}; use an arbiter trained for this kind of drafter"
+        )
+    if made.vocab_size != vocab_size:
+        raise ArtefactError(
+            f"arbiter: {where} was trained for a vocabulary of {made.vocab_size} tokens, the target has {vocab_size}; "
+            f"use an arbiter trained for this target"
+        )
+    if made.tokenizer_hash != tokenizer:
+        raise ArtefactError(
+            f"arbiter: {where} was trained with tokenizer {made.tokenizer_hash}, the target has {tokenizer}; "
+            f"use an arbiter trained for this target"
+        )
+
+
+def calibrated_threshold(config: ArtefactConfig, where: str, max_accuracy_loss: float) -> float:
+    """Return the threshold with the longest acceptance length whose loss is bounded with 95 % confidence.
+
+    The loss of a point is bounded from above by minus the lower end of the interval of its accuracy difference.
+
+    Raises:
+        ArtefactError: no curve, or no point meets the bound.
+    """
+    if not config.calibration:
+        raise ArtefactError(
+            f"max_accuracy_loss: {where} has no calibration curve; run `cospec calibrate` or pass threshold"
+        )
+    safe = [point for point in config.calibration if -point.accuracy_difference_ci95[0] < max_accuracy_loss]
+    if not safe:
+        best = min(-point.accuracy_difference_ci95[0] for point in config.calibration)
+        raise ArtefactError(
+            f"max_accuracy_loss: no threshold of {where} keeps the loss below {max_accuracy_loss} with 95 % confidence; "
+            f"the smallest bound that can be had is above {best:.4f}"
+        )
+    return max(safe, key=lambda point: (point.acceptance_length, point.threshold)).threshold
+
+
+def now() -> str:
+    """Return the current time as ISO 8601, for provenance."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

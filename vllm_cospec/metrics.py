@@ -1,0 +1,182 @@
+"""Counters: mismatches, overrides, overrides per position, from the worker to ``/metrics``.
+
+The worker counts in a small memory-mapped file, the API server reads it when vLLM reports its own speculative-decoding
+counters. So the path has no lock on the worker's side, no message per step, and survives several API servers: what one
+of them has exported is marked in the file, and none exports it again. The file lies in a directory that the process
+which built the configuration creates and removes; workers on other machines cannot reach it and are not counted.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm.logger import init_logger
+from vllm.v1.metrics.utils import create_metric_per_engine
+from vllm.v1.spec_decode.metrics import SpecDecodingProm
+
+logger = init_logger("vllm.cospec.metrics")
+
+DIRECTORY_VARIABLE = "VLLM_COSPEC_COUNTERS"
+"""``PID:DIRECTORY``, for child processes: the API servers of one server share a directory. Not a setting for users."""
+
+
+def counters_directory() -> str:
+    """Return the directory for the counters of the engine being configured.
+
+    A process that configures an engine of its own gets a new one; a child process of a server gets its parent's.
+    """
+    pid, _, inherited = os.environ.get(DIRECTORY_VARIABLE, "").partition(":")
+    if inherited and pid != str(os.getpid()) and Path(inherited).is_dir():
+        return inherited
+    directory = tempfile.mkdtemp(prefix="vllm-cospec-")
+    creator = os.getpid()
+    os.environ[DIRECTORY_VARIABLE] = f"{creator}:{directory}"
+
+    def remove() -> None:
+        if os.getpid() == creator:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    atexit.register(remove)
+    return directory
+
+
+class Counters:
+    """The counters of one engine, shared between processes.
+
+    Layout, int64: overrides at each of K positions, mismatches; then the same K + 1 numbers as already exported.
+    Mismatches stand last and are written first, so a reader never sees more overrides than mismatches.
+    """
+
+    def __init__(self, directory: str, engine: int, num_positions: int):
+        self.num_positions = num_positions
+        self.path = Path(directory) / f"engine-{engine}"
+        self._values: np.memmap | None = None
+
+    def open(self, create: bool) -> bool:
+        """Map the file; returns False when it does not exist and ``create`` is False."""
+        if self._values is not None:
+            return True
+        size = 2 * (self.num_positions + 1)
+        if create:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.truncate(size * 8)
+        elif not self.path.exists() or self.path.stat().st_size != size * 8:
+            return False
+        self._values = np.memmap(self.path, np.int64, "r+", shape=(size,))
+        return True
+
+    def add(self, num_mismatches: int, overrides_per_position: np.ndarray) -> None:
+        """Count; called by the one worker that owns the file."""
+        values = self._values
+        assert values is not None
+        values[self.num_positions] += num_mismatches
+        values[: len(overrides_per_position)] += overrides_per_position
+
+    def totals(self) -> tuple[int, np.ndarray]:
+        """Return (mismatches, overrides per position) since the engine started."""
+        if not self.open(create=False):
+            return 0, np.zeros(self.num_positions, np.int64)
+        values = np.array(self._values[: self.num_positions + 1])  # type: ignore[index]
+        return int(values[-1]), values[:-1]
+
+    def take_unexported(self) -> tuple[int, np.ndarray]:
+        """Return (mismatches, overrides per position) that no process has taken yet, and mark them taken."""
+        if not self.open(create=False):
+            return 0, np.zeros(self.num_positions, np.int64)
+        with self._locked():
+            values = self._values
+            assert values is not None
+            now = np.array(values[: self.num_positions + 1])
+            new = now - values[self.num_positions + 1 :]
+            values[self.num_positions + 1 :] = now
+        return int(new[-1]), new[:-1]
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self.path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+class CoSpecDecodingProm(SpecDecodingProm):
+    """vLLM's Prometheus counters of speculative decoding, and this package's beside them."""
+
+    def __init__(
+        self,
+        speculative_config: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+        is_diffusion: bool = False,
+    ):
+        super().__init__(speculative_config, labelnames, per_engine_labelvalues, is_diffusion)
+        settings = getattr(speculative_config, "cospec", None)
+        self.cospec: dict[int, Counters] = {}
+        if settings is None:
+            return
+        k = settings.num_speculative_tokens
+        self.cospec = {engine: Counters(settings.counters, engine, k) for engine in per_engine_labelvalues}
+        self.cospec_mismatches, self.cospec_overrides = (
+            create_metric_per_engine(
+                self._counter_cls(name=name, documentation=text, labelnames=labelnames), per_engine_labelvalues
+            )
+            for name, text in (
+                (
+                    "vllm:cospec_num_mismatches",
+                    "Draft positions of arbitrated requests that strict verification rejects.",
+                ),
+                ("vllm:cospec_num_overrides", "Mismatches where the draft token was kept."),
+            )
+        )
+        per_position = self._counter_cls(
+            name="vllm:cospec_num_overrides_per_pos",
+            documentation="Overrides per draft position.",
+            labelnames=[*labelnames, "position"],
+        )
+        self.cospec_per_position = {
+            engine: [per_position.labels(*values, str(position)) for position in range(k)]
+            for engine, values in per_engine_labelvalues.items()
+        }
+
+    def observe(self, spec_decoding_stats: Any, engine_idx: int = 0) -> None:
+        """Export vLLM's counters and what this engine's worker has counted since the last call."""
+        super().observe(spec_decoding_stats, engine_idx)
+        if engine_idx not in self.cospec:
+            return
+        mismatches, per_position = self.cospec[engine_idx].take_unexported()
+        self.cospec_mismatches[engine_idx].inc(mismatches)
+        self.cospec_overrides[engine_idx].inc(int(per_position.sum()))
+        for counter, value in zip(self.cospec_per_position[engine_idx], per_position, strict=True):
+            counter.inc(int(value))
+
+
+def log_line(stat_logger: Any) -> str | None:
+    """Return the periodic log line of one of vLLM's logging stat loggers, or None when nothing was counted since.
+
+    Args:
+        stat_logger: a LoggingStatLogger; the totals of the last call are kept on it.
+    """
+    settings = getattr(stat_logger.vllm_config.speculative_config, "cospec", None)
+    engine = stat_logger.engine_index
+    if settings is None or engine < 0:
+        return None
+    mismatches, per_position = Counters(settings.counters, engine, settings.num_speculative_tokens).totals()
+    overrides = int(per_position.sum())
+    mismatches_before, overrides_before = getattr(stat_logger, "cospec_logged", (0, 0))
+    stat_logger.cospec_logged = (mismatches, overrides)
+    new_mismatches, new_overrides = mismatches - mismatches_before, overrides - overrides_before
+    if not new_mismatches:
+        return None
+    return (
+        f"CoSpec metrics: Policy: {settings.policy.policy}, Mismatches: {new_mismatches}, Overrides: {new_overrides}, "
+        f"Override rate: {100 * new_overrides / new_mismatches:.1f}%"
+    )

@@ -1,0 +1,82 @@
+"""Per-request settings: the ``cospec_*`` keys of ``vllm_xargs`` / ``SamplingParams.extra_args``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_cospec.config import Settings
+from vllm_cospec.errors import ConfigError, first_sentence
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+PREFIX = "cospec_"
+WHERE = "vllm_xargs"
+
+
+class RequestKeys(BaseModel):
+    """What a request may set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    cospec_policy: str | None = Field(None, strict=True)
+    """"strict" switches arbitration off; the server's own policy switches it on where it is off by default."""
+    cospec_threshold: float | None = Field(None, ge=0, le=1, strict=True)
+    """Threshold of the trained arbiter."""
+    cospec_max_overrides: int | None = Field(None, ge=0, strict=True)
+    """Overrides allowed in this request."""
+    cospec_exact_tokens: int | None = Field(None, ge=0, strict=True)
+    """The first so many output tokens are verified strictly."""
+
+
+@dataclass(frozen=True)
+class RequestSettings:
+    """What holds for one request."""
+
+    arbitrated: bool
+    threshold: float
+    max_overrides: int | None
+    exact_tokens: int
+
+
+def request_settings(params: SamplingParams | None, settings: Settings) -> RequestSettings:
+    """Combine a request's keys with the server's settings.
+
+    Raises:
+        ConfigError: one sentence; the API server answers it with status 400.
+    """
+    extra = (params.extra_args if params is not None else None) or {}
+    own = {key: value for key, value in extra.items() if key.startswith(PREFIX)}
+    keys = _parse(own) if own else RequestKeys()
+    server = settings.policy.policy
+    if keys.cospec_policy not in (None, "strict", server):
+        raise ConfigError(
+            f"{WHERE}.cospec_policy: {keys.cospec_policy!r} is not served here; "
+            f"pass 'strict'{'' if server == 'strict' else f' or {server!r}'}"
+        )
+    if keys.cospec_threshold is not None and server != "learned":
+        raise ConfigError(
+            f"{WHERE}.cospec_threshold: {keys.cospec_threshold!r} is for a trained arbiter, "
+            f"and this server runs policy {server!r}; leave it out"
+        )
+    structured = params is not None and params.structured_outputs is not None
+    wanted = keys.cospec_policy or ("strict" if structured else server)
+    return RequestSettings(
+        arbitrated=wanted != "strict",
+        threshold=settings.threshold if keys.cospec_threshold is None else keys.cospec_threshold,
+        max_overrides=settings.max_overrides if keys.cospec_max_overrides is None else keys.cospec_max_overrides,
+        exact_tokens=settings.exact_tokens if keys.cospec_exact_tokens is None else keys.cospec_exact_tokens,
+    )
+
+
+def _parse(own: dict[str, Any]) -> RequestKeys:
+    try:
+        return RequestKeys.model_validate(own)
+    except ValidationError as error:
+        message = first_sentence(error, WHERE)
+        if error.errors()[0]["type"] == "extra_forbidden":
+            message += f"; known keys are {', '.join(RequestKeys.model_fields)}"
+        raise ConfigError(message) from None

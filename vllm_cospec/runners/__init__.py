@@ -1,0 +1,1 @@
+"""Adapters between vLLM's model runners and the kernels."""
