@@ -24,6 +24,7 @@ $(STAMP): requirements/cpu.txt setup.py pyproject.toml
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(PIP) install --quiet --no-deps '$(TORCH)' || $(PIP) install --no-deps '$(TORCH)' --index-url $(TORCH_INDEX)
 	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation ./requirements/vllm-alias
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

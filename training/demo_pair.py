@@ -101,7 +101,7 @@ def build_model(recipe: Recipe, vocab_size: int) -> LlamaForCausalLM:
 def draw_examples(recipe: Recipe, count: int) -> list[tuple[str, str]]:
     """Draw ``count`` (prompt, solution) pairs in the recipe's proportions, from the ``pretrain`` split only."""
     rng = random.Random(recipe.seed)
-    examples = []
+    examples: list[tuple[str, str]] = []
     while len(examples) < count:
         num_terms = rng.choices((1, 2, 3), weights=(recipe.product_share * 0.2, 0.3, 0.6))[0]
         expression = draw_expression(rng, num_terms, recipe.product_share, recipe.sum_share)
@@ -112,7 +112,7 @@ def draw_examples(recipe: Recipe, count: int) -> list[tuple[str, str]]:
 
 def tokenise(examples: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn examples into padded ids and labels, both int64 [count, longest]; only the solution is learnt."""
-    ids = [tokenizer.encode(prompt + solution) + [tokenizer.eos_token_id] for prompt, solution in examples]
+    ids = [[*tokenizer.encode(prompt + solution), tokenizer.eos_token_id] for prompt, solution in examples]
     longest = max(map(len, ids))
     tokens = torch.full((len(ids), longest), tokenizer.pad_token_id)
     labels = torch.full((len(ids), longest), IGNORE)

@@ -7,6 +7,7 @@ pickle, and is refused, with the reason, when it is damaged or was made for some
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -109,7 +110,7 @@ class Arbiter(nn.Module):
         self.register_buffer("mean", torch.zeros(NUM_STATISTICS))
         self.register_buffer("scale", torch.ones(NUM_STATISTICS))
         sizes = [NUM_STATISTICS, *hidden_sizes, 1]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
 
     def logit(self, statistics: Tensor) -> Tensor:
         """Map statistics, float32 [M, 16], to logits, float32 [M]."""
@@ -277,8 +278,8 @@ def calibrated_threshold(config: ArtefactConfig, where: str, max_accuracy_loss: 
     if not safe:
         best = min(-point.accuracy_difference_ci95[0] for point in config.calibration)
         raise ArtefactError(
-            f"max_accuracy_loss: no threshold of {where} keeps the loss below {max_accuracy_loss} with 95 % confidence; "
-            f"the smallest bound that can be had is above {best:.4f}"
+            f"max_accuracy_loss: no threshold of {where} keeps the loss below {max_accuracy_loss} with 95 % "
+            f"confidence; the smallest bound that can be had is above {best:.4f}"
         )
     return max(safe, key=lambda point: (point.acceptance_length, point.threshold)).threshold
 

@@ -75,21 +75,25 @@ HOOKS: tuple[Hook, ...] = (
     Hook("process logits", f"{_SAMPLER}:apply_sampling_constraints",
          ("logits", "cu_num_draft_tokens", "sampling_metadata"), "v1"),
     Hook("report logprobs", f"{_SAMPLER}:RejectionSampler._get_logprobs_tensors",
-         ("self", "max_num_logprobs", "metadata", "logits", "target_logits", "bonus_logits", "sampled_token_ids"), "v1"),
+         ("self", "max_num_logprobs", "metadata", "logits", "target_logits", "bonus_logits", "sampled_token_ids"),
+         "v1"),
     Hook("draw the stock random numbers", f"{_SAMPLER}:generate_uniform_probs",
          ("num_tokens", "num_draft_tokens", "generators", "device"), "v1"),
     Hook("draw the stock recovered tokens", f"{_SAMPLER}:sample_recovered_tokens",
          ("max_spec_len", "num_draft_tokens", "cu_num_draft_tokens", "draft_token_ids", "draft_probs", "target_probs",
           "sampling_metadata", "device", "use_fp64_gumbel"), "v1"),
-    Hook("keep draft logits", f"{_PROPOSER}._sample_draft_tokens", ("self", "hidden_states", "sampling_metadata"), "v1"),
+    Hook("keep draft logits", f"{_PROPOSER}._sample_draft_tokens",
+         ("self", "hidden_states", "sampling_metadata"), "v1"),
     Hook("keep draft logits", f"{_PROPOSER}._sample_from_logits", ("self", "logits", "sampling_metadata"), "v1"),
     Hook("know what was proposed", f"{_PROPOSER}.propose", None, "v1"),
     Hook("verify in the runner", "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
          ("self", "logits", "spec_decode_metadata"), "v1"),
     Hook("mend per-request sampling on the CPU", f"{_SAMPLER}:expand_kernel", None, "cpu"),
-    Hook("mend per-request sampling on the CPU", "vllm.triton_utils.dispatcher:register_kernels", ("overrides",), "cpu"),
+    Hook("mend per-request sampling on the CPU", "vllm.triton_utils.dispatcher:register_kernels",
+         ("overrides",), "cpu"),
     Hook("mend it before the runner is built", "vllm.v1.worker.cpu_worker:CPUWorker.init_device", ("self",), "cpu"),
-    Hook("install before warm-up", "vllm.v1.worker.cpu_worker:CPUWorker.load_model", ("self", "load_dummy_weights"), "cpu"),
+    Hook("install before warm-up", "vllm.v1.worker.cpu_worker:CPUWorker.load_model",
+         ("self", "load_dummy_weights"), "cpu"),
 )  # fmt: skip
 
 PATCHES: tuple[Patch, ...] = (
@@ -189,8 +193,8 @@ def require_hooks(scopes: tuple[Scope, ...]) -> None:
         if result.status != "found":
             low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
             raise CompatibilityError(
-                f"vLLM {vllm_version()}: cospec needs {result.hook.target} to {result.hook.need}, and it is {result.status} "
-                f"({result.detail}); install vllm>={low},<{high}, or serve without cospec"
+                f"vLLM {vllm_version()}: cospec needs {result.hook.target} to {result.hook.need}, and it is "
+                f"{result.status} ({result.detail}); install vllm>={low},<{high}, or serve without cospec"
             )
 
 

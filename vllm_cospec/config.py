@@ -41,7 +41,7 @@ class CoSpecConfig(BaseModel):
     arbiter: AnyPolicy | None = None
     """Who decides at a mismatch: the directory or hub id of a trained arbiter, or {"policy": NAME, ...parameters}."""
     draft_method: str | None = Field(None, strict=True)
-    """vLLM's own method for the drafter (draft_model, eagle, eagle3, mtp, ngram, suffix); left out: what vLLM detects."""
+    """vLLM's method for the drafter (draft_model, eagle, eagle3, mtp, ngram, suffix); left out: what vLLM detects."""
     threshold: float | None = Field(None, ge=0, le=1, strict=True)
     """Learned policy: keep the draft when the score exceeds it; left out: the artefact's."""
     max_accuracy_loss: float | None = Field(None, gt=0, le=1, strict=True)
@@ -320,8 +320,8 @@ def settle(
     draft_logits = DRAFT_METHODS[method]
     if method == "draft_model" and draft_vocab_size != target_vocab_size:
         raise ConfigError(
-            f"{WHERE}.model: the draft has a vocabulary of {draft_vocab_size} tokens, the target of {target_vocab_size}; "
-            f"use a draft with the target's tokenizer"
+            f"{WHERE}.model: the draft has a vocabulary of {draft_vocab_size} tokens, the target of "
+            f"{target_vocab_size}; use a draft with the target's tokenizer"
         )
     if policy.needs_draft_logits and not draft_logits:
         raise ConfigError(
@@ -332,8 +332,8 @@ def settle(
         window = policy.window or min(6, num_speculative_tokens - 1)
         if not 1 <= window < num_speculative_tokens:
             raise ConfigError(
-                f"{WHERE}.arbiter.window: {policy.window} does not fit num_speculative_tokens={num_speculative_tokens}; "
-                f"fly needs 1 <= window < num_speculative_tokens"
+                f"{WHERE}.arbiter.window: {policy.window} does not fit "
+                f"num_speculative_tokens={num_speculative_tokens}; fly needs 1 <= window < num_speculative_tokens"
             )
         policy = policy.model_copy(update={"window": window})
     if isinstance(policy, Learned):

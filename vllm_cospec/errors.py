@@ -30,10 +30,11 @@ def first_sentence(error: ValidationError, where: str, hide: tuple[str, ...] = (
     Args:
         error: what pydantic raised.
         where: what the field belongs to, put before its name.
-        hide: parts of a location that are tags of a union, not names a user wrote.
+        hide: parts below the first level that are tags of a union, not names a user wrote.
     """
     problem = error.errors(include_url=False)[0]
-    field = ".".join([where, *(str(part) for part in problem["loc"] if part not in hide)])
+    parts = [str(part) for depth, part in enumerate(problem["loc"]) if depth == 0 or part not in hide]
+    field = ".".join([where, *parts])
     value = repr(problem.get("input"))
     value = value if len(value) <= 80 else value[:77] + "..."
     message = problem["msg"].removeprefix("Value error, ")

@@ -125,17 +125,17 @@ class CoSpecDecodingProm(SpecDecodingProm):
             return
         k = settings.num_speculative_tokens
         self.cospec = {engine: Counters(settings.counters, engine, k) for engine in per_engine_labelvalues}
-        self.cospec_mismatches, self.cospec_overrides = (
-            create_metric_per_engine(
-                self._counter_cls(name=name, documentation=text, labelnames=labelnames), per_engine_labelvalues
-            )
-            for name, text in (
-                (
-                    "vllm:cospec_num_mismatches",
-                    "Draft positions of arbitrated requests that strict verification rejects.",
-                ),
-                ("vllm:cospec_num_overrides", "Mismatches where the draft token was kept."),
-            )
+        self.cospec_mismatches = self._counters(
+            "vllm:cospec_num_mismatches",
+            "Draft positions of arbitrated requests that strict verification rejects.",
+            labelnames,
+            per_engine_labelvalues,
+        )
+        self.cospec_overrides = self._counters(
+            "vllm:cospec_num_overrides",
+            "Mismatches where the draft token was kept.",
+            labelnames,
+            per_engine_labelvalues,
         )
         per_position = self._counter_cls(
             name="vllm:cospec_num_overrides_per_pos",
@@ -146,6 +146,10 @@ class CoSpecDecodingProm(SpecDecodingProm):
             engine: [per_position.labels(*values, str(position)) for position in range(k)]
             for engine, values in per_engine_labelvalues.items()
         }
+
+    def _counters(self, name: str, text: str, labelnames: list[str], values: dict[int, list[object]]) -> dict[int, Any]:
+        counter = self._counter_cls(name=name, documentation=text, labelnames=labelnames)
+        return create_metric_per_engine(counter, values)
 
     def observe(self, spec_decoding_stats: Any, engine_idx: int = 0) -> None:
         """Export vLLM's counters and what this engine's worker has counted since the last call."""

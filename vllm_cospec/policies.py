@@ -245,7 +245,10 @@ class Random(Policy):
 
 @policy("learned")
 class Learned(Policy):
-    """Keep d when the arbiter's score exceeds the threshold (CoSpec, arXiv 2605.24793; network and training are our own)."""
+    """Keep d when the arbiter's score exceeds the threshold (CoSpec, arXiv 2605.24793).
+
+    The network, its statistics and its training are this project's own design; the paper's are not public.
+    """
 
     policy: Literal["learned"] = "learned"
     artefact: str

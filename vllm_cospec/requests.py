@@ -49,8 +49,8 @@ def request_settings(params: SamplingParams | None, settings: Settings) -> Reque
         ConfigError: one sentence; the API server answers it with status 400.
     """
     extra = (params.extra_args if params is not None else None) or {}
-    own = {key: value for key, value in extra.items() if key.startswith(PREFIX)}
-    keys = _parse(own) if own else RequestKeys()
+    own: dict[str, Any] = {key: value for key, value in extra.items() if key.startswith(PREFIX)}
+    keys = _parse(own)
     server = settings.policy.policy
     if keys.cospec_policy not in (None, "strict", server):
         raise ConfigError(

@@ -25,7 +25,7 @@ class Proposals:
     logits: list[Tensor] = field(default_factory=list)  # K tensors [R, V]; empty without draft logits
 
     def rows_of(self, request_ids: Sequence[str]) -> np.ndarray:
-        """Return the row of each request, int64, −1 where it proposed nothing in this step."""
+        """Return the row of each request, int64, -1 where it proposed nothing in this step."""
         index = {request_id: row for row, request_id in enumerate(self.request_ids)}
         return np.array([index.get(request_id, -1) for request_id in request_ids], np.int64)
 

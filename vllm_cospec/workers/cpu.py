@@ -55,6 +55,6 @@ class CoSpecCPUWorker(CPUWorker):
 
         self.cospec: Any = install(
             self.model_runner,
-            self.vllm_config.speculative_config.cospec,
+            self.vllm_config.speculative_config.cospec,  # type: ignore[union-attr]
             self.vllm_config.parallel_config.data_parallel_index,
         )

@@ -1,0 +1,123 @@
+"""The ``cospec`` command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_cospec.errors import CoSpecError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Collaborative speculative decoding for vLLM.",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check whether cospec works with the installed vLLM; exit code 1 when it does not."""
+    from vllm_cospec.doctor import examine, show
+
+    report = examine()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report, Console())
+    raise typer.Exit(0 if report["ok"] else 1)
+
+
+@app.command()
+def inspect(
+    artefact: Annotated[Path, typer.Argument(help="Directory of an arbiter.")],
+    as_json: Json = False,
+) -> None:
+    """Show what an arbiter is, what it was trained on, and its calibration curve."""
+    from vllm_cospec.arbiter import load_artefact
+
+    arbiter, config = load_artefact(artefact)
+    if as_json:
+        print(config.model_dump_json(by_alias=True, indent=2))
+        return
+    console = Console()
+    facts = Table(show_header=False, title=str(artefact))
+    made = config.provenance
+    for name, value in (
+        ("schema", f"{config.schema_id.name} v{config.schema_id.version} ({config.schema_id.hash})"),
+        ("draft logits", "yes" if config.schema_id.draft_logits else "no"),
+        (
+            "network",
+            f"16 - {' - '.join(map(str, config.hidden_sizes))} - 1, "
+            f"{sum(p.numel() for p in arbiter.parameters())} weights",
+        ),
+        ("threshold", f"{config.threshold:g}"),
+        ("target", made.target or "not recorded"),
+        ("draft", made.draft or "not recorded"),
+        ("vocabulary", f"{made.vocab_size} tokens, tokenizer {made.tokenizer_hash}"),
+        ("created", made.created or "not recorded"),
+        ("git", made.git_sha or "not recorded"),
+    ):
+        facts.add_row(name, value)
+    console.print(facts)
+    if made.results:
+        results = Table("result", "value", title="measured")
+        for name, value in made.results.items():
+            results.add_row(name, json.dumps(value))
+        console.print(results)
+    if config.calibration:
+        curve = Table(title=f"calibration on {config.calibration[0].num_problems} problems")
+        for heading in ("threshold", "accuracy", "difference to target", "95 %", "acceptance length", "override rate"):
+            curve.add_column(heading, justify="right")
+        for point in config.calibration:
+            low, high = point.accuracy_difference_ci95
+            curve.add_row(
+                f"{point.threshold:g}",
+                f"{point.accuracy:.3f}",
+                f"{point.accuracy_difference:+.3f}",
+                f"{low:+.3f} to {high:+.3f}",
+                f"{point.acceptance_length:.2f}",
+                f"{point.override_rate:.2f}",
+            )
+        console.print(curve)
+    else:
+        console.print("no calibration curve")
+
+
+@app.command()
+def demo(
+    serve: Annotated[bool, typer.Option("--serve", help="Only serve the bundled pair, until stopped.")] = False,
+    port: Annotated[int, typer.Option(help="Port of --serve.", min=1, max=65535)] = 8000,
+    problems: Annotated[int, typer.Option(help="How many held-out problems to ask in each mode.", min=4)] = 400,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the comparison to this file.")] = None,
+) -> None:
+    """Serve the bundled pair, ask it held-out problems strictly and with arbitration, and compare."""
+    from vllm_cospec.demonstration import run_demo, serve_demo
+
+    if serve:
+        raise typer.Exit(serve_demo(port))
+    run_demo(problems, json_path, Console())
+
+
+def main() -> None:
+    """Run the command; what a user got wrong is one line, not a traceback."""
+    from vllm_cospec.server import ServerError
+
+    try:
+        app()
+    except (CoSpecError, ServerError) as error:
+        Console(stderr=True).print(f"cospec: {error}", style="red", markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("cospec: interrupted")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
