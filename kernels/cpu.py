@@ -70,6 +70,18 @@ class Consulted:
     kept: np.ndarray  # [M] bool
     probability: Tensor | None  # [M] float32, of keeping
 
+    def only(self, mask: np.ndarray) -> Consulted:
+        """Return the entries where ``mask``, bool [M], is True."""
+        probability = None if self.probability is None else self.probability[mask]
+        return Consulted(
+            self.request[mask],
+            self.position[mask],
+            self.output_position[mask],
+            self.statistics[mask],
+            self.kept[mask],
+            probability,
+        )
+
 
 @dataclass
 class BatchResult:
@@ -161,10 +173,13 @@ def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchRe
         )
         mismatches = _gather(batch, request, at, rows[request, at], context, native_run[request, at + 1])
         keep, probability = decide(mismatches, request)
-        keep_rows = (keep & ~mismatches.statistics.isnan().any(1)).numpy()
+        # NaN anywhere in a row: strict, and nothing to learn from
+        sound = ~mismatches.statistics.isnan().any(1).numpy()
+        keep_rows = keep.numpy() & sound
         if collect:
             where = requests.output_position[request] + at
-            result.consulted.append(Consulted(request, at, where, mismatches.statistics, keep_rows, probability))
+            everything = Consulted(request, at, where, mismatches.statistics, keep_rows, probability)
+            result.consulted.append(everything.only(sound))
         winners, at = request[keep_rows], at[keep_rows]
         kept[winners, at] = True
         overrides[winners] += 1

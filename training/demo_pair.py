@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from vllm_cospec.training.tasks import draw_expression, split_of
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -52,7 +53,7 @@ class Recipe:
 RECIPES = {
     "target": Recipe(160, 448, 4, 5, product_share=0.02, sum_share=0.55, steps=5000, batch_size=128,
                      learning_rate=2.5e-3, seed=1),
-    "draft": Recipe(64, 192, 2, 2, product_share=0.85, sum_share=0.5, steps=6000, batch_size=192,
+    "draft": Recipe(64, 192, 2, 2, product_share=0.85, sum_share=0.5, steps=4000, batch_size=192,
                     learning_rate=4e-3, seed=2),
 }  # fmt: skip
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vllm_cospec.atomic import new_directory
 from vllm_cospec.errors import ArtefactError, first_sentence
 from vllm_cospec.statistics import NUM_STATISTICS, SCHEMA_NAME, SCHEMA_VERSION, schema_hash
 
@@ -32,7 +31,9 @@ MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES = 4 * 2**20, 16 * 2**20  # an arbiter has a 
 class Strict(BaseModel):
     """A pydantic model that refuses unknown keys, NaN and infinity, and cannot be changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class SchemaId(Strict):
@@ -147,19 +148,29 @@ def save_artefact(directory: Path, arbiter: Arbiter, config: ArtefactConfig, car
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ArtefactError(f"{name}: not finite; training has diverged, so nothing was saved")
-    if directory.exists() and not (directory / CONFIG_FILE).exists() and any(directory.iterdir()):
+    if not (tensors["scale"] > 0).all():
+        raise ArtefactError("scale: not positive; a statistic without deviation needs a scale of 1")
+    if not _may_replace(directory):
         raise ArtefactError(f"{directory}: exists and is not an arbiter; choose another directory")
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / WEIGHTS_FILE)
-    (partial / CONFIG_FILE).write_text(config.model_dump_json(by_alias=True, indent=2) + "\n")
-    (partial / CARD_FILE).write_text(card)
-    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    with new_directory(directory) as partial:
+        save_file(tensors, partial / WEIGHTS_FILE)
+        (partial / CONFIG_FILE).write_text(config.model_dump_json(by_alias=True, indent=2) + "\n")
+        (partial / CARD_FILE).write_text(card)
+
+
+def _may_replace(directory: Path) -> bool:
+    """Whether saving there destroys nothing but an arbiter."""
+    if not directory.exists():
+        return True
+    if not directory.is_dir():
+        return False
+    if not any(directory.iterdir()):
+        return True
+    try:
+        found = json.loads((directory / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"format_version", "schema", "hidden_sizes"} <= found.keys()
 
 
 def load_config(directory: Path) -> ArtefactConfig:

@@ -8,8 +8,17 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+LONGEST = 480
+
+
 class CoSpecError(ValueError):
-    """Base of every error this package raises on bad input."""
+    """Base of every error this package raises on bad input. The message is kept to one line of readable length."""
+
+    def __init__(self, message: str):
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        if len(line) > LONGEST:  # what names the field stands first, the way out last
+            line = f"{line[: LONGEST - 205]} ... {line[-200:]}"
+        super().__init__(line)
 
 
 class ConfigError(CoSpecError):

@@ -53,7 +53,9 @@ class ArbiterNetwork(Protocol):
 class Policy(BaseModel):
     """Base of all policies: immutable parameters, no unknown ones."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     needs_draft_logits: ClassVar[bool] = False
     """Whether the rule is meaningless for drafters without logits."""
