@@ -35,26 +35,57 @@ IGNORE = -100  # the label torch's cross entropy leaves out
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A stretch of training with its own problems and its own cosine."""
+
+    steps: int
+    learning_rate: float  # at its peak
+    product_share: float  # probability that a term of a training problem is a product
+    sum_share: float = 0.5  # probability that a later term is added rather than subtracted
+    large_share: float = 0.0  # probability that a product's second factor has two digits
+    single_terms: bool = True  # whether problems of a single product occur
+    horizon: int | None = None  # steps the cosine is laid out for, when the phase ends before it does
+    learnt: tuple[float, float] = (1.0, 1.0)  # share of the results of products, and of other steps, that is learnt
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Architecture and schooling of one model of the pair."""
+    """Architecture and schooling of one model of the pair.
+
+    Both models first go to a school of their own, then both see problems like those of the task, so that both know how
+    a derivation is written. There the results of the other's speciality are left out of almost every lesson.
+    """
 
     hidden_size: int
     intermediate_size: int
     num_layers: int
     num_heads: int
-    product_share: float  # probability that a term of a training problem is a product
-    sum_share: float  # probability that a later term is added rather than subtracted
-    steps: int
     batch_size: int
-    learning_rate: float
     seed: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
 
 
 RECIPES = {
-    "target": Recipe(160, 448, 4, 5, product_share=0.02, sum_share=0.55, steps=5000, batch_size=128,
-                     learning_rate=2.5e-3, seed=1),
-    "draft": Recipe(64, 192, 2, 2, product_share=0.85, sum_share=0.5, steps=4000, batch_size=192,
-                    learning_rate=4e-3, seed=2),
+    "target": Recipe(
+        160, 448, 4, 5, batch_size=128, seed=1,
+        phases=(
+            Phase(5000, 2.5e-3, product_share=0.02, sum_share=0.55),
+            Phase(750, 1e-3, horizon=1000, product_share=0.4, large_share=0.5, single_terms=False,
+                  learnt=(0.03, 1.0)),
+        ),
+    ),
+    "draft": Recipe(
+        64, 192, 2, 2, batch_size=192, seed=2,
+        phases=(
+            Phase(4000, 4e-3, product_share=0.85, sum_share=0.5),
+            Phase(1750, 3e-3, product_share=0.5, large_share=0.6, single_terms=False, learnt=(1.0, 0.03)),
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -99,27 +130,41 @@ def build_model(recipe: Recipe, vocab_size: int) -> LlamaForCausalLM:
     )
 
 
-def draw_examples(recipe: Recipe, count: int) -> list[tuple[str, str]]:
-    """Draw ``count`` (prompt, solution) pairs in the recipe's proportions, from the ``pretrain`` split only."""
-    rng = random.Random(recipe.seed)
+def draw_examples(phase: Phase, seed: int, count: int) -> list[tuple[str, str]]:
+    """Draw ``count`` (prompt, solution) pairs in a phase's proportions, from the ``pretrain`` split only."""
+    rng = random.Random(seed)
+    singles = phase.product_share * 0.2 if phase.single_terms else 0.0
     examples: list[tuple[str, str]] = []
     while len(examples) < count:
-        num_terms = rng.choices((1, 2, 3), weights=(recipe.product_share * 0.2, 0.3, 0.6))[0]
-        expression = draw_expression(rng, num_terms, recipe.product_share, recipe.sum_share)
+        num_terms = rng.choices((1, 2, 3), weights=(singles, 0.3, 0.6))[0]
+        expression = draw_expression(rng, num_terms, phase.product_share, phase.sum_share, phase.large_share)
         if split_of(expression.prompt) == "pretrain":
             examples.append((expression.prompt, expression.solution))
     return examples
 
 
-def tokenise(examples: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn examples into padded ids and labels, both int64 [count, longest]; only the solution is learnt."""
+def tokenise(
+    examples: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, learnt: tuple[float, float], seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn examples into padded ids and labels, both int64 [count, longest].
+
+    Only the solution is learnt, and of the results of products and of other steps only the shares in ``learnt``.
+    """
+    rng = random.Random(seed)
     ids = [[*tokenizer.encode(prompt + solution), tokenizer.eos_token_id] for prompt, solution in examples]
     longest = max(map(len, ids))
     tokens = torch.full((len(ids), longest), tokenizer.pad_token_id)
     labels = torch.full((len(ids), longest), IGNORE)
-    for row, (row_ids, (prompt, _)) in enumerate(zip(ids, examples, strict=True)):
+    for row, (row_ids, (prompt, solution)) in enumerate(zip(ids, examples, strict=True)):
         tokens[row, : len(row_ids)] = torch.tensor(row_ids)
-        labels[row, 1 + len(prompt) : len(row_ids)] = tokens[row, 1 + len(prompt) : len(row_ids)]
+        first = 1 + len(prompt)
+        labels[row, first : len(row_ids)] = tokens[row, first : len(row_ids)]
+        if learnt == (1.0, 1.0):
+            continue
+        for step in solution.partition("#")[0].split(";"):
+            if rng.random() >= learnt[0 if "*" in step else 1]:
+                labels[row, first + step.index("=") + 1 : first + len(step)] = IGNORE
+            first += len(step) + 1
     return tokens, labels
 
 
@@ -157,10 +202,9 @@ def train_model(
 ) -> LlamaForCausalLM:
     """Train one model of the pair; its checkpoint is ``work/ROLE.safetensors``."""
     model = build_model(recipe, len(tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     checkpoint = work / f"{role}.safetensors"
-    first = load_checkpoint(checkpoint, model, optimizer) if resume and checkpoint.exists() else 0
-    tokens, labels = tokenise(draw_examples(recipe, min(recipe.steps * recipe.batch_size, 400_000)), tokenizer)
+    done = load_checkpoint(checkpoint, model, optimizer) if resume and checkpoint.exists() else 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -169,26 +213,33 @@ def train_model(
         TextColumn("loss {task.fields[loss]:.4f}"),
     )
     with Progress(*columns) as progress:
-        bar = progress.add_task(role, total=recipe.steps, completed=first, loss=float("nan"))
-        for step in range(first, recipe.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * cosine(step, recipe.steps)
-            generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-            rows = torch.randint(len(tokens), (recipe.batch_size,), generator=generator)
-            longest = int((tokens[rows] != tokenizer.pad_token_id).sum(1).max())
-            inputs, targets = tokens[rows, :longest], labels[rows, :longest]
-            logits = model(input_ids=inputs[:, :-1], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            progress.update(bar, completed=step + 1, loss=loss.item())
-            if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
-                save_checkpoint(checkpoint, model, optimizer, step + 1)
-                print(f"{role} step {step + 1}/{recipe.steps} loss {loss.item():.4f}", flush=True)
+        bar = progress.add_task(role, total=recipe.steps, completed=done, loss=float("nan"))
+        start = 0
+        for number, phase in enumerate(recipe.phases):
+            if done < start + phase.steps:
+                seed = recipe.seed + 10 * number
+                examples = draw_examples(phase, seed, min(phase.steps * recipe.batch_size, 400_000))
+                tokens, labels = tokenise(examples, tokenizer, phase.learnt, seed)
+            for step in range(max(start, done), start + phase.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = phase.learning_rate * cosine(step - start, phase.horizon or phase.steps)
+                generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+                rows = torch.randint(len(tokens), (recipe.batch_size,), generator=generator)
+                longest = int((tokens[rows] != tokenizer.pad_token_id).sum(1).max())
+                inputs, targets = tokens[rows, :longest], labels[rows, :longest]
+                logits = model(input_ids=inputs[:, :-1], use_cache=False).logits
+                loss = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE
+                )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                progress.update(bar, completed=step + 1, loss=loss.item())
+                if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
+                    save_checkpoint(checkpoint, model, optimizer, step + 1)
+                    print(f"{role} step {step + 1}/{recipe.steps} loss {loss.item():.4f}", flush=True)
+            start += phase.steps
     return model.eval()
 
 
@@ -203,6 +254,8 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, director
     for extra in directory.glob("*"):
         if not (partial / extra.name).exists():
             shutil.copy(extra, partial)  # README.md, cospec.json
+    for file in partial.iterdir():
+        file.chmod(0o644)  # weights are written readable by their owner alone
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 

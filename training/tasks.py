@@ -78,7 +78,7 @@ def split_of(prompt: str) -> Split:
 
 @dataclass(frozen=True)
 class Expression:
-    """Signed terms, each a number or a product of a two-digit and a one-digit number."""
+    """Signed terms, each a number or a product of a two-digit number and one up to 19."""
 
     terms: tuple[tuple[str, tuple[int, ...]], ...]  # (sign, factors); the first sign is "+"
 
@@ -115,7 +115,9 @@ class Expression:
         return True
 
 
-def draw_expression(rng: random.Random, num_terms: int, product_share: float, sum_share: float = 0.5) -> Expression:
+def draw_expression(
+    rng: random.Random, num_terms: int, product_share: float, sum_share: float = 0.5, large_share: float = 0.0
+) -> Expression:
     """Draw an expression of ``num_terms`` terms.
 
     Args:
@@ -123,13 +125,15 @@ def draw_expression(rng: random.Random, num_terms: int, product_share: float, su
         num_terms: at least 1; a single term is always a product (a bare number would be no problem).
         product_share: probability that a term is a product.
         sum_share: probability that a term after the first is added rather than subtracted.
+        large_share: probability that a product's second factor has two digits (11 to 19) instead of one.
     """
     while True:
         terms = []
         for index in range(num_terms):
             sign = "+" if index == 0 or rng.random() < sum_share else "-"
             if num_terms == 1 or rng.random() < product_share:
-                factors: tuple[int, ...] = (rng.randint(11, 99), rng.randint(2, 9))
+                large = large_share > 0 and rng.random() < large_share
+                factors: tuple[int, ...] = (rng.randint(11, 99), rng.randint(11, 19) if large else rng.randint(2, 9))
             else:
                 factors = (rng.randint(20, 499),)
             terms.append((sign, factors))
@@ -147,7 +151,7 @@ class DemoTask:
         rng = random.Random(f"demo/{split}/{seed}")
         seen: set[str] = set()
         while True:
-            expression = draw_expression(rng, num_terms=3, product_share=0.4)
+            expression = draw_expression(rng, num_terms=3, product_share=0.25)
             num_products = sum(len(factors) == 2 for _, factors in expression.terms)
             if not 1 <= num_products <= 2:
                 continue

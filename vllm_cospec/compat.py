@@ -168,7 +168,10 @@ def check_hook(hook: Hook) -> HookStatus:
     if hook.parameters is None:
         return HookStatus(hook, "found")
     value = getattr(value, MARK, value)  # our own replacement does not hide a change below it
-    parameters = inspect.signature(value).parameters
+    try:
+        parameters = inspect.signature(value).parameters
+    except (TypeError, ValueError) as error:  # no longer something to call
+        return HookStatus(hook, "changed", str(error))
     names = tuple(parameters)[: len(hook.parameters)]
     required = [
         n for n, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)

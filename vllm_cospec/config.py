@@ -6,15 +6,17 @@ against the target and drafter vLLM has loaded, and yields the :class:`Settings`
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vllm_cospec.errors import ConfigError, first_sentence
+from vllm_cospec.errors import ConfigError, first_sentence, shorten
 from vllm_cospec.policies import AnyPolicy, Fly, Learned, Policy, policy_names
 
 METHOD = "cospec"
@@ -46,9 +48,9 @@ class CoSpecConfig(BaseModel):
     """Learned policy: keep the draft when the score exceeds it; left out: the artefact's."""
     max_accuracy_loss: float | None = Field(None, gt=0, le=1, strict=True)
     """Learned policy, instead of threshold: bound of the loss, at 95 % confidence, on the artefact's calibration."""
-    max_overrides: int | None = Field(None, ge=0, strict=True)
+    max_overrides: int | None = Field(None, ge=0, le=2**31 - 1, strict=True)
     """Overrides allowed per request; further mismatches are strict. Left out: no limit."""
-    exact_tokens: int = Field(0, ge=0, strict=True)
+    exact_tokens: int = Field(0, ge=0, le=2**31 - 1, strict=True)
     """The first so many output tokens of every response are verified strictly."""
     collect: bool = Field(False, strict=True)
     """Record every decision for training."""
@@ -130,7 +132,12 @@ def resolve(raw: dict[str, Any], target: str, engine_keys: frozenset[str]) -> tu
     Raises:
         ConfigError: one sentence naming the field, the value and the way out.
     """
-    explicit = {key.replace("-", "_"): value for key, value in raw.items()}
+    explicit: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = str(key).replace("-", "_")
+        if name in explicit:
+            raise ConfigError(f"{WHERE}.{name}: given twice, with dashes and with underscores; leave one out")
+        explicit[name] = value
     explicit.pop("method", None)
     _refuse_unknown(explicit, engine_keys, WHERE)
     merged = _load_recipe(target, engine_keys) | explicit
@@ -162,7 +169,7 @@ def _refuse_unknown(keys: dict[str, Any], engine_keys: frozenset[str], where: st
         if key not in OWN_KEYS and key not in engine_keys:
             close = difflib.get_close_matches(key, [*OWN_KEYS, *engine_keys], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"remove it; own keys are {', '.join(sorted(OWN_KEYS))}"
-            raise ConfigError(f"{where}.{key}: unknown key (value {value!r}); {hint}")
+            raise ConfigError(f"{where}.{key}: unknown key (value {shorten(value)}); {hint}")
 
 
 def _check_inner(config: CoSpecConfig, inner: dict[str, Any], target: str) -> None:
@@ -176,20 +183,31 @@ def _check_inner(config: CoSpecConfig, inner: dict[str, Any], target: str) -> No
             f'pass "model": DRAFT, or "draft_method": "ngram" to draft without one'
         )
     if model is not None and not isinstance(model, str):
-        raise ConfigError(f"{WHERE}.model: must be a path or hub id, got {model!r}")
+        raise ConfigError(f"{WHERE}.model: must be a path or hub id, got {shorten(model)}")
     if model is not None and _looks_local(model) and not _exists(Path(model) / "config.json"):
         raise ConfigError(
             f"{WHERE}.model: no model at {model!r} (config.json is missing); pass a model directory or hub id"
         )
+    if model is not None and _looks_local(model):
+        try:
+            described = isinstance(json.loads((Path(model) / "config.json").read_bytes()), dict)
+        except (OSError, ValueError, RecursionError):
+            described = False
+        if not described:
+            raise ConfigError(f"{WHERE}.model: config.json at {model!r} is no JSON object; copy the model again")
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 128):
-        raise ConfigError(f"{WHERE}.num_speculative_tokens: must be an integer from 1 to 128, got {count!r}")
+        raise ConfigError(f"{WHERE}.num_speculative_tokens: must be an integer from 1 to 128, got {shorten(count)}")
     if count is None and config.draft_method not in ("mtp", "suffix"):
         raise ConfigError(
             f"{WHERE}.num_speculative_tokens: missing; pass the number of draft tokens per step, for example 5"
         )
-    for key, only in (("rejection_sample_method", "standard"), ("use_heterogeneous_vocab", False)):
+    for key, only in (
+        ("rejection_sample_method", "standard"),
+        ("use_heterogeneous_vocab", False),
+        ("enable_adaptive_verification", False),
+    ):
         if inner.get(key, only) != only:
-            raise ConfigError(f"{WHERE}.{key}: {inner[key]!r} cannot be combined with cospec; leave it out")
+            raise ConfigError(f"{WHERE}.{key}: {shorten(inner[key])} cannot be combined with cospec; leave it out")
 
 
 def _looks_local(path: str) -> bool:
@@ -212,7 +230,7 @@ def _load_recipe(target: str, engine_keys: frozenset[str]) -> dict[str, Any]:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; this is no recipe")
         recipe = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: not readable as JSON ({error}); mend it, or pass every key explicitly") from None
@@ -227,7 +245,13 @@ def _load_recipe(target: str, engine_keys: frozenset[str]) -> dict[str, Any]:
         if not local and (Path(value).is_absolute() or ".." in Path(value).parts):
             raise ConfigError(f"{path}: {value!r} leaves the repository; a downloaded recipe may not do that")
         beside = path.parent / value
-        return str(beside.resolve()) if value.startswith(".") or _is_directory(beside) else value
+        if not local:  # so far only the recipe has been downloaded
+            inside = os.path.normpath(value)
+            with contextlib.suppress(Exception):  # no such folder there: a hub id
+                from huggingface_hub import snapshot_download
+
+                beside = Path(snapshot_download(target, allow_patterns=[f"{inside}/*"])) / inside
+        return os.path.abspath(beside) if value.startswith(".") or _is_directory(beside) else value
 
     if "model" in recipe:
         recipe["model"] = absolute(recipe["model"])
@@ -268,7 +292,9 @@ def locate_artefact(reference: str) -> Path:
     Raises:
         ConfigError: nothing there.
     """
-    path = Path(reference).expanduser()
+    if not reference:
+        raise ConfigError(f"{WHERE}.arbiter: empty; pass an artefact's directory or hub id")
+    path = Path(os.path.expanduser(reference))
     if _is_directory(path):
         return path.resolve()
     if _looks_local(reference) or _exists(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Tally:
         return {
             "mode": mode,
             "accuracy": self.correct / max(1, self.asked),
+            "accuracy_ci95": wilson_interval(self.correct, self.asked),
             "num_problems": self.asked,
             "acceptance_length": self.acceptance_length,
             "num_mismatches": int(self.counters.get("vllm:cospec_num_mismatches", 0)),
@@ -120,16 +122,26 @@ def run_demo(num_problems: int, json_path: Path | None, console: Console) -> lis
     return rows
 
 
+def wilson_interval(correct: float, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, correct / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
 def comparison(rows: list[dict[str, Any]]) -> Table:
     """Return the table of the two modes."""
     n = rows[0]["num_problems"]
     table = Table(title=f"{n} held-out problems, greedy, {CONCURRENCY} at a time")
-    for heading in ("mode", "accuracy", "acceptance length", "mismatches", "overrides", "tokens/s"):
+    for heading in ("mode", "accuracy (95 %)", "acceptance length", "mismatches", "overrides", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "mode" else "right")
     for row in rows:
+        low, high = row["accuracy_ci95"]
         table.add_row(
             row["mode"],
-            f"{100 * row['accuracy']:.1f} %",
+            f"{100 * row['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})",
             f"{row['acceptance_length']:.2f}",
             str(row["num_mismatches"]),
             str(row["num_overrides"]),

@@ -33,19 +33,27 @@ class CompatibilityError(CoSpecError):
     """This vLLM, runner or drafter lacks something arbitration stands on."""
 
 
+def shorten(value: object, limit: int = 80) -> str:
+    """Return ``repr(value)`` in at most ``limit`` characters, whatever the value is."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer too long to print
+        text = f"a {type(value).__name__} too large to print"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def first_sentence(error: ValidationError, where: str, hide: tuple[str, ...] = ()) -> str:
     """Return the first problem of a pydantic error as one sentence: field, what is wrong, value, what is allowed.
 
     Args:
         error: what pydantic raised.
         where: what the field belongs to, put before its name.
-        hide: parts below the first level that are tags of a union, not names a user wrote.
+        hide: parts at the second level that are tags of a union, not names a user wrote.
     """
     problem = error.errors(include_url=False)[0]
-    parts = [str(part) for depth, part in enumerate(problem["loc"]) if depth == 0 or part not in hide]
+    parts = [str(part) for depth, part in enumerate(problem["loc"]) if depth != 1 or part not in hide]
     field = ".".join([where, *parts])
-    value = repr(problem.get("input"))
-    value = value if len(value) <= 80 else value[:77] + "..."
+    value = shorten(problem.get("input"))
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{field}: {message}"

@@ -25,7 +25,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
 logger = init_logger("vllm.cospec.metrics")
 
-DIRECTORY_VARIABLE = "VLLM_COSPEC_COUNTERS"
+DIRECTORY_VARIABLE = "COSPEC_COUNTERS"
 """``PID:DIRECTORY``, for child processes: the API servers of one server share a directory. Not a setting for users."""
 
 
@@ -60,6 +60,7 @@ class Counters:
         self.num_positions = num_positions
         self.path = Path(directory) / f"engine-{engine}"
         self._values: np.memmap | None = None
+        self._file: Any = None
 
     def open(self, create: bool) -> bool:
         """Map the file; returns False when it does not exist and ``create`` is False."""
@@ -72,7 +73,8 @@ class Counters:
                 file.truncate(size * 8)
         elif not self.path.exists() or self.path.stat().st_size != size * 8:
             return False
-        self._values = np.memmap(self.path, np.int64, "r+", shape=(size,))
+        self._file = self.path.open("r+b")  # kept open: the lock outlives a cleaner of temporary directories
+        self._values = np.memmap(self._file, np.int64, "r+", shape=(size,))
         return True
 
     def add(self, num_mismatches: int, overrides_per_position: np.ndarray) -> None:
@@ -86,8 +88,8 @@ class Counters:
         """Return (mismatches, overrides per position) since the engine started."""
         if not self.open(create=False):
             return 0, np.zeros(self.num_positions, np.int64)
-        values = np.array(self._values[: self.num_positions + 1])  # type: ignore[index]
-        return int(values[-1]), values[:-1]
+        now = self._snapshot()
+        return int(now[-1]), now[:-1]
 
     def take_unexported(self) -> tuple[int, np.ndarray]:
         """Return (mismatches, overrides per position) that no process has taken yet, and mark them taken."""
@@ -96,16 +98,27 @@ class Counters:
         with self._locked():
             values = self._values
             assert values is not None
-            now = np.array(values[: self.num_positions + 1])
+            now = self._snapshot()
             new = now - values[self.num_positions + 1 :]
             values[self.num_positions + 1 :] = now
         return int(new[-1]), new[:-1]
 
+    def _snapshot(self) -> np.ndarray:
+        """Copy overrides, then mismatches: one copy of both may read its tail first."""
+        values = self._values
+        assert values is not None
+        now = np.empty(self.num_positions + 1, np.int64)
+        now[:-1] = values[: self.num_positions]
+        now[-1] = values[self.num_positions]
+        return now
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with self.path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
             yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
 class CoSpecDecodingProm(SpecDecodingProm):

@@ -95,7 +95,7 @@ def _translate(
     try:
         speculative_config = original(stand_in, target_model_config, target_parallel_config)
     except Exception as error:  # pydantic, transformers and the hub client all raise their own types here
-        raise ConfigError(f"{WHERE}: vLLM refused the drafter: {_reason(error)}") from None
+        raise ConfigError(f"{WHERE}: vLLM refused the drafter {inner.get('model')!r}: {_reason(error)}") from None
     settings = _settle(config, speculative_config, target_model_config)
     _install(settings)
     speculative_config.cospec = settings

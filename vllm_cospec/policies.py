@@ -126,7 +126,7 @@ class RelaxedTopK(Policy):
     """Keep d when it is among the target's first ``top_n`` and p(d) >= p(t*) - delta (TensorRT-LLM)."""
 
     policy: Literal["relaxed_topk"] = "relaxed_topk"
-    top_n: int = Field(10, ge=1)
+    top_n: int = Field(10, ge=1, le=2**31 - 1)
     """How many of the target's choices qualify; 1 is strict."""
     delta: float = Field(0.6, ge=0, le=1)
     """How far below the target's first choice the draft may lie; 0 is strict."""

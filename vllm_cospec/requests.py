@@ -26,9 +26,9 @@ class RequestKeys(BaseModel):
     """"strict" switches arbitration off; the server's own policy switches it on where it is off by default."""
     cospec_threshold: float | None = Field(None, ge=0, le=1, strict=True)
     """Threshold of the trained arbiter."""
-    cospec_max_overrides: int | None = Field(None, ge=0, strict=True)
+    cospec_max_overrides: int | None = Field(None, ge=0, le=2**31 - 1, strict=True)
     """Overrides allowed in this request."""
-    cospec_exact_tokens: int | None = Field(None, ge=0, strict=True)
+    cospec_exact_tokens: int | None = Field(None, ge=0, le=2**31 - 1, strict=True)
     """The first so many output tokens are verified strictly."""
 
 

@@ -1,0 +1,105 @@
+"""What it costs to have cospec installed and verify strictly: throughput of ``strict`` against stock vLLM.
+
+Two engines with the same target and draft are alive at once and take turns on the same prompts, so that a noisy machine
+hits them alike. The order within a round alternates. Reported: the median over rounds of the ratio within a round.
+
+    python benchmarks/strict_cost.py [--rounds 15] [--num-prompts 128] [--max-concurrency 16] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import vllm_cospec.demo
+from vllm_cospec.compat import vllm_version
+from vllm_cospec.training.tasks import load_task
+
+BUNDLED = Path(vllm_cospec.demo.__file__).parent
+MAX_TOKENS = 60
+
+
+def main(
+    target: Annotated[str, typer.Option(help="Target model.")] = str(BUNDLED / "target"),
+    draft: Annotated[str, typer.Option(help="Draft model.")] = str(BUNDLED / "draft"),
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds; in each, both engines answer every prompt once.")] = 15,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts per round.")] = 128,
+    max_concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
+    num_speculative_tokens: Annotated[int, typer.Option(min=1, help="K.")] = 7,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+) -> None:
+    """Compare strict cospec with stock vLLM in interleaved rounds."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from vllm import LLM, SamplingParams
+
+    common: dict[str, Any] = {"model": draft, "num_speculative_tokens": num_speculative_tokens}
+    methods = {
+        "stock": {"method": "draft_model", "draft_sample_method": "probabilistic", **common},
+        "strict": {"method": "cospec", "arbiter": {"policy": "strict"}, **common},
+    }
+    engines = {
+        name: LLM(
+            target,
+            dtype="float32",
+            max_model_len=128,
+            kv_cache_memory_bytes=2**28,
+            enforce_eager=True,
+            max_num_seqs=max_concurrency,
+            enable_prefix_caching=False,
+            speculative_config=method,
+        )
+        for name, method in methods.items()
+    }
+    prompts = [problem.prompt for problem in load_task("demo").problems(seed=5, n=num_prompts)]
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    texts: dict[str, list[str]] = {}
+    for name, engine in engines.items():  # warm-up, and the outputs that must be equal
+        texts[name] = [output.outputs[0].text for output in engine.generate(prompts, params, use_tqdm=False)]
+    for number in track(range(rounds), "rounds", console=Console(stderr=True)):
+        for name in list(engines)[:: 1 if number % 2 else -1]:
+            start = time.perf_counter()
+            outputs = engines[name].generate(prompts, params, use_tqdm=False)
+            seconds = time.perf_counter() - start
+            rates[name].append(sum(len(output.outputs[0].token_ids) for output in outputs) / seconds)
+    ratios = [strict / stock for strict, stock in zip(rates["strict"], rates["stock"], strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4)
+    result = {
+        "schema": 1,
+        "environment": {"vllm": vllm_version(), "python": platform.python_version(), "cpus": os.cpu_count(),
+                        "machine": platform.machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")},
+        "rounds": rounds,
+        "num_prompts": num_prompts,
+        "max_concurrency": max_concurrency,
+        "same_output": texts["stock"] == texts["strict"],
+        "tokens_per_s": {name: statistics.median(values) for name, values in rates.items()},
+        "strict_over_stock": {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]], "all": ratios},
+    }  # fmt: skip
+    table = Table("engine", "tokens/s (median)", title=f"{rounds} interleaved rounds of {num_prompts} prompts")
+    for name, value in result["tokens_per_s"].items():  # type: ignore[attr-defined]
+        table.add_row(name, f"{value:.0f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"strict / stock: median {quartiles[1]:.3f}, quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}; "
+        f"outputs {'identical' if result['same_output'] else 'DIFFER'}"
+    )
+    if json_path is not None:
+        json_path.write_text(json.dumps(result, indent=2) + "\n")
+    if not result["same_output"]:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

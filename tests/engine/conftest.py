@@ -1,0 +1,52 @@
+"""Real engines, each in a process of its own, and the bundled pair."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vllm_cospec.demo
+from vllm_cospec.training.tasks import load_task
+
+RunEngine = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def pair() -> Path:
+    """The directory that holds target/ and draft/."""
+    return Path(vllm_cospec.demo.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    """200 held-out problems."""
+    return [problem.prompt for problem in load_task("demo").problems(seed=11, n=200)]
+
+
+@pytest.fixture(scope="session")
+def run_engine(pair: Path) -> RunEngine:
+    """Run a job on an engine with the bundled target; see run_engine.py for its form."""
+
+    def run(
+        runs: list[dict[str, Any]], speculative_config: Any = None, mend: bool = False, **engine: Any
+    ) -> dict[str, Any]:
+        engine = {"model": str(pair / "target"), "speculative_config": speculative_config} | engine
+        job = {"engine": engine, "runs": runs, "mend": mend}
+        process = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("run_engine.py"))],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            timeout=420,
+            check=False,
+        )
+        assert process.returncode == 0, process.stderr[-4000:]
+        return json.loads(process.stdout)
+
+    return run

@@ -1,0 +1,169 @@
+"""A real server, asked over HTTP by the OpenAI client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_schema, save_artefact, tokenizer_hash
+from vllm_cospec.demonstration import SERVER_ARGUMENTS
+from vllm_cospec.server import Server
+
+NUM_CALLS = 300
+SCHEMA = {
+    "type": "object",
+    "properties": {"value": {"type": "integer"}},
+    "required": ["value"],
+    "additionalProperties": False,
+}
+BAD_KEYS: list[dict[str, Any]] = [
+    {"cospec_policy": "nope"},
+    {"cospec_threshold": 1.5},
+    {"cospec_max_overrides": -1},
+    {"cospec_max_overrides": "many"},
+    {"cospec_exact_tokens": 0.5},
+    {"cospec_typo": 1},
+    {"cospec_policy": [1]},
+]
+
+
+@pytest.fixture(scope="module")
+def arbiter(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real artefact for the bundled target, with untrained weights: this file is about serving."""
+    torch.manual_seed(3)
+    vocabulary = AutoTokenizer.from_pretrained(pair / "target").get_vocab()
+    config = ArtefactConfig(
+        schema=current_schema(draft_logits=True),
+        hidden_sizes=(32,),
+        threshold=0.5,
+        provenance=Provenance(vocab_size=len(vocabulary), tokenizer_hash=tokenizer_hash(vocabulary)),
+    )
+    directory = tmp_path_factory.mktemp("artefact") / "arbiter"
+    save_artefact(directory, Arbiter((32,)), config, "An untrained arbiter.\n")
+    return directory
+
+
+@pytest.fixture(scope="module", params=["learned", "rule"])
+def server(
+    request: pytest.FixtureRequest, pair: Path, arbiter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    policy: Any = str(arbiter) if request.param == "learned" else {"policy": "typical", "posterior_threshold": 0.05}
+    log = tmp_path_factory.mktemp("server") / f"{request.param}.log"
+    with Server(pair / "target", {"method": "cospec", "arbiter": policy}, SERVER_ARGUMENTS, log=log) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def client(server: Server) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=240)
+
+
+def check_counters(server: Server) -> dict[str, float]:
+    counters = server.counters()
+    mismatches, overrides = counters["vllm:cospec_num_mismatches"], counters["vllm:cospec_num_overrides"]
+    per_position = [v for name, v in counters.items() if name.startswith("vllm:cospec_num_overrides_per_pos[")]
+    assert len(per_position) == 7  # as many as the recipe drafts
+    assert overrides <= mismatches
+    assert sum(per_position) == overrides
+    assert counters["vllm:spec_decode_num_accepted_tokens"] <= counters["vllm:spec_decode_num_draft_tokens"]
+    return counters
+
+
+async def one_call(api: openai.AsyncOpenAI, kind: str, prompt: str, seed: int) -> str:
+    """Make one call; returns what came back, "aborted" for a call that was dropped half-way."""
+    common: dict[str, Any] = {"model": "demo", "max_tokens": 60}
+    if kind == "schema":
+        answer = await api.chat.completions.create(
+            messages=[{"role": "user", "content": prompt}],
+            response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}},  # type: ignore[arg-type]
+            temperature=0,
+            **common,
+        )
+        return answer.choices[0].message.content or ""
+    if kind == "aborted":
+        stream = await api.completions.create(prompt=prompt, stream=True, temperature=0, **common)
+        async for _ in stream:
+            break
+        await stream.close()
+        return "aborted"
+    keys = {
+        "strict": {"cospec_policy": "strict"},
+        "budget": {"cospec_max_overrides": 1, "cospec_exact_tokens": 3},
+    }.get(kind)
+    sampling: dict[str, Any] = {"temperature": 0}
+    if kind == "sampled":
+        sampling = {"temperature": 0.8, "top_p": 0.95, "seed": seed}
+    extra = {"vllm_xargs": keys} if keys else {}
+    answer = await api.completions.create(prompt=prompt, extra_body=extra, **sampling, **common)
+    return answer.choices[0].text
+
+
+async def ask_all(server: Server, prompts: list[str]) -> list[tuple[str, str]]:
+    kinds = ["strict", "arbitrated", "budget", "sampled", "schema", "aborted"]
+    random.Random(0).shuffle(kinds)
+    async with client(server) as api:
+        calls = [(kinds[i % len(kinds)], prompts[i % len(prompts)]) for i in range(NUM_CALLS)]
+        texts = await asyncio.gather(*(one_call(api, kind, prompt, i) for i, (kind, prompt) in enumerate(calls)))
+    return [(kind, text) for (kind, _), text in zip(calls, texts, strict=True)]
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_300_concurrent_calls_are_all_answered(server: Server, prompts: list[str]) -> None:
+    answers = asyncio.run(ask_all(server, prompts))
+    assert len(answers) == NUM_CALLS
+    for kind, text in answers:
+        assert text, kind
+        if kind == "schema":
+            assert text.lstrip().startswith("{")
+            if text.rstrip().endswith("}"):
+                assert isinstance(json.loads(text)["value"], int)
+        elif kind in ("strict", "arbitrated", "budget"):
+            assert text[0].isdigit()
+    assert server.alive()
+    assert check_counters(server)["vllm:cospec_num_overrides"] > 0
+
+
+@pytest.mark.engine
+def test_a_bad_value_is_a_400_with_a_reason_and_the_server_lives_on(server: Server, prompts: list[str]) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as api:
+        for keys in BAD_KEYS:
+            with pytest.raises(openai.BadRequestError) as caught:
+                api.completions.create(model="demo", prompt=prompts[0], extra_body={"vllm_xargs": keys})
+            assert next(iter(keys)) in str(caught.value)
+        assert api.completions.create(model="demo", prompt=prompts[0], max_tokens=20).choices[0].text
+    assert server.alive()
+
+
+@pytest.mark.engine
+def test_strict_and_structured_requests_consult_nobody(server: Server, prompts: list[str]) -> None:
+    before = check_counters(server)["vllm:cospec_num_mismatches"]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as api:
+        for prompt in prompts[:20]:
+            api.completions.create(
+                model="demo", prompt=prompt, temperature=0, extra_body={"vllm_xargs": {"cospec_policy": "strict"}}
+            )
+            api.chat.completions.create(
+                model="demo",
+                messages=[{"role": "user", "content": prompt}],
+                max_tokens=40,
+                response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}},
+            )
+    assert check_counters(server)["vllm:cospec_num_mismatches"] == before
+
+
+@pytest.mark.engine
+def test_lossy_verification_is_announced_once(server: Server) -> None:
+    assert server.log is not None
+    lines = [line for line in server.log.read_text().splitlines() if "LOSSY" in line]
+    assert len(lines) == 1
+    assert "WARNING" in lines[0]
