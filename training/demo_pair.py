@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vllm_cospec.atomic import new_directory
 from vllm_cospec.training.tasks import draw_expression, split_of
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -244,20 +245,17 @@ def train_model(
 
 
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write a checkpoint directory that vLLM and transformers load, replacing an older one only when complete."""
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    for extra in directory.glob("*"):
-        if not (partial / extra.name).exists():
-            shutil.copy(extra, partial)  # README.md, cospec.json
-    for file in partial.iterdir():
-        file.chmod(0o644)  # weights are written readable by their owner alone
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    """Write a checkpoint directory that vLLM and transformers load; other files of an older one are kept."""
+    with new_directory(directory) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        for older in directory.glob("*"):
+            if not (partial / older.name).exists():
+                shutil.copy(older, partial)  # cospec.json
+        for file in partial.iterdir():
+            file.chmod(0o644)  # weights are written readable by their owner alone
 
 
 def main(

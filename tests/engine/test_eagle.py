@@ -46,7 +46,11 @@ def random_head(directory: Path, pair: Path, eagle3: bool) -> Path:
             "norm.weight": torch.ones(hidden),
             "lm_head.weight": random(vocabulary, hidden),
         }
-        config |= {"draft_vocab_size": vocabulary, "architectures": ["LlamaForCausalLMEagle3"]}
+        config |= {
+            "draft_vocab_size": vocabulary,
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "eagle_aux_hidden_state_layer_ids": [1, 2, 3],  # vLLM's default names a layer twice in so small a target
+        }
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "tie_word_embeddings": False}))

@@ -86,7 +86,10 @@ class CoSpecRejectionSampler(RejectionSampler):
         """
         proposals = self._recorder.take()
         states = self._states(len(metadata.num_draft_tokens))
-        if states is None or not any(state.settings.arbitrated for state in states):
+        num_drafts = len(metadata.draft_token_ids)
+        # When all drafts of a step were trimmed away, stock's top-k fails on the CPU for want of a row.
+        stock_fails = num_drafts == 0 and sampling_metadata.top_k is not None
+        if states is None or not (stock_fails or any(state.settings.arbitrated for state in states)):
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
 
         bonus = self.sampler(
@@ -96,8 +99,10 @@ class CoSpecRejectionSampler(RejectionSampler):
             logprobs_mode_override="processed_logits" if self.is_processed_logprobs_mode else "raw_logits",
         )
         raw = logits[metadata.target_logits_indices].float()
-        processed = self.apply_logits_processors(raw.clone(), sampling_metadata, metadata)
-        processed = apply_sampling_constraints(processed, metadata.cu_num_draft_tokens, sampling_metadata)
+        processed = raw
+        if num_drafts:
+            processed = self.apply_logits_processors(raw.clone(), sampling_metadata, metadata)
+            processed = apply_sampling_constraints(processed, metadata.cu_num_draft_tokens, sampling_metadata)
         batch = self._strict_verdict(metadata, draft_probs, raw, processed, bonus.sampled_token_ids, sampling_metadata)
         batch.requests = self._requests(states, proposals, metadata)
         if self._settings.draft_logits:
@@ -158,7 +163,7 @@ class CoSpecRejectionSampler(RejectionSampler):
         vocabulary = processed.shape[1]
         num_draft_tokens = np.array(metadata.num_draft_tokens, np.int64)
         uniform = ratio = None
-        if not sampling_metadata.all_greedy:
+        if len(drafts) and not sampling_metadata.all_greedy:
             uniform = generate_uniform_probs(
                 len(drafts), metadata.num_draft_tokens, sampling_metadata.generators, processed.device
             ).float()

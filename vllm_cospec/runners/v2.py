@@ -1,0 +1,312 @@
+"""Model Runner V2: a rejection sampler whose verification is the fused Triton path.
+
+Chunks in which no request is arbitrated go to stock verification untouched. Everything else stays stock as well: which
+rows are verified, the processing of logits, logprobs, the grammar's invalid drafts. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+from vllm_cospec.config import WHERE, Settings
+from vllm_cospec.errors import CompatibilityError, ConfigError
+from vllm_cospec.kernels.decisions import compile_policy, flatten_weights
+from vllm_cospec.kernels.launch import UNLIMITED, Slots, Trace, arbitrate, warm_up
+from vllm_cospec.metrics import Counters
+from vllm_cospec.policies import Learned
+from vllm_cospec.requests import RequestSettings, request_settings
+from vllm_cospec.runners.v1 import Decision
+
+logger = init_logger("vllm.cospec")
+
+STRICT_REQUEST = RequestSettings(arbitrated=False, threshold=1.0, max_overrides=0, exact_tokens=0)
+
+
+class SlotTable:
+    """What the kernels need to know of the request in each of the runner's slots.
+
+    Settings are written on the host, as the sampler writes its own, and become visible with its staged writes. The
+    number of overrides lives on the device; a preempted request takes it along to its next slot.
+    """
+
+    def __init__(self, runner: Any, settings: Settings):
+        size = runner.max_num_reqs
+        self._runner = runner
+        self._settings = settings
+        self.arbitrated = UvaBackedTensor(size, dtype=torch.int32)
+        self._threshold = UvaBackedTensor(size, dtype=torch.float32)
+        self._max_overrides = UvaBackedTensor(size, dtype=torch.int32)
+        self._exact_tokens = UvaBackedTensor(size, dtype=torch.int32)
+        self._overrides_so_far = torch.zeros(size, dtype=torch.int32, device=runner.device)
+        self._preempted: dict[str, Tensor] = {}
+        self._add_request = runner.sampler.add_request
+        self._apply_staged_writes = runner.sampler.apply_staged_writes
+        self._finish_requests = runner.finish_requests
+        runner.sampler.add_request = self.add_request
+        runner.sampler.apply_staged_writes = self.apply_staged_writes
+        runner.finish_requests = self.finish_requests
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> None:
+        """As the sampler's, which this wraps; slots are recycled, so everything is overwritten."""
+        self._add_request(req_idx, sampling_params)
+        try:
+            own = request_settings(sampling_params, self._settings)
+        except ConfigError:  # refused at the front end; a request that came another way is served strictly
+            own = STRICT_REQUEST
+        self.arbitrated.np[req_idx] = own.arbitrated
+        self._threshold.np[req_idx] = own.threshold
+        self._max_overrides.np[req_idx] = UNLIMITED if own.max_overrides is None else min(own.max_overrides, UNLIMITED)
+        self._exact_tokens.np[req_idx] = min(own.exact_tokens, UNLIMITED)
+        before = self._preempted.pop(self._runner.req_states.index_to_req_id.get(req_idx, ""), None)
+        if before is None:
+            self._overrides_so_far[req_idx].zero_()
+        else:
+            self._overrides_so_far[req_idx].copy_(before)
+
+    def apply_staged_writes(self) -> None:
+        """As the sampler's, which this wraps."""
+        self._apply_staged_writes()
+        for tensor in (self.arbitrated, self._threshold, self._max_overrides, self._exact_tokens):
+            tensor.copy_to_uva()
+
+    def finish_requests(self, scheduler_output: Any) -> None:
+        """As the runner's, which this wraps: remember what a preempted request has used of its budget."""
+        for req_id in scheduler_output.preempted_req_ids or ():
+            slot = self._runner.req_states.req_id_to_index.get(req_id)
+            if slot is not None:
+                self._preempted[req_id] = self._overrides_so_far[slot].clone()
+        for req_id in scheduler_output.finished_req_ids:
+            self._preempted.pop(req_id, None)
+        self._finish_requests(scheduler_output)
+
+    def on_device(self) -> Slots:
+        """Return the table as the kernels take it."""
+        return Slots(
+            self.arbitrated.gpu,
+            self._threshold.gpu,
+            self._max_overrides.gpu,
+            self._exact_tokens.gpu,
+            self._overrides_so_far,
+            self._runner.req_states.prompt_len.gpu,
+        )
+
+
+class DeviceCounters:
+    """Counts on the device, carried to the shared file when a copy happens to have arrived.
+
+    On a GPU the file lags a step behind: the copy of one step is read at the next.
+    """
+
+    def __init__(self, counters: Counters | None, num_positions: int, device: torch.device):
+        self.on_device = torch.zeros(num_positions + 1, dtype=torch.int64, device=device)
+        self._counters = counters
+        self._on_host = torch.zeros(num_positions + 1, dtype=torch.int64, pin_memory=device.type != "cpu")
+        self._copied = None if device.type == "cpu" else torch.Event(device)
+        self._in_flight = False
+        self._exported = np.zeros(num_positions + 1, np.int64)
+
+    def export(self) -> None:
+        """Hand over what has arrived and send the next copy; never waits."""
+        if self._counters is None:
+            return
+        if self._copied is None:
+            self._on_host.copy_(self.on_device)
+            self._add()
+            return
+        if self._in_flight:
+            if not self._copied.query():
+                return
+            self._add()
+        self._on_host.copy_(self.on_device, non_blocking=True)
+        self._copied.record()
+        self._in_flight = True
+
+    def _add(self) -> None:
+        new = self._on_host.numpy() - self._exported
+        if new.any():
+            assert self._counters is not None
+            self._counters.add(int(new[-1]), new[:-1])
+            self._exported += new
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step's trace, still on the device, and what is needed to attribute it."""
+
+    request_ids: dict[int, str]  # by slot
+    slot: Tensor  # [R]
+    local_pos: Tensor  # [R]
+    output_position: Tensor  # [R]
+    trace: Trace
+
+
+class CoSpecRejectionSampler(RejectionSampler):
+    """Verifies drafts on the device with a policy at the mismatches."""
+
+    def __init__(self, runner: Any, settings: Settings, counters: Counters | None):
+        super().__init__(runner.sampler, runner.speculative_config, runner.device)
+        self._runner = runner
+        self._settings = settings
+        self._slots = SlotTable(runner, settings)
+        self._counters = DeviceCounters(counters, settings.num_speculative_tokens, runner.device)
+        self._steps: list[_Step] = []
+        self.sample_actions = False
+        """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
+        arbiter = None
+        if isinstance(settings.policy, Learned):
+            from vllm_cospec.arbiter import load_artefact
+
+            arbiter, _ = load_artefact(Path(settings.policy.artefact))
+        self._program = compile_policy(settings.policy, runner.device, arbiter, settings.collect)
+
+    def _verify(
+        self,
+        logits: Tensor,
+        draft_logits: Tensor | None,
+        draft_sampled: Tensor,
+        pos: Tensor,
+        cu_num_logits: Tensor,
+        idx_mapping: Tensor,
+        idx_mapping_np: np.ndarray,
+        expanded_idx_mapping: Tensor,
+        expanded_local_pos: Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        verify_draft_sampled: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Verify one chunk; arguments and result are those of the stock sampler."""
+        if not self._slots.arbitrated.np[idx_mapping_np].any():
+            return super()._verify(
+                logits, draft_logits, draft_sampled, pos, cu_num_logits, idx_mapping, idx_mapping_np,
+                expanded_idx_mapping, expanded_local_pos, seq_lens_upper_bound_np, verify_draft_sampled,
+            )  # fmt: skip
+        processed = self.sampler.apply_sampling_params(
+            logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, draft_sampled, expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )  # fmt: skip
+        states = self.sampler.sampling_states
+        slots = self._slots.on_device()
+        verified = arbitrate(
+            logits, processed, draft_logits, verify_draft_sampled, cu_num_logits, pos, idx_mapping,
+            expanded_idx_mapping, expanded_local_pos, states.temperature.gpu, states.seeds.gpu,
+            self.num_speculative_steps, slots, self._program, self._counters.on_device,
+            use_fp64=self.sampler.use_fp64_gumbel, collect=self._settings.collect, sample_actions=self.sample_actions,
+        )  # fmt: skip
+        self._counters.export()
+        if verified.trace is not None:
+            names = self._runner.req_states.index_to_req_id
+            output_position = pos + 1 - slots.prompt_len[expanded_idx_mapping]
+            self._steps.append(
+                _Step(
+                    {int(slot): names.get(int(slot), "") for slot in idx_mapping_np},
+                    expanded_idx_mapping, expanded_local_pos, output_position, verified.trace,
+                )
+            )  # fmt: skip
+        return processed, verified.sampled, verified.num_sampled
+
+    def warm_up(self) -> None:
+        """Compile every kernel these settings can launch."""
+        runner = self._runner
+        warm_up(
+            runner.vocab_size,
+            runner.vllm_config.model_config.head_dtype,
+            runner.speculator.draft_logits,
+            self.num_speculative_steps,
+            self._program,
+            runner.device,
+            self.sampler.use_fp64_gumbel,
+            self._settings.collect,
+            self.sample_actions,
+        )
+
+    def set_arbiter(self, state_dict: dict[str, Tensor]) -> None:
+        """Replace the arbiter's weights in memory; takes effect at the next step."""
+        assert self._program.weights is not None
+        self._program.weights.copy_(flatten_weights(state_dict))
+
+    def take_decisions(self) -> list[Decision]:
+        """Return what was recorded since the last call, and forget it. Waits for the device."""
+        steps, self._steps = self._steps, []
+        return [decision for step in steps for decision in self._decisions(step)]
+
+    def _decisions(self, step: _Step) -> list[Decision]:
+        action = step.trace.action.cpu().numpy()
+        slot, local, output = (t.cpu().numpy() for t in (step.slot, step.local_pos, step.output_position))
+        statistics, probability = step.trace.statistics.cpu(), step.trace.probability.cpu()
+        has_probability = isinstance(self._settings.policy, Learned)
+        return [
+            Decision(
+                request_id=step.request_ids[int(slot[row])],
+                output_position=int(output[row]),
+                block_position=int(local[row]),
+                statistics=statistics[row],
+                kept=bool(action[row]),
+                probability=float(probability[row]) if has_probability else None,
+            )
+            for row in np.flatnonzero(action >= 0)
+        ]
+
+
+def check(runner: Any, settings: Settings) -> None:
+    """Refuse what arbitration cannot be combined with on V2.
+
+    Raises:
+        CompatibilityError: one sentence that names the setting and the way out.
+    """
+    sampler, config = runner.rejection_sampler, runner.speculative_config
+    if type(sampler) is not RejectionSampler:
+        raise CompatibilityError(
+            f"{type(sampler).__name__}: this model brings its own verification, which cospec would replace; "
+            f"serve it without cospec"
+        )
+    if sampler.enable_adaptive_verification:
+        raise CompatibilityError(
+            f"{WHERE}.enable_adaptive_verification: True cannot be combined with cospec; leave it out"
+        )
+    if sampler.watermark_key is not None:
+        raise CompatibilityError("watermark_config: cannot be combined with cospec; leave it out")
+    if sampler.use_block_verification or sampler.synthetic_conditional_rates is not None:
+        raise CompatibilityError(
+            f"{WHERE}.rejection_sample_method: {config.rejection_sample_method!r} cannot be combined with cospec; "
+            f"leave it out"
+        )
+    if runner.batch_sharder is not None:
+        raise CompatibilityError("batch-sharded sampling: cannot be combined with cospec; switch it off")
+    if settings.draft_logits and runner.speculator.draft_logits is None:
+        raise CompatibilityError(
+            f"{WHERE}.draft_sample_method: {config.draft_sample_method!r} keeps no draft logits, which arbitration "
+            f"reads; leave it out, or pass 'probabilistic'"
+        )
+
+
+def install(runner: Any, settings: Settings, engine_index: int) -> CoSpecRejectionSampler:
+    """Put arbitration into a loaded V2 runner.
+
+    Args:
+        runner: vLLM's V2 GPUModelRunner or a subclass, with speculator and sampler built.
+        settings: of the server.
+        engine_index: which of the server's engines this is, for the counters.
+
+    Raises:
+        CompatibilityError: something cospec cannot be combined with.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    check(runner, settings)
+    counters = None
+    if get_tp_group().is_first_rank:  # every rank decides alike, one of them counts
+        counters = Counters(settings.counters, engine_index, settings.num_speculative_tokens)
+        counters.open(create=True)
+    draft_logits = runner.speculator.draft_logits
+    if draft_logits is not None:
+        logger.info("CoSpec keeps draft logits: %.2f GiB on the device.", draft_logits.nbytes / 2**30)
+    runner.rejection_sampler = CoSpecRejectionSampler(runner, settings, counters)
+    return runner.rejection_sampler
