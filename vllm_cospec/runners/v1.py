@@ -29,6 +29,7 @@ from vllm_cospec.kernels.cpu import UNLIMITED, Batch, BatchResult, Requests, ver
 from vllm_cospec.metrics import Counters
 from vllm_cospec.policies import Learned, Mismatches
 from vllm_cospec.requests import RequestSettings, request_settings
+from vllm_cospec.runners.decision import Decision
 from vllm_cospec.runners.proposals import ProposalRecorder, Proposals
 
 STATE = "cospec_state"  # attribute of vLLM's CachedRequestState: lives and dies with the request
@@ -40,18 +41,6 @@ class RequestState:
 
     settings: RequestSettings
     overrides: int = 0
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One consulted mismatch, as ``collect`` records it."""
-
-    request_id: str
-    output_position: int
-    block_position: int
-    statistics: Tensor  # [16] float32
-    kept: bool
-    probability: float | None  # of keeping, where the policy has one
 
 
 class CoSpecRejectionSampler(RejectionSampler):

@@ -24,7 +24,7 @@ from vllm_cospec.kernels.launch import UNLIMITED, Slots, Trace, arbitrate, warm_
 from vllm_cospec.metrics import Counters
 from vllm_cospec.policies import Learned
 from vllm_cospec.requests import RequestSettings, request_settings
-from vllm_cospec.runners.v1 import Decision
+from vllm_cospec.runners.decision import Decision
 
 logger = init_logger("vllm.cospec")
 

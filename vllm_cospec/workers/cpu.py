@@ -51,7 +51,10 @@ class CoSpecCPUWorker(CPUWorker):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the models, then install; warm-up comes later and runs through the installed sampler."""
         super().load_model(load_dummy_weights=load_dummy_weights)
-        from vllm_cospec.runners.v1 import install
+        if self.use_v2_model_runner:
+            from vllm_cospec.runners.v2 import install
+        else:
+            from vllm_cospec.runners.v1 import install  # type: ignore[assignment]
 
         self.cospec: Any = install(
             self.model_runner,

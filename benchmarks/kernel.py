@@ -1,0 +1,131 @@
+"""What verification costs: a compile report for GPUs, computed memory floors, and a measured comparison on the CPU.
+
+    python benchmarks/kernel.py [--no-offline] [--no-cpu] [--target sm_90] [--only bf16] [--json FILE]
+
+No GPU is needed and none is used. Nothing printed here is a GPU's speed: the compile report counts registers, spills
+and bytes, and the floors are those bytes divided by a data sheet's bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+VOCAB_SIZE, NUM_DRAFT_TOKENS, AGREEMENT = 151_936, 5, 0.7
+BANDWIDTH_TB_PER_S = {"A100 80GB SXM": 2.039, "H100 SXM": 3.35, "B200": 8.0, "MI300X": 5.3, "MI355X": 8.0}
+"""Peak memory bandwidth by the makers' data sheets."""
+
+
+def step_rows(agreement: float, num_draft_tokens: int) -> dict[str, float]:
+    """Expected rows of V logits one request moves in a greedy step, and in one sampled at temperature 1.
+
+    Positions agree independently with probability a. Strict verification reads K target rows (sampled: K draft rows as
+    well) and then the one row it draws from: the bonus row with probability a^K; a sampled request also reads its
+    rejected target and draft row. Arbitration adds the first mismatch's target and draft row, with probability
+    1 - a^K; overrides are left out, since each saves the rows of a later step.
+    """
+    a, k = agreement, num_draft_tokens
+    complete = a**k
+    greedy, sampled = k + complete, 2 * k + complete + 2 * (1 - complete)
+    extra = 2 * (1 - complete)
+    return {
+        "greedy_stock": greedy,
+        "greedy_arbitrated": greedy + extra,
+        "sampled_stock": sampled,
+        "sampled_arbitrated": sampled + extra,
+    }
+
+
+def floors(batch: int, bytes_per_logit: int = 2) -> list[dict[str, Any]]:
+    """Memory-bound floor of one verification step on named GPUs, in microseconds. Computed, not measured."""
+    row = VOCAB_SIZE * bytes_per_logit
+    return [
+        {
+            "gpu": gpu,
+            "batch": batch,
+            "basis": "computed, not measured",
+            **{
+                f"{name}_us": batch * rows * row / (bandwidth * 1e12) * 1e6
+                for name, rows in step_rows(AGREEMENT, NUM_DRAFT_TOKENS).items()
+            },
+        }
+        for gpu, bandwidth in BANDWIDTH_TB_PER_S.items()
+    ]
+
+
+def _offline(targets: list[str], only: str) -> list[dict[str, Any]]:
+    from vllm_cospec.kernels.stand_in import install
+
+    install()  # before vLLM is imported, which is why this runs in a process of its own
+    import variants
+
+    return variants.report(targets, VOCAB_SIZE, NUM_DRAFT_TOKENS, only)
+
+
+def _measure(rounds: int) -> list[dict[str, Any]]:
+    import verification
+
+    return [
+        verification.compare(VOCAB_SIZE, batch, NUM_DRAFT_TOKENS, AGREEMENT, rounds) for batch in verification.BATCHES
+    ]
+
+
+def in_fresh_process(function: Any, *arguments: Any) -> Any:
+    """Run a function in a new interpreter: Triton is switched on in one part of the report and off in the other."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def print_tables(console: Console, report: dict[str, Any]) -> None:
+    """Print what was found."""
+
+    def show(title: str, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            return
+        table = Table(*rows[0], title=title)
+        for row in rows:
+            table.add_row(*(f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v
+                            for v in row.values()))  # fmt: skip
+        console.print(table)
+
+    show("Compiled for GPUs that are not here", report["offline"])
+    show(f"Memory floor at V = {VOCAB_SIZE:,}, K = {NUM_DRAFT_TOKENS}, bf16, {AGREEMENT:.0%} agreement: "
+         "computed, not measured", report["floor"])  # fmt: skip
+    show("Measured on this CPU: whole RejectionSampler.forward, learned policy against stock", report["cpu"])
+
+
+def main() -> None:
+    """Parse the command line, report, and write JSON when asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--offline", action=argparse.BooleanOptionalAction, default=True, help="compile for GPUs")
+    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=True, help="measure on this CPU")
+    parser.add_argument("--target", action="append", help="GPU target of the compile report; default: all")
+    parser.add_argument("--only", default="", help='compile only "kernel: variant" containing this text')
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of the CPU comparison")
+    parser.add_argument("--json", type=Path, help="write the report here")
+    options = parser.parse_args()
+    from offline import TARGETS
+
+    unknown = set(options.target or []) - set(TARGETS)
+    if unknown:
+        parser.error(f"--target: {', '.join(sorted(unknown))} is unknown; choose from {', '.join(TARGETS)}")
+    report = {
+        "schema": 1,
+        "offline": in_fresh_process(_offline, options.target or list(TARGETS), options.only) if options.offline else [],
+        "floor": [entry for batch in (8, 32, 128) for entry in floors(batch)],
+        "cpu": in_fresh_process(_measure, options.rounds) if options.cpu else [],
+    }
+    print_tables(Console(width=180), report)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

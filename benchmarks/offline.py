@@ -1,0 +1,138 @@
+"""Compile Triton kernels for GPUs that are not there, and read what the compilers say of the result.
+
+A launch is recorded instead of run: the arguments of the real entry functions decide the signature, as in Triton's
+own just-in-time compiler, so what is reported is what a server compiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS: dict[str, GPUTarget] = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+_POINTERS = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch that was asked for."""
+
+    kernel: Any  # triton.JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.kernel.__name__
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program needs."""
+
+    registers: int  # per thread: vector registers on AMD
+    spill_bytes: int  # per thread, in memory; AMD's scalar registers overflow into vector registers, which is no spill
+    shared_bytes: int
+
+
+@contextlib.contextmanager
+def recorded_launches(*modules: Any) -> Iterator[list[Launch]]:
+    """Record, instead of running, every launch of a kernel found in these modules."""
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any):
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*args: Any, num_warps: int = 4, **kwargs: Any) -> None:
+                names = self.kernel.arg_names[: len(args)]
+                launches.append(Launch(self.kernel, grid, {**dict(zip(names, args, strict=True)), **kwargs}, num_warps))
+
+            return launch
+
+    replaced = [
+        (module, name, value)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.runtime.JITFunction)
+    ]
+    for module, name, value in replaced:
+        setattr(module, name, Recorder(value))
+    try:
+        yield launches
+    finally:
+        for module, name, value in replaced:
+            setattr(module, name, value)
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile a recorded launch for one of ``TARGETS``; tensors are taken to be 16-byte aligned, as allocators do."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for parameter in launch.kernel.params:
+        value, index = launch.arguments[parameter.name], (parameter.num,)
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[index] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            aligned = not parameter.do_not_specialize_on_alignment
+        elif isinstance(value, int):
+            if value == 1 and not parameter.do_not_specialize:
+                signature[parameter.name], constants[index] = "constexpr", 1
+                continue
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            signature[parameter.name], aligned = "fp32", False
+        if aligned and not parameter.do_not_specialize:
+            attributes[index] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": launch.num_warps})
+    return (_nvidia if target.startswith("sm_") else _amd)(compiled)
+
+
+def _nvidia(compiled: Any) -> Resources:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
+    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared)
+
+
+def _amd(compiled: Any) -> Resources:
+    text = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found is not None, name
+        return int(found[1])
+
+    spilled = max(4 * field("vgpr_spill_count"), field("private_segment_fixed_size"))
+    return Resources(field("vgpr_count"), spilled, compiled.metadata.shared)

@@ -1,0 +1,148 @@
+"""Every kernel variant a server can launch, and stock vLLM's beside them, for the offline report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from offline import Launch, compile_launch, recorded_launches
+from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils as stock
+
+from vllm_cospec.arbiter import Arbiter
+from vllm_cospec.kernels import arbitration, launch, scan
+from vllm_cospec.kernels.decisions import compile_policy
+from vllm_cospec.policies import Fly, Learned, Policy, policy_class, policy_names
+
+REQUIRED: dict[str, dict[str, Any]] = {
+    "cascade": {"alpha": 0.5},
+    "kl": {"max_kl": 1.0},
+    "random": {"rate": 0.5},
+    "learned": {"artefact": "-"},
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def policies(num_draft_tokens: int) -> Iterator[tuple[Policy, Arbiter | None]]:
+    """Every policy, with parameters that leave its code as it is; the learned one with one and two layers."""
+    for name in policy_names():
+        policy = policy_class(name)(**REQUIRED.get(name, {}))
+        if isinstance(policy, Fly):
+            policy = policy.model_copy(update={"window": num_draft_tokens - 1})
+        if isinstance(policy, Learned):
+            yield policy, Arbiter((32,))
+            yield policy, Arbiter((32, 32))
+        else:
+            yield policy, None
+
+
+def launches(vocab_size: int, num_draft_tokens: int) -> Iterator[tuple[str, Launch]]:
+    """Yield (variant, launch) of everything that can be launched, each compiled program once."""
+    seen: set[tuple[Any, ...]] = set()
+    cpu = torch.device("cpu")
+    for dtype_name, dtype in DTYPES.items():
+        for has_draft in (True, False):
+            draft = torch.empty(1, num_draft_tokens, vocab_size, dtype=dtype) if has_draft else None
+            for policy, arbiter in policies(num_draft_tokens):
+                if policy.needs_draft_logits and not has_draft:
+                    continue
+                for collect in (False, True):
+                    program = compile_policy(policy, cpu, arbiter, collect)
+                    with recorded_launches(arbitration, scan, stock) as recorded:
+                        launch.warm_up(vocab_size, dtype, draft, num_draft_tokens, program, cpu, collect=collect)
+                    for one in recorded:
+                        if one.name.startswith("_"):  # stock's own, listed below
+                            continue
+                        key = _identity(one)
+                        if key not in seen:
+                            seen.add(key)
+                            yield _describe(one, dtype_name, policy.policy), one
+            with recorded_launches(stock) as recorded:
+                _stock_step(vocab_size, num_draft_tokens, dtype, draft)
+            for one in recorded:
+                key = _identity(one)
+                if key not in seen:
+                    seen.add(key)
+                    yield _describe(one, dtype_name, "stock"), one
+
+
+def _stock_step(vocab_size: int, k: int, dtype: torch.dtype, draft: torch.Tensor | None) -> None:
+    rows = k + 1
+    stock.rejection_sample(
+        torch.zeros(rows, vocab_size, dtype=dtype), draft, torch.ones(rows, dtype=torch.int32),
+        torch.tensor([0, rows], dtype=torch.int32), torch.arange(rows), torch.zeros(1, dtype=torch.int64),
+        torch.zeros(rows, dtype=torch.int64), torch.arange(rows, dtype=torch.int32), torch.ones(1),
+        torch.zeros(1, dtype=torch.int64), k,
+    )  # fmt: skip
+
+
+def _identity(one: Launch) -> tuple[Any, ...]:
+    """What decides which program is compiled: argument types, alignment of integers, constants."""
+    parts: list[Any] = [one.name, one.num_warps]
+    for parameter in one.kernel.params:
+        value = one.arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            parts.append(value.dtype)
+        elif parameter.is_constexpr or value is None:
+            parts.append(value)
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            parts.append((value == 1, value % 16 == 0))
+        else:
+            parts.append(type(value))
+    return tuple(map(str, parts))
+
+
+def _describe(one: Launch, dtype: str, policy: str) -> str:
+    flags = one.arguments
+    words = [dtype]
+    if flags.get("SEPARATE"):
+        words.append("processed fp32")
+    if flags.get("HAS_DRAFT_LOGITS") or flags.get("NEEDS_DRAFT"):
+        words.append("draft logits")
+    if "POLICY" in flags:
+        words.append(policy)
+        if flags["HIDDEN_1"] > 1:
+            words.append(f"{flags['HIDDEN_1']}x{flags['HIDDEN_2']}" if flags["HIDDEN_2"] else f"{flags['HIDDEN_1']}")
+    if flags.get("TOP_K", 2) > 2:
+        words.append(f"top {flags['TOP_K']}")
+    if flags.get("COLLECT"):
+        words.append("collect")
+    return ", ".join(words)
+
+
+def bytes_per_row(one: Launch, vocab_size: int) -> int:
+    """Bytes of logits the stage moves for one sampled, arbitrated row; a greedy row leaves out the draft's."""
+
+    def size(name: str) -> int:
+        tensor = one.arguments.get(name)
+        return 0 if tensor is None else tensor.element_size() * vocab_size
+
+    if one.name == "target_statistics_kernel":
+        return size("processed_ptr") + size("draft_ptr") + (size("raw_ptr") if one.arguments["SEPARATE"] else 0)
+    if one.name in ("draft_statistics_kernel", "scan_kernel"):  # the scan: behind an override, else nothing
+        return size("raw_ptr") + size("draft_ptr")
+    if one.name in ("_compute_local_logits_stats_kernel", "_resample_kernel"):
+        return size("target_logits_ptr") + size("draft_logits_ptr")
+    return 0
+
+
+def report(targets: list[str], vocab_size: int, num_draft_tokens: int, only: str = "") -> list[dict[str, Any]]:
+    """Compile every variant for every target; ``only`` keeps those whose kernel and variant contain it."""
+    rows = []
+    for variant, one in launches(vocab_size, num_draft_tokens):
+        if only not in f"{one.name}: {variant}":
+            continue
+        for target in targets:
+            found = compile_launch(one, target)
+            rows.append(
+                {
+                    "kernel": one.name,
+                    "variant": variant,
+                    "target": target,
+                    "registers": found.registers,
+                    "spill_bytes": found.spill_bytes,
+                    "shared_bytes": found.shared_bytes,
+                    "bytes_per_row": bytes_per_row(one, vocab_size),
+                }
+            )
+    return rows

@@ -1,0 +1,89 @@
+"""A stand-in Triton backend, for machines without a GPU.
+
+vLLM disables its Triton kernels, and Model Runner V2 with them, unless Triton lists a backend for the platform. With
+this entry a process without a GPU can import them, either to interpret them (``TRITON_INTERPRET=1``, how the tests run
+V2) or to compile them for a GPU that is not there (the offline report). Nothing of this is used while serving.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def install() -> None:
+    """List a backend named "cpu". Call it before vLLM is imported. Idempotent."""
+    from triton.backends import Backend, backends
+
+    if "cpu" not in backends:
+        backends["cpu"] = Backend(compiler=_Compiler, driver=_Driver)  # type: ignore[arg-type]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _accept_integer_masks()
+        _give_log1p()
+
+
+class _Compiler:
+    """Compiles for nothing: GPUs keep their own backends."""
+
+    @staticmethod
+    def supports_target(target: Any) -> bool:
+        return False
+
+
+class _Driver:
+    """Answers what Triton and vLLM ask of a driver when nothing is launched on a device."""
+
+    @staticmethod
+    def is_active() -> bool:
+        return False
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cpu", "interpreter", 0)
+
+    def get_active_torch_device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+
+def _accept_integer_masks() -> None:
+    """Let the interpreter take masks such as ``vector & scalar``, whose numpy type is an integer.
+
+    The compiler accepts them, and vLLM's cache of draft logits is written with one; Triton 3.9's interpreter does not.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    for name in ("create_masked_load", "create_masked_store"):
+        original = getattr(Builder, name)
+        if hasattr(original, "__wrapped__"):
+            continue
+        position = {"create_masked_load": 1, "create_masked_store": 2}[name]
+
+        def accept(self: Any, *args: Any, _original: Any = original, _mask: int = position) -> Any:
+            args[_mask].data = args[_mask].data.astype(bool)
+            return _original(self, *args)
+
+        accept.__wrapped__ = original  # type: ignore[attr-defined]
+        setattr(Builder, name, accept)
+
+
+def _give_log1p() -> None:
+    """Give the interpreter the one function of libdevice vLLM's resampling calls; its own is an empty stub."""
+    import numpy as np
+    from triton.language import tensor
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
+
+    def log1p(arg0: Any, **_: Any) -> Any:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return tensor(TensorHandle(np.log1p(arg0.handle.data), arg0.handle.dtype), arg0.type)
+
+    libdevice.log1p = log1p

@@ -1,0 +1,140 @@
+"""End to end: a real engine on Model Runner V2, its Triton kernels interpreted, with the bundled pair."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vllm_cospec.demo
+from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_schema, save_artefact, tokenizer_hash
+
+pytestmark = pytest.mark.engine
+
+DEMO = Path(vllm_cospec.demo.__file__).parent
+PROMPTS = ["2+3*4?", "(7-2)*3?", "12+9-4?", "8*8+1?"]
+TOKENS = 10
+
+
+def generate(speculative_config: dict[str, Any], batches: list[list[dict[str, Any]]], **options: Any) -> dict[str, Any]:
+    """Run an engine in a process of its own."""
+    draft = {"model": str(DEMO / "draft"), "num_speculative_tokens": 3}
+    request = {
+        "target": str(DEMO / "target"),
+        "speculative_config": {**draft, **speculative_config},
+        "batches": batches,
+        "options": options,
+    }
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    done = subprocess.run(
+        [sys.executable, "-m", "engine", json.dumps(request)],
+        env=environment, capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert len(results) == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(results[0].removeprefix("RESULT"))
+
+
+def requests(*, strict: tuple[bool, ...] = (), temperature: float = 0.0) -> list[dict[str, Any]]:
+    """The prompts with their parameters; those marked strict switch arbitration off."""
+    entries = []
+    for i, prompt in enumerate(PROMPTS):
+        entry = {"prompt": prompt, "temperature": temperature, "max_tokens": TOKENS, "seed": 7 + i, "ignore_eos": True}
+        if i < len(strict) and strict[i]:
+            entry["extra_args"] = {"cospec_policy": "strict"}
+        entries.append(entry)
+    return entries
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained arbiter that keeps some drafts and not others."""
+    from transformers import AutoTokenizer
+
+    vocabulary = AutoTokenizer.from_pretrained(DEMO / "target").get_vocab()
+    vocab_size = json.loads((DEMO / "target" / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    arbiter = Arbiter((16,))
+    config = ArtefactConfig(
+        schema=current_schema(draft_logits=True),
+        hidden_sizes=(16,),
+        threshold=0.5,
+        provenance=Provenance(vocab_size=vocab_size, tokenizer_hash=tokenizer_hash(vocabulary)),
+    )
+    directory = tmp_path_factory.mktemp("arbiter") / "arbiter"
+    save_artefact(directory, arbiter, config, "untrained")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def stock() -> dict[str, Any]:
+    """What stock speculative decoding emits: greedy, then sampled."""
+    return generate(
+        {"method": "draft_model", "draft_sample_method": "probabilistic"},
+        [requests(), requests(temperature=1.0)],
+    )
+
+
+@pytest.fixture(scope="module")
+def learned(artefact: Path) -> dict[str, Any]:
+    """Greedy and sampled batches under the arbiter, half of the requests strict; then everything strict."""
+    half, every = (True, False, True, False), (True,) * 4
+    return generate(
+        {"method": "cospec", "arbiter": str(artefact), "collect": True, "threshold": 0.4},
+        [
+            requests(strict=half),
+            requests(strict=half, temperature=1.0),
+            requests(strict=every),
+            requests(strict=every, temperature=1.0),
+        ],
+    )
+
+
+def test_the_fused_path_runs_on_v2(learned: dict[str, Any]) -> None:
+    assert learned["runner"] == "vllm.v1.worker.cpu.model_runner"
+    assert learned["sampler"] == "vllm_cospec.runners.v2"
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(2, 0), (3, 1)], ids=["greedy", "sampled"])
+def test_strict_batches_emit_what_stock_emits(
+    stock: dict[str, Any], learned: dict[str, Any], ours: int, theirs: int
+) -> None:
+    assert learned["tokens"][ours] == stock["tokens"][theirs]
+
+
+@pytest.mark.parametrize("batch", [0, 1], ids=["greedy", "sampled"])
+def test_strict_requests_beside_arbitrated_ones_emit_what_stock_emits(
+    stock: dict[str, Any], learned: dict[str, Any], batch: int
+) -> None:
+    for request in (0, 2):
+        assert learned["tokens"][batch][request] == stock["tokens"][batch][request]
+
+
+def test_decisions_are_the_arbiters_and_are_counted(artefact: Path, learned: dict[str, Any]) -> None:
+    from vllm_cospec.arbiter import load_artefact
+
+    arbiter, _ = load_artefact(artefact)
+    decisions = learned["decisions"]
+    kept = [d for d in decisions if d["kept"]]
+    assert kept, "nothing was overridden"
+    assert len(kept) < len(decisions), "everything was overridden"
+    scores = arbiter(torch.tensor([d["statistics"] for d in decisions]))
+    # float32 sums of 16 terms in another order
+    torch.testing.assert_close(scores, torch.tensor([d["probability"] for d in decisions]), rtol=0, atol=1e-5)
+    assert [d["kept"] for d in decisions] == [d["probability"] > 0.4 for d in decisions]
+    *per_position, mismatches = learned["counters"]
+    assert sum(per_position) == len(kept)
+    assert mismatches >= len(decisions)
+    assert learned["metrics"]["vllm:cospec_num_overrides"] == len(kept)
+    assert learned["metrics"]["vllm:cospec_num_mismatches"] == mismatches
+
+
+def test_overrides_change_the_text(stock: dict[str, Any], learned: dict[str, Any]) -> None:
+    changed = [learned["tokens"][b][r] != stock["tokens"][b][r] for b in (0, 1) for r in (1, 3)]
+    assert any(changed)

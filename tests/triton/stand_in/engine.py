@@ -1,0 +1,58 @@
+"""Generate with one engine on interpreted V2 and print what came out, as JSON: ``python -m engine REQUEST``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Run every batch of the request through one engine.
+
+    Args:
+        request: ``target``, ``speculative_config``, and ``batches``: lists of {prompt, and sampling parameters}.
+    """
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=request["target"],
+        speculative_config=request["speculative_config"],
+        max_model_len=128,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=2**25,
+        dtype="float32",
+        enforce_eager=True,
+        seed=0,
+        disable_log_stats=False,
+        **request.get("options", {}),
+    )
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    texts = []
+    for batch in request["batches"]:
+        prompts = [entry.pop("prompt") for entry in batch]
+        outputs = llm.generate(prompts, [SamplingParams(**entry) for entry in batch], use_tqdm=False)
+        texts.append([list(output.outputs[0].token_ids) for output in outputs])
+    answer: dict[str, Any] = {"tokens": texts, "runner": type(worker.model_runner).__module__}
+    if hasattr(worker, "cospec"):
+        sampler = worker.cospec
+        answer["sampler"] = type(sampler).__module__
+        answer["counters"] = sampler._counters.on_device.tolist()
+        answer["decisions"] = [
+            {
+                "request": d.request_id,
+                "position": d.output_position,
+                "statistics": d.statistics.tolist(),
+                "kept": d.kept,
+                "probability": d.probability,
+            }
+            for d in sampler.take_decisions()
+        ]
+    answer["metrics"] = {
+        m.name: m.value for m in llm.get_metrics() if m.name.startswith("vllm:") and hasattr(m, "value")
+    }
+    return answer
+
+
+if __name__ == "__main__":
+    print("RESULT" + json.dumps(main(json.loads(sys.argv[1]))))
