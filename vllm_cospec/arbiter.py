@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -293,8 +292,3 @@ def calibrated_threshold(config: ArtefactConfig, where: str, max_accuracy_loss: 
             f"confidence; the smallest bound that can be had is above {best:.4f}"
         )
     return max(safe, key=lambda point: (point.acceptance_length, point.threshold)).threshold
-
-
-def now() -> str:
-    """Return the current time as ISO 8601, for provenance."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

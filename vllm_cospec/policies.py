@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,13 +41,6 @@ class Mismatches:
     def __getitem__(self, name: str) -> Tensor:
         """Return one statistic of every mismatch, float32 [M]."""
         return self.statistics[:, INDEX[name]]
-
-
-class ArbiterNetwork(Protocol):
-    """The trained part of the learned policy."""
-
-    def __call__(self, statistics: Tensor) -> Tensor:
-        """Map statistics [M, 16] float32 to scores in (0, 1), float32 [M]."""
 
 
 class Policy(BaseModel):

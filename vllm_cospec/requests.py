@@ -72,6 +72,17 @@ def request_settings(params: SamplingParams | None, settings: Settings) -> Reque
     )
 
 
+def served_settings(params: SamplingParams | None, settings: Settings) -> RequestSettings:
+    """Return what a runner serves a request with.
+
+    Bad keys are refused at the front end; a request that reaches a runner another way is served strictly.
+    """
+    try:
+        return request_settings(params, settings)
+    except ConfigError:
+        return RequestSettings(arbitrated=False, threshold=1.0, max_overrides=0, exact_tokens=0)
+
+
 def _parse(own: dict[str, Any]) -> RequestKeys:
     try:
         return RequestKeys.model_validate(own)

@@ -24,11 +24,10 @@ from vllm.v1.sample.rejection_sampler import (
 )
 
 from vllm_cospec.config import Settings
-from vllm_cospec.errors import ConfigError
 from vllm_cospec.kernels.cpu import UNLIMITED, Batch, BatchResult, Requests, verify_batch
 from vllm_cospec.metrics import Counters
 from vllm_cospec.policies import Learned, Mismatches
-from vllm_cospec.requests import RequestSettings, request_settings
+from vllm_cospec.requests import RequestSettings, served_settings
 from vllm_cospec.runners.decision import Decision
 from vllm_cospec.runners.proposals import ProposalRecorder, Proposals
 
@@ -130,11 +129,7 @@ class CoSpecRejectionSampler(RejectionSampler):
     def _state(self, cached: Any) -> RequestState:
         state = getattr(cached, STATE, None)
         if state is None:
-            try:
-                settings = request_settings(cached.sampling_params, self._settings)
-            except ConfigError:  # refused at the front end; a request that came another way is served strictly
-                settings = RequestSettings(arbitrated=False, threshold=1.0, max_overrides=0, exact_tokens=0)
-            state = RequestState(settings)
+            state = RequestState(served_settings(cached.sampling_params, self._settings))
             setattr(cached, STATE, state)
         return state
 

@@ -18,17 +18,15 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_cospec.config import WHERE, Settings
-from vllm_cospec.errors import CompatibilityError, ConfigError
+from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.kernels.decisions import compile_policy, flatten_weights
 from vllm_cospec.kernels.launch import UNLIMITED, Slots, Trace, arbitrate, warm_up
 from vllm_cospec.metrics import Counters
 from vllm_cospec.policies import Learned
-from vllm_cospec.requests import RequestSettings, request_settings
+from vllm_cospec.requests import served_settings
 from vllm_cospec.runners.decision import Decision
 
 logger = init_logger("vllm.cospec")
-
-STRICT_REQUEST = RequestSettings(arbitrated=False, threshold=1.0, max_overrides=0, exact_tokens=0)
 
 
 class SlotTable:
@@ -58,10 +56,7 @@ class SlotTable:
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """As the sampler's, which this wraps; slots are recycled, so everything is overwritten."""
         self._add_request(req_idx, sampling_params)
-        try:
-            own = request_settings(sampling_params, self._settings)
-        except ConfigError:  # refused at the front end; a request that came another way is served strictly
-            own = STRICT_REQUEST
+        own = served_settings(sampling_params, self._settings)
         self.arbitrated.np[req_idx] = own.arbitrated
         self._threshold.np[req_idx] = own.threshold
         self._max_overrides.np[req_idx] = UNLIMITED if own.max_overrides is None else min(own.max_overrides, UNLIMITED)
