@@ -10,7 +10,11 @@ PORT ?= 8000
 PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := vllm_cospec/demo
 
-.PHONY: help venv demo serve test lint pair clean
+COMPAT := 0.33.0
+COMPAT_TESTS := tests/compat tests/test_compat.py tests/engine/test_strict_parity.py tests/engine/test_features.py \
+  tests/triton/test_in_the_interpreter.py
+
+.PHONY: help venv demo serve test compat lint pair clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -37,6 +41,11 @@ serve: $(STAMP) ## serve the bundled pair on PORT (8000) until stopped
 test: $(STAMP) ## run the tests
 	$(BIN)/pytest
 
+# That version exists for GPUs alone: its Python code runs here over the compiled modules of the CPU build.
+compat: $(STAMP) ## run the engine tests, V1 and interpreted V2, on vLLM $(COMPAT) (fetched by name, 340 MB)
+	$(BIN)/python tests/compat/build_overlay.py $(COMPAT) .compat
+	PYTHONPATH=$(CURDIR)/.compat/$(COMPAT) $(BIN)/pytest $(COMPAT_TESTS)
+
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +55,4 @@ pair: $(STAMP) ## train the bundled pair again, from scratch (under an hour on t
 	$(BIN)/python -m vllm_cospec.training.demo_pair --output $(DEMO) --resume
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .compat build dist *.egg-info

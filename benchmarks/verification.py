@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from vllm_cospec.runners import v1
 from vllm_cospec.runners.proposals import Proposals
 
 BATCHES = (8, 32)
+OVERRIDE_RATE = 0.3  # that of the bundled arbiter
 
 
 def greedy_metadata() -> SamplingMetadata:
@@ -95,6 +97,13 @@ def compare(vocab_size: int, batch: int, k: int, agreement: float, rounds: int) 
             ours._recorder._current = Proposals(ours._runner.input_batch.req_ids, drafts, draft_logits)
             return ours(metadata, None, logits, sampling)
 
+        ours._settings = replace(ours._settings, collect=True)
+        run_ours()  # under a threshold of 0.5 an untrained network may keep everything, or nothing
+        scores = torch.tensor([decision.probability for decision in ours.take_decisions()])
+        threshold = float(scores.quantile(1 - OVERRIDE_RATE))
+        ours._settings = replace(ours._settings, collect=False, threshold=threshold)
+        for request in ours._runner.requests.values():
+            delattr(request, v1.STATE)
         runs = {
             "stock": lambda: stock(metadata, None, logits, sampling),
             "ours": run_ours,

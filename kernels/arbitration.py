@@ -227,7 +227,7 @@ def row_kernel(
     seed_ptr,  # [slots] int64
     arbitrated_ptr,  # [slots] int32
     exact_tokens_ptr,  # [slots] int32
-    prompt_len_ptr,  # [slots] int32
+    response_start_ptr,  # [slots] int32
     num_rows,
     vocab_size,
     num_blocks,
@@ -329,7 +329,7 @@ def row_kernel(
     known = (drafted >= 0) & (drafted < vocab_size)
     logit_draft = tl.load(raw_ptr + row * raw_stride + token, mask=known, other=-INFINITY).to(tl.float32)
     legal = tl.load(processed_ptr + row * processed_stride + token, mask=known, other=-INFINITY).to(tl.float32)
-    output_position = position + 1 - tl.load(prompt_len_ptr + slot)
+    output_position = position + 1 - tl.load(response_start_ptr + slot)
     inexact = output_position >= tl.load(exact_tokens_ptr + slot)
     is_open = known & finite & (tl.abs(legal) < INFINITY) & inexact
     tl.store(row_ints_ptr + OPEN, is_open.to(tl.int32))

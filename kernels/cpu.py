@@ -21,6 +21,7 @@ from vllm_cospec.statistics import LOGPROB_FLOOR, NUM_STATISTICS
 CEILING = -LOGPROB_FLOOR
 PLACEHOLDER = -1  # pads the output, as vLLM's own rejection sampler does
 UNLIMITED = np.iinfo(np.int64).max
+CACHED_FLOATS = 2**17  # a row's passes run several times faster while it is in the second-level cache
 
 Decide = Callable[[Mismatches, np.ndarray], tuple[Tensor, Tensor | None]]
 """(mismatches, index of each one's request) -> (kept, bool [M]; probability of keeping, float32 [M], or None)."""
@@ -37,6 +38,8 @@ class Requests:
     max_overrides: np.ndarray  # int64, UNLIMITED for none
     exact_tokens: np.ndarray  # int64
     threshold: np.ndarray  # float32, of the learned policy
+    forced_at: np.ndarray | None = None  # int64, index in the response decided beforehand, -1 for none; training
+    forced_keep: np.ndarray | None = None  # bool, how; mismatches before it are kept
 
 
 @dataclass
@@ -48,8 +51,8 @@ class Batch:
     accepted: Tensor  # [N] bool, strict verification's verdict on each position by itself
     target_tokens: Tensor  # [N] int, emitted where the draft is not kept
     bonus_tokens: Tensor  # [B] int
-    raw_target_logits: Tensor  # [N, V]
-    processed_target_logits: Tensor  # [N, V]
+    raw_target_logits: Tensor  # [N, V], or more rows with ``logit_rows``
+    processed_target_logits: Tensor  # likewise
     raw_argmax: Tensor  # [N] int, t*
     draft_logits: Callable[[np.ndarray, np.ndarray], Tensor] | None  # (request, position), each [M] -> [M, V]
     num_speculative_tokens: int  # K
@@ -57,6 +60,7 @@ class Batch:
     requests: Requests
     acceptance_ratio: Tensor | None = None  # [N] float32, None when every request is greedy
     uniform: Tensor | None = None  # [N] float32
+    logit_rows: Tensor | None = None  # [N] int, the row of logits each draft is verified with; None: its own
 
 
 @dataclass
@@ -104,22 +108,39 @@ def logit_statistics(target: Tensor, draft: Tensor | None, token: Tensor, top: T
         top: t*, int64 [M].
     """
     out = target.new_zeros(len(target), 10)
+    chunk = max(1, CACHED_FLOATS // target.shape[1])
+    for first in range(0, len(target), chunk):
+        rows = slice(first, first + chunk)
+        _chunk_statistics(
+            out[rows], target[rows], None if draft is None else draft[rows], token[rows, None], top[rows, None]
+        )
+    return out
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Return the index of each row's maximum, int64 [N], as ``logits.argmax(-1)`` does: NaN counts as the largest.
+
+    numpy's is many times faster than torch's on a CPU.
+    """
+    return torch.from_numpy(logits.numpy().argmax(axis=-1))
+
+
+def _chunk_statistics(out: Tensor, target: Tensor, draft: Tensor | None, token: Tensor, top: Tensor) -> None:
+    """Fill in :func:`logit_statistics` for a few rows, few enough to stay in the cache; token and top are [M, 1]."""
     logp = torch.log_softmax(target, dim=-1).clamp_(min=LOGPROB_FLOOR)
-    index = token.unsqueeze(1)
-    out[:, 0] = logp.gather(1, index).squeeze(1)
-    out[:, 1] = logp.gather(1, top.unsqueeze(1)).squeeze(1)
-    out[:, 2] = _top2_gap(logp)
-    out[:, 3] = -(logp.exp() * logp).sum(1)
-    out[:, 4] = _rank(target, index).float().log1p()
+    out[:, 0:1] = logp.gather(1, token)
+    out[:, 1:2] = logp.gather(1, top)
+    out[:, 3] = -torch.linalg.vecdot(logp.exp(), logp)
+    out[:, 4] = _rank(target, token).float().log1p()
     if draft is not None:
         logq = torch.log_softmax(draft, dim=-1).clamp_(min=LOGPROB_FLOOR)
         q = logq.exp()
-        out[:, 5] = logq.gather(1, index).squeeze(1)
-        out[:, 6] = logq.gather(1, top.unsqueeze(1)).squeeze(1)
-        out[:, 7] = _top2_gap(logq)
-        out[:, 8] = -(q * logq).sum(1)
-        out[:, 9] = (q * (logq - logp)).sum(1).clamp(0, CEILING)
-    return out
+        out[:, 5:6] = logq.gather(1, token)
+        out[:, 6:7] = logq.gather(1, top)
+        out[:, 8] = -torch.linalg.vecdot(q, logq)
+        out[:, 9] = (-out[:, 8] - torch.linalg.vecdot(q, logp)).clamp(0, CEILING)
+        out[:, 7] = _top2_gap(logq, argmax(logq).unsqueeze(1))
+    out[:, 2] = _top2_gap(logp, top)
 
 
 def top_k_entropy(target: Tensor, k: int) -> Tensor:
@@ -176,8 +197,12 @@ def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchRe
         # NaN anywhere in a row: strict, and nothing to learn from
         sound = ~mismatches.statistics.isnan().any(1).numpy()
         keep_rows = keep.numpy() & sound
+        where = requests.output_position[request] + at
+        if requests.forced_at is not None and requests.forced_keep is not None:
+            decided = where <= requests.forced_at[request]
+            earlier = where < requests.forced_at[request]
+            keep_rows = np.where(decided, earlier | requests.forced_keep[request], keep_rows) & sound
         if collect:
-            where = requests.output_position[request] + at
             everything = Consulted(request, at, where, mismatches.statistics, keep_rows, probability)
             result.consulted.append(everything.only(sound))
         winners, at = request[keep_rows], at[keep_rows]
@@ -189,15 +214,18 @@ def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchRe
     return result
 
 
-def _top2_gap(logp: Tensor) -> Tensor:
-    first, second = logp.topk(2, dim=-1).values.unbind(1)
-    return (first - second).clamp(max=CEILING)
+def _top2_gap(logp: Tensor, top: Tensor) -> Tensor:
+    """Distance of the maximum, at ``top`` [M, 1], from the next; overwrites the maximum."""
+    first = logp.gather(1, top).squeeze(1)
+    logp.scatter_(1, top, -np.inf)
+    return (first - logp.amax(dim=1).clamp(min=LOGPROB_FLOOR)).clamp(max=CEILING)
 
 
 def _rank(logits: Tensor, index: Tensor) -> Tensor:
-    value = logits.gather(1, index)
-    ties = (logits == value) & (torch.arange(logits.shape[1]) < index)
-    return ((logits > value) | ties).sum(1)
+    """Tokens that stand before ``index`` [M, 1] when logits are sorted downwards, lower index first in a tie."""
+    values = logits.gather(1, index).numpy()
+    rows = zip(logits.numpy(), values, index[:, 0].tolist(), strict=True)
+    return torch.tensor([np.count_nonzero(row > value) + np.count_nonzero(row[:i] == value) for row, value, i in rows])
 
 
 def _runs(flags: np.ndarray) -> np.ndarray:
@@ -216,7 +244,8 @@ def _may_override(
     row = torch.from_numpy(rows[request, position])
     token = batch.draft_tokens[row].long()
     vocabulary = batch.raw_target_logits.shape[1]
-    legal = batch.processed_target_logits[row, token.clamp(0, vocabulary - 1)].isfinite()
+    logit_row = row if batch.logit_rows is None else batch.logit_rows[row]
+    legal = batch.processed_target_logits[logit_row, token.clamp(0, vocabulary - 1)].isfinite()
     legal &= (token >= 0) & (token < vocabulary)
     within_budget = state.overrides_so_far[request] + overrides[request] < state.max_overrides[request]
     inexact = state.output_position[request] + position >= state.exact_tokens[request]
@@ -232,7 +261,7 @@ def _gather(
     native_run: np.ndarray,
 ) -> Mismatches:
     index = torch.from_numpy(row)
-    target = batch.raw_target_logits[index].float()
+    target = batch.raw_target_logits[index if batch.logit_rows is None else batch.logit_rows[index]].float()
     token = batch.draft_tokens[index].long()
     top = batch.raw_argmax[index].long()
     draft = None if batch.draft_logits is None else batch.draft_logits(request, position).float()

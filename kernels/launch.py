@@ -35,7 +35,8 @@ class Slots:
     max_overrides: Tensor  # int32, UNLIMITED for none
     exact_tokens: Tensor  # int32
     overrides_so_far: Tensor  # int32, added to
-    prompt_len: Tensor  # int32
+    response_start: Tensor  # int32, tokens before the response
+    forced: Tensor  # int32, 2 * (index in the response) + keep of a decision made beforehand, -1: none; for training
 
 
 @dataclass
@@ -141,7 +142,7 @@ def arbitrate(
     arbitration.row_kernel[(num_rows,)](
         row_ints, row_floats, *partials, *raw, *processed, *draft,
         draft_sampled, expanded_idx_mapping, expanded_local_pos, pos, temperature, seed,
-        slots.arbitrated, slots.exact_tokens, slots.prompt_len, num_rows, vocab_size, num_blocks, num_tiles,
+        slots.arbitrated, slots.exact_tokens, slots.response_start, num_rows, vocab_size, num_blocks, num_tiles,
         PADDED_BLOCKS=triton.next_power_of_2(num_blocks), PADDED_TILES=triton.next_power_of_2(num_tiles),
         TOP_K=program.top_k, PADDED_TOP_K=triton.next_power_of_2(program.top_k), ENTROPY_K=program.entropy_k,
         HAS_DRAFT_LOGITS=has_draft, SEPARATE=separate,
@@ -167,7 +168,8 @@ def arbitrate(
         *((trace.statistics, trace.action, trace.probability) if trace else (None, None, None)),
         draft_partials, row_ints, row_floats, *((*raw, *draft) if needs_draft else (None, 0, None, 0, 0)),
         draft_sampled, cu_num_logits, idx_mapping, pos, temperature, seed,
-        slots.arbitrated, slots.threshold, slots.max_overrides, slots.overrides_so_far, slots.prompt_len,
+        slots.arbitrated, slots.threshold, slots.max_overrides, slots.overrides_so_far, slots.response_start,
+        slots.forced if collect else None,
         program.weights, vocab_size, num_draft_tiles, num_speculative_steps,
         program.first, program.second, program.seed, program.window,
         TILE_SIZE=DRAFT_TILE_SIZE, PADDED_TILES=triton.next_power_of_2(num_draft_tiles), PADDED_STEPS=padded_steps,
@@ -246,7 +248,7 @@ def warm_up(
     integer = torch.int32
     slots = Slots(
         *(constant(num_slots, value, torch.float32 if name == "threshold" else integer)
-          for name, value in zip((f.name for f in fields(Slots)), (1, 0.5, UNLIMITED, 0, 0, 1), strict=True))
+          for name, value in zip((f.name for f in fields(Slots)), (1, 0.5, UNLIMITED, 0, 0, 1, -1), strict=True))
     )  # fmt: skip
     for processed in (logits, logits.float().clone()):
         arbitrate(

@@ -122,7 +122,8 @@ def scan_kernel(
     threshold_ptr,  # [slots] float32
     max_overrides_ptr,  # [slots] int32
     overrides_so_far_ptr,  # [slots] int32, added to
-    prompt_len_ptr,  # [slots] int32
+    response_start_ptr,  # [slots] int32
+    forced_ptr,  # [slots] int32, when COLLECT
     weights_ptr,  # float32, of the learned policy
     vocab_size,
     num_tiles,
@@ -179,7 +180,7 @@ def scan_kernel(
                 if arbitrated:
                     tl.atomic_add(counters_ptr + num_steps, tl.full((), 1, tl.int64))
                 if (tl.load(ints + OPEN) != 0) & (overrides < budget):
-                    output_position = tl.load(pos_ptr + row) + 1 - tl.load(prompt_len_ptr + slot)
+                    output_position = tl.load(pos_ptr + row) + 1 - tl.load(response_start_ptr + slot)
                     rank = tl.load(ints + RANK)
                     top = tl.load(ints + TOP)
                     logprob_draft = tl.load(floats + LOGPROB_DRAFT)
@@ -252,6 +253,9 @@ def scan_kernel(
                                 first, second, seed, window, POLICY,
                             )  # fmt: skip
                         if COLLECT:
+                            forced = tl.load(forced_ptr + slot)
+                            if output_position <= (forced >> 1):  # -1 >> 1 is -1
+                                keep = (output_position < (forced >> 1)) | ((forced & 1) == 1)
                             tl.store(trace_statistics_ptr + row * _STATISTICS + column, x)
                             tl.store(trace_action_ptr + row, keep.to(tl.int32))
                             tl.store(trace_probability_ptr + row, probability)

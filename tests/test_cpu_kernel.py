@@ -419,6 +419,20 @@ def test_exact_tokens_end_with_the_position_that_has_them_all_before_it():
     assert result.overrides.tolist() == [2, 0, 2, 0]
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_forced_decision_overrides_the_policy_and_what_lies_before_it_is_kept(keep):
+    blocks = [block(output_position=10), block(output_position=10), block(output_position=10)]
+    batch = Case(blocks, np.full((3, 4), keep)).batch()
+    batch.requests.forced_at = np.array([12, 12, -1])
+    batch.requests.forced_keep = np.array([True, False, True])
+    result = verify_batch(batch, Case(blocks, np.full((3, 4), keep)).decide, collect=True)
+    assert result.overrides.tolist() == ([4, 2, 4] if keep else [3, 2, 0])
+    kept = {(int(c.request[i]), int(c.output_position[i])): bool(c.kept[i])
+            for c in result.consulted for i in range(len(c.request))}  # fmt: skip
+    assert kept[0, 12] is True
+    assert kept[1, 12] is False
+
+
 def test_requests_that_are_strict_leave_the_others_alone():
     result = verify(block(), block(arbitrated=False), block(junk=True), block())
     assert result.overrides.tolist() == [4, 0, 0, 4]

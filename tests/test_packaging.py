@@ -42,6 +42,8 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
         "vllm_cospec/demo/target/model.safetensors",
         "vllm_cospec/demo/target/cospec.json",
         "vllm_cospec/demo/draft/model.safetensors",
+        "vllm_cospec/demo/arbiter/model.safetensors",
+        "vllm_cospec/training/configs/demo.toml",
         "vllm_cospec/py.typed",
     ):
         assert name in names

@@ -12,7 +12,7 @@ from vllm_cospec import plugin
 from vllm_cospec.config import Settings
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.policies import Learned, Strict, Typical
-from vllm_cospec.requests import RequestSettings, request_settings
+from vllm_cospec.requests import Branch, RequestSettings, action_coin, request_settings
 
 NAN, INF = float("nan"), float("inf")
 MAX_INT64 = 2**63 - 1
@@ -52,6 +52,30 @@ def test_a_request_that_asks_for_nothing_gets_the_servers_settings(params):
     assert request_settings(params, LEARNED) == RequestSettings(
         arbitrated=True, threshold=0.6, max_overrides=7, exact_tokens=2
     )
+
+
+BRANCH = {"written": 4, "overrides": 1, "decided_at": 6, "keep": True}
+
+
+def test_a_branch_is_taken_where_decisions_are_collected_and_refused_elsewhere():
+    collecting = server(Learned(artefact="arbiter"), collect=True)
+    assert asked(collecting, cospec_branch=BRANCH).branch == Branch(**BRANCH)
+    with pytest.raises(ConfigError, match="cospec_branch: is for training"):
+        asked(cospec_branch=BRANCH)
+    for bad in ({"written": -1}, {"keep": 1}, {"decided_at": 2**31}, {"more": 1}):
+        with pytest.raises(ConfigError, match=r"vllm_xargs\.cospec_branch\."):
+            asked(collecting, cospec_branch={**BRANCH, **bad})
+
+
+def test_the_coin_of_an_action_depends_on_seed_and_place_alone_and_is_uniform():
+    coins = np.array([[action_coin(seed, place) for place in range(100)] for seed in range(100)])
+    assert action_coin(7, 3) == coins[7, 3]
+    assert len(np.unique(coins)) == coins.size
+    assert ((coins >= 0) & (coins < 1)).all()
+    for axis in (0, 1):
+        assert abs(np.corrcoef(coins.mean(axis), np.arange(100))[0, 1]) < 0.35
+    counts, _ = np.histogram(coins, 10, (0, 1))
+    assert ((counts - 1000) ** 2 / 1000).sum() < 35  # chi-square, 9 degrees of freedom: p = 6e-5
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,12 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vllm_cospec.errors import ConfigError, first_sentence
 
 Split = Literal["pretrain", "train", "calibration", "test"]
 Family = Literal["product", "sum", "difference"]
@@ -23,6 +27,7 @@ class Problem:
 
     prompt: str
     answer: str
+    metadata: Any = field(default=None, compare=False, repr=False)  # what the task's own scorer needs besides
 
 
 class Task(Protocol):
@@ -35,28 +40,40 @@ class Task(Protocol):
         """Return the score of a response ``text``: 1.0 right, 0.0 wrong."""
 
 
-_TASKS: dict[str, Callable[[], Task]] = {}
+class Options(BaseModel):
+    """What a task can be told; a task without options has none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
-def task(name: str) -> Callable[[Callable[[], Task]], Callable[[], Task]]:
-    """Register a task factory under ``name``."""
+_TASKS: dict[str, tuple[type[Options], Callable[[Any], Task]]] = {}
 
-    def register(factory: Callable[[], Task]) -> Callable[[], Task]:
-        _TASKS[name] = factory
+
+def task(name: str, options: type[Options] = Options) -> Callable[[Callable[[Any], Task]], Callable[[Any], Task]]:
+    """Register a task factory, called with its options, under ``name``."""
+
+    def register(factory: Callable[[Any], Task]) -> Callable[[Any], Task]:
+        _TASKS[name] = options, factory
         return factory
 
     return register
 
 
-def load_task(name: str) -> Task:
-    """Return the task registered under ``name``.
+def load_task(name: str, **options: Any) -> Task:
+    """Return the task registered under ``name``, with its options.
 
     Raises:
-        ValueError: no such task; the message lists the known ones.
+        ConfigError: no such task, or an option it does not take; the message lists the known ones.
     """
+    from vllm_cospec.training import datasets  # noqa: F401 - registers its tasks
+
     if name not in _TASKS:
-        raise ValueError(f"task: unknown task {name!r}; known tasks: {', '.join(sorted(_TASKS))}")
-    return _TASKS[name]()
+        raise ConfigError(f"task: unknown task {name!r}; known tasks: {', '.join(sorted(_TASKS))}")
+    kind, factory = _TASKS[name]
+    try:
+        return factory(kind.model_validate(options))
+    except ValidationError as error:
+        raise ConfigError(first_sentence(error, "task.options")) from None
 
 
 # -- the bundled task ---------------------------------------------------------------------------------------------
@@ -145,6 +162,9 @@ def draw_expression(
 @task("demo")
 class DemoTask:
     """Three-term arithmetic that mixes products with sums and differences in one problem."""
+
+    def __init__(self, options: Options | None = None):
+        """It has no options."""
 
     def expressions(self, seed: int, split: Split) -> Iterator[Expression]:
         """Yield an endless, seeded stream of distinct expressions of ``split`` with at least one product each."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -103,6 +103,70 @@ def demo(
     if serve:
         raise typer.Exit(serve_demo(port))
     run_demo(problems, json_path, Console())
+
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; left out: that of the bundled pair.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="TOML file, see training/configs and docs/training.md.")],
+    output: Annotated[Path, typer.Option(help="Directory for checkpoints, logs, plots and the arbiter.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that directory.")] = False,
+) -> None:
+    """Train an arbiter for a pair of models by reinforcement learning, and calibrate it."""
+    commands = _training_commands()
+    try:
+        commands.train(config, output, resume, Console())
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"cospec: stopped; continue with --resume (checkpoints are in {output})")
+        raise SystemExit(130) from None
+
+
+@app.command()
+def calibrate(
+    artefact: Annotated[Path, typer.Argument(help="Directory of an arbiter; its curve and threshold are replaced.")],
+    config: ConfigOption = None,
+) -> None:
+    """Measure what each threshold does on held-out problems, and choose one."""
+    from vllm_cospec.arbiter import load_artefact
+    from vllm_cospec.training.config import load_train_config
+
+    load_artefact(artefact)
+    commands = _training_commands()
+    commands.calibrate_artefact(artefact, load_train_config(config or commands.DEMO_CONFIG), Console())
+
+
+@app.command()
+def evaluate(
+    mode: Annotated[
+        list[str],
+        typer.Option(help="target, draft, strict, learned, learned(threshold=0.6), cascade(alpha=0.95), ...; repeat."),
+    ],
+    config: ConfigOption = None,
+    artefact: Annotated[Path | None, typer.Option(help="Directory of a trained arbiter, for learned.")] = None,
+    problems: Annotated[int, typer.Option(min=2, help="Number of test problems.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Which test problems.")] = 2026,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    per_question: Annotated[Path | None, typer.Option(help="Write every answer to this JSONL file.")] = None,
+    record: Annotated[str | None, typer.Option(help="Write the table into the artefact under this name.")] = None,
+) -> None:
+    """Compare modes on the same problems: accuracy with intervals, paired with the target, acceptance length."""
+    from vllm_cospec.training.config import load_train_config
+
+    commands = _training_commands()
+    commands.run_evaluation(
+        load_train_config(config or commands.DEMO_CONFIG),
+        artefact, mode, problems, seed, json_path, per_question, record, Console(),
+    )  # fmt: skip
+
+
+def _training_commands() -> Any:
+    try:
+        from vllm_cospec.training import commands
+    except ModuleNotFoundError as error:
+        raise CoSpecError(f"{error.name}: not installed; pip install 'vllm-cospec[train]'") from None
+    return commands
 
 
 def main() -> None:

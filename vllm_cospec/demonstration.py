@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from vllm_cospec.server import Server, interruptible
+from vllm_cospec.training.intervals import wilson_interval
 from vllm_cospec.training.tasks import Problem, load_task
 
 MODEL_NAME = "demo"
@@ -120,15 +120,6 @@ def run_demo(num_problems: int, json_path: Path | None, console: Console) -> lis
     if json_path is not None:
         json_path.write_text(json.dumps(rows, indent=2) + "\n")
     return rows
-
-
-def wilson_interval(correct: float, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion."""
-    if n == 0:
-        return 0.0, 1.0
-    z, p = 1.959964, correct / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
 def comparison(rows: list[dict[str, Any]]) -> Table:

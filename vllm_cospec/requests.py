@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,25 @@ PREFIX = "cospec_"
 WHERE = "vllm_xargs"
 
 
+class Branch(BaseModel):
+    """Where a response goes on that was begun by another request; for training, on an engine that collects.
+
+    The tokens it has so far stand at the end of the prompt. Mismatches before ``decided_at`` are kept: they lie in one
+    block, which otherwise would have ended before it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    written: int = Field(ge=0, lt=2**30)
+    """How many tokens of the response stand in the prompt."""
+    overrides: int = Field(ge=0, lt=2**30)
+    """Overrides made among them."""
+    decided_at: int = Field(ge=0, lt=2**30)
+    """Index in the response of the mismatch that is decided by ``keep``."""
+    keep: bool
+    """Whether its draft token is kept."""
+
+
 class RequestKeys(BaseModel):
     """What a request may set."""
 
@@ -30,6 +50,8 @@ class RequestKeys(BaseModel):
     """Overrides allowed in this request."""
     cospec_exact_tokens: int | None = Field(None, ge=0, le=2**31 - 1, strict=True)
     """The first so many output tokens are verified strictly."""
+    cospec_branch: Branch | None = None
+    """Training: continue a response that was begun elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,7 @@ class RequestSettings:
     threshold: float
     max_overrides: int | None
     exact_tokens: int
+    branch: Branch | None = None
 
 
 def request_settings(params: SamplingParams | None, settings: Settings) -> RequestSettings:
@@ -62,6 +85,10 @@ def request_settings(params: SamplingParams | None, settings: Settings) -> Reque
             f"{WHERE}.cospec_threshold: {keys.cospec_threshold!r} is for a trained arbiter, "
             f"and this server runs policy {server!r}; leave it out"
         )
+    if keys.cospec_branch is not None and not settings.collect:
+        raise ConfigError(
+            f"{WHERE}.cospec_branch: is for training, on an engine that was started with collect; leave it out"
+        )
     structured = params is not None and params.structured_outputs is not None
     wanted = keys.cospec_policy or ("strict" if structured else server)
     return RequestSettings(
@@ -69,6 +96,7 @@ def request_settings(params: SamplingParams | None, settings: Settings) -> Reque
         threshold=settings.threshold if keys.cospec_threshold is None else keys.cospec_threshold,
         max_overrides=settings.max_overrides if keys.cospec_max_overrides is None else keys.cospec_max_overrides,
         exact_tokens=settings.exact_tokens if keys.cospec_exact_tokens is None else keys.cospec_exact_tokens,
+        branch=keys.cospec_branch,
     )
 
 
@@ -81,6 +109,15 @@ def served_settings(params: SamplingParams | None, settings: Settings) -> Reques
         return request_settings(params, settings)
     except ConfigError:
         return RequestSettings(arbitrated=False, threshold=1.0, max_overrides=0, exact_tokens=0)
+
+
+def action_coin(seed: int, output_position: int) -> float:
+    """Return the number in [0, 1) a sampled action is compared with: the same for one seed and place in a response.
+
+    What else is in the batch, and whether the response was begun by another request, does not matter.
+    """
+    digest = hashlib.blake2b(f"{seed}/{output_position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest) >> 11) / 2**53
 
 
 def _parse(own: dict[str, Any]) -> RequestKeys:

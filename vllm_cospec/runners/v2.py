@@ -22,7 +22,7 @@ from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.kernels.decisions import compile_policy, flatten_weights
 from vllm_cospec.kernels.launch import UNLIMITED, Slots, Trace, arbitrate, warm_up
 from vllm_cospec.metrics import Counters
-from vllm_cospec.policies import Learned
+from vllm_cospec.policies import Learned, Policy
 from vllm_cospec.requests import served_settings
 from vllm_cospec.runners.decision import Decision
 
@@ -44,6 +44,8 @@ class SlotTable:
         self._threshold = UvaBackedTensor(size, dtype=torch.float32)
         self._max_overrides = UvaBackedTensor(size, dtype=torch.int32)
         self._exact_tokens = UvaBackedTensor(size, dtype=torch.int32)
+        self._written = UvaBackedTensor(size, dtype=torch.int32)
+        self._forced = UvaBackedTensor(size, dtype=torch.int32)
         self._overrides_so_far = torch.zeros(size, dtype=torch.int32, device=runner.device)
         self._preempted: dict[str, Tensor] = {}
         self._add_request = runner.sampler.add_request
@@ -61,16 +63,21 @@ class SlotTable:
         self._threshold.np[req_idx] = own.threshold
         self._max_overrides.np[req_idx] = UNLIMITED if own.max_overrides is None else min(own.max_overrides, UNLIMITED)
         self._exact_tokens.np[req_idx] = min(own.exact_tokens, UNLIMITED)
+        branch = own.branch
+        self._written.np[req_idx] = branch.written if branch else 0
+        self._forced.np[req_idx] = 2 * branch.decided_at + branch.keep if branch else -1
         before = self._preempted.pop(self._runner.req_states.index_to_req_id.get(req_idx, ""), None)
         if before is None:
-            self._overrides_so_far[req_idx].zero_()
+            self._overrides_so_far[req_idx].fill_(branch.overrides if branch else 0)
         else:
             self._overrides_so_far[req_idx].copy_(before)
 
     def apply_staged_writes(self) -> None:
         """As the sampler's, which this wraps."""
         self._apply_staged_writes()
-        for tensor in (self.arbitrated, self._threshold, self._max_overrides, self._exact_tokens):
+        for tensor in (
+            self.arbitrated, self._threshold, self._max_overrides, self._exact_tokens, self._written, self._forced
+        ):  # fmt: skip
             tensor.copy_to_uva()
 
     def finish_requests(self, scheduler_output: Any) -> None:
@@ -85,13 +92,17 @@ class SlotTable:
 
     def on_device(self) -> Slots:
         """Return the table as the kernels take it."""
+        response_start = self._runner.req_states.prompt_len.gpu
+        if self._settings.collect:
+            response_start = response_start - self._written.gpu
         return Slots(
             self.arbitrated.gpu,
             self._threshold.gpu,
             self._max_overrides.gpu,
             self._exact_tokens.gpu,
             self._overrides_so_far,
-            self._runner.req_states.prompt_len.gpu,
+            response_start,
+            self._forced.gpu,
         )
 
 
@@ -198,7 +209,7 @@ class CoSpecRejectionSampler(RejectionSampler):
         self._counters.export()
         if verified.trace is not None:
             names = self._runner.req_states.index_to_req_id
-            output_position = pos + 1 - slots.prompt_len[expanded_idx_mapping]
+            output_position = pos + 1 - slots.response_start[expanded_idx_mapping]
             self._steps.append(
                 _Step(
                     {int(slot): names.get(int(slot), "") for slot in idx_mapping_np},
@@ -226,6 +237,10 @@ class CoSpecRejectionSampler(RejectionSampler):
         """Replace the arbiter's weights in memory; takes effect at the next step."""
         assert self._program.weights is not None
         self._program.weights.copy_(flatten_weights(state_dict))
+
+    def set_policy(self, policy: Policy) -> None:
+        """Replace a rule by another; takes effect at the next step, which may have to compile its kernels first."""
+        self._program = compile_policy(policy, self._runner.device, None, self._settings.collect)
 
     def take_decisions(self) -> list[Decision]:
         """Return what was recorded since the last call, and forget it. Waits for the device."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_cospec.workers.control import Control
+
 EXPAND_KERNEL = "vllm.v1.sample.rejection_sampler.expand_kernel"
 
 
@@ -40,7 +42,7 @@ def mend_expand_kernel() -> None:
         dispatcher.register_kernels({EXPAND_KERNEL: expand_kernel})
 
 
-class CoSpecCPUWorker(CPUWorker):
+class CoSpecCPUWorker(Control, CPUWorker):
     """vLLM's CPU worker with arbitration installed once model, drafter and sampler exist."""
 
     def init_device(self) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_cospec.errors import CompatibilityError
+from vllm_cospec.workers.control import Control
 
 
-class CoSpecGPUWorker(Worker):
+class CoSpecGPUWorker(Control, Worker):
     """vLLM's GPU worker with arbitration installed once model, speculator and sampler exist."""
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:

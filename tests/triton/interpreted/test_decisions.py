@@ -166,6 +166,26 @@ def test_strict_requests_of_a_mixed_batch_get_the_stock_tokens() -> None:
             assert got.sampled[request, :count].tolist() == sampled[request, :count].tolist()
 
 
+def test_a_forced_decision_overrides_the_policy_and_what_lies_before_it_is_kept() -> None:
+    network = arbiter(32)
+    network.layers[-1].bias.fill_(-50.0)  # keeps nothing by itself
+    case = cases.make_case(5, requests=8, arbitrated=1.0, agreement=0.3, full=True)
+    free, _, _ = case.ours(Learned(artefact="unused"), network, collect=True)
+    _, _, expanded, _ = case.layout()
+    position = case.pos + 1 - case.slots.response_start[expanded]
+    consulted = free.trace.action == 0
+    forced = 0
+    for row in consulted.nonzero().flatten().tolist():
+        case.slots.forced[expanded[row]] = 2 * int(position[row]) + 1
+        forced += 1
+    got, counters, _ = case.ours(Learned(artefact="unused"), network, collect=True)
+    assert forced > 2
+    assert (got.trace.action[consulted] == 1).all()
+    assert int(counters[:-1].sum()) == forced
+    unseen, _, _ = case.ours(Learned(artefact="unused"), network)
+    assert unseen.num_sampled.tolist() == free.num_sampled.tolist()  # only an engine that collects looks at it
+
+
 def test_sampled_actions_follow_the_score_and_leave_the_verdict_alone() -> None:
     network = arbiter(32)
     network.layers[-1].bias.fill_(50.0)

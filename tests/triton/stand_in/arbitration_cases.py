@@ -84,7 +84,8 @@ def make_slots(size: int, generator: np.random.Generator, arbitrated: float = 0.
         max_overrides=pick([UNLIMITED, 0, 1, 3], [0.7, 0.05, 0.1, 0.15]),
         exact_tokens=pick([0, 3, 9], [0.7, 0.2, 0.1]),
         overrides_so_far=pick([0, 1, 2], [0.7, 0.2, 0.1]),
-        prompt_len=torch.tensor(generator.integers(1, 5, size), dtype=torch.int32),
+        response_start=torch.tensor(generator.integers(1, 5, size), dtype=torch.int32),
+        forced=torch.full((size,), -1, dtype=torch.int32),
     )
 
 
@@ -165,7 +166,7 @@ def make_case(
     slots = make_slots(size, g, arbitrated)
     pos = torch.cat(
         [
-            torch.arange(n + 1) + int(slots.prompt_len[s] - 1 + g.integers(0, 9))
+            torch.arange(n + 1) + int(slots.response_start[s] - 1 + g.integers(0, 9))
             for n, s in zip(num_drafts, slot, strict=True)
         ]
     )
@@ -234,7 +235,7 @@ def expected(case: Case, policy: Policy, arbiter: Arbiter | None = None) -> Expe
             draft_logits=None if case.draft is None else case.draft[slot, :n].float(),
             num_speculative_tokens=case.num_speculative_steps,
             arbitrated=bool(settings.arbitrated[slot]),
-            output_position=int(case.pos[starts[request]]) + 1 - int(settings.prompt_len[slot]),
+            output_position=int(case.pos[starts[request]]) + 1 - int(settings.response_start[slot]),
             overrides_so_far=int(settings.overrides_so_far[slot]),
             max_overrides=None if limit == UNLIMITED else limit,
             exact_tokens=int(settings.exact_tokens[slot]),

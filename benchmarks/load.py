@@ -1,0 +1,59 @@
+"""Asks a server for completions over HTTP, streaming, and keeps the times. Used by the throughput benchmark."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openai import AsyncOpenAI
+
+
+@dataclass
+class Reply:
+    """One answered request; times in seconds since it was sent."""
+
+    text: str
+    output_tokens: int
+    capped: bool  # ended by max_tokens
+    arrivals: list[float]  # of every piece of text
+
+
+async def ask(
+    url: str, model: str, prompts: Sequence[str], max_tokens: int, temperature: float, max_concurrency: int
+) -> list[Reply]:
+    """Send every prompt as a chat message, ``max_concurrency`` at a time; replies come in the order of the prompts.
+
+    Raises:
+        openai.OpenAIError: the server refused a request or is gone.
+    """
+    gate = asyncio.Semaphore(max_concurrency)
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=600) as client:
+
+        async def one(index: int, prompt: str) -> Reply:
+            async with gate:
+                sent = time.perf_counter()
+                reply = Reply("", 0, False, [])
+                stream: Any = await client.chat.completions.create(
+                    model=model,
+                    messages=[{"role": "user", "content": prompt}],
+                    max_completion_tokens=max_tokens,
+                    temperature=temperature,
+                    seed=index,
+                    stream=True,
+                    stream_options={"include_usage": True},
+                )
+                async for event in stream:
+                    if event.usage is not None:
+                        reply.output_tokens = event.usage.completion_tokens
+                    for choice in event.choices:
+                        if choice.delta.content:
+                            reply.arrivals.append(time.perf_counter() - sent)
+                            reply.text += choice.delta.content
+                        if choice.finish_reason is not None:
+                            reply.capped = choice.finish_reason == "length"
+                return reply
+
+        return await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts)))

@@ -1,0 +1,141 @@
+"""Every rule over a grid of its parameters, the learned arbiter over its threshold: accuracy, acceptance length.
+
+The plot and the tuning of each rule use the calibration split; the table compares the rules as tuned on the test split,
+all on the same problems. ``random`` keeps as many mismatches as the arbiter does: what noise at its rate would do.
+
+    python benchmarks/pareto.py --artefact vllm_cospec/demo/arbiter --json benchmarks/results/pareto_demo.json
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vllm_cospec.training.actors import ray_session
+from vllm_cospec.training.calibrate import SEED as CALIBRATION_SEED
+from vllm_cospec.training.commands import DEMO_CONFIG, command_line, progress_bar, write_atomically
+from vllm_cospec.training.config import load_train_config
+from vllm_cospec.training.evaluate import comparison_table, evaluate, parse_mode, summaries
+from vllm_cospec.training.tasks import load_task
+
+THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99)
+
+
+def grid(num_speculative_tokens: int) -> dict[str, list[str]]:
+    """Return the settings of each rule, as modes."""
+    return {
+        "typical": [
+            f"typical(posterior_threshold={e}, posterior_alpha={d})"
+            for e in (0.005, 0.01, 0.02, 0.05, 0.09, 0.2, 0.3)
+            for d in (0.1, 0.3, 1.0)
+        ],
+        "relaxed_topk": [
+            f"relaxed_topk(top_n={n}, delta={d})" for n in (2, 3, 5, 10) for d in (0.3, 0.6, 0.8, 0.9, 0.95, 1.0)
+        ],
+        "threshold": [f"threshold(single={p})" for p in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)],
+        "cascade": [f"cascade(alpha={a})" for a in (0.5, 0.8, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)],
+        "mars": [f"mars(ratio={r})" for r in (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)],
+        "fly": [
+            f"fly(entropy_threshold={h}, window={w})"
+            for h in (0.02, 0.1, 0.3, 0.6)
+            for w in (1, 2, 3, 4)
+            if w < num_speculative_tokens
+        ],
+        "kl": [f"kl(max_kl={k})" for k in (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0, 30.0)],
+    }
+
+
+def beaten_by(rows: dict[str, dict[str, Any]]) -> dict[str, str | None]:
+    """Return, for each rule, the learned setting with the most accuracy at the same or a longer acceptance length.
+
+    None where no learned setting is more accurate there.
+    """
+    learned = {name: row for name, row in rows.items() if name.startswith("learned")}
+    found: dict[str, str | None] = {}
+    for name, row in rows.items():
+        if name not in learned and name != "target":
+            better = [
+                other
+                for other, own in learned.items()
+                if own["accuracy"] > row["accuracy"] and own["acceptance_length"] >= row["acceptance_length"]
+            ]
+            found[name] = max(better, key=lambda other: learned[other]["accuracy"], default=None)
+    return found
+
+
+def plot(path: Path, rows: dict[str, dict[str, Any]], title: str) -> None:
+    """Draw accuracy against acceptance length, a colour for each policy."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for family in dict.fromkeys(name.partition("(")[0] for name in rows):
+        own = sorted(
+            (row["acceptance_length"], row["accuracy"], *row["accuracy_ci95"])
+            for name, row in rows.items()
+            if name.partition("(")[0] == family
+        )
+        x, y, low, high = zip(*own, strict=True)
+        spread = [[a - b for a, b in zip(y, low, strict=True)], [a - b for a, b in zip(high, y, strict=True)]]
+        style = {"learned": "o-", "strict": "s", "target": "D"}.get(family, ".--")
+        width = 2.2 if family == "learned" else 0.8
+        axes.errorbar(x, y, yerr=spread, fmt=style, label=family, linewidth=width, elinewidth=0.6, capsize=2)
+    axes.set(xlabel="acceptance length (tokens per target step)", ylabel="accuracy", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    artefact: Annotated[Path, typer.Option(help="Directory of the trained arbiter.")],
+    config: Annotated[Path, typer.Option(help="TOML file of the pair and the task.")] = DEMO_CONFIG,
+    calibration: Annotated[int, typer.Option(help="Problems the rules are tuned on.")] = 500,
+    problems: Annotated[int, typer.Option(help="Test problems.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Which test problems.")] = 2026,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here, a plot beside it.")] = None,
+) -> None:
+    """Compare the learned arbiter with every rule."""
+    run = load_train_config(config)
+    rollout = run.rollout
+    task = load_task(run.task.name, **run.task.options)
+    tune = task.problems(CALIBRATION_SEED, calibration, "calibration")
+    test = task.problems(seed, problems, "test")
+    settings = grid(run.pair.num_speculative_tokens)
+
+    def measure(names: list[str], on: list[Any], title: str) -> dict[str, dict[str, Any]]:
+        modes = [parse_mode(name, artefact=True) for name in names]
+        with progress_bar(title, len(modes) * len(on)) as tick:
+            return summaries(evaluate(run.pair, run.task, rollout, modes, on, artefact, tick))
+
+    names = [name for family in settings.values() for name in family]
+    learned = ["learned", *(f"learned(threshold={t})" for t in THRESHOLDS)]
+    with ray_session(run.ray_address, rollout.actors * rollout.cpus_per_actor):
+        tuned = measure(["strict", *learned, *names], tune, "calibration problems")
+        chosen = {family: max(own, key=lambda name: tuned[name]["accuracy"]) for family, own in settings.items()}
+        control = f"random(rate={round(tuned['learned']['override_rate'], 3)})"
+        rows = measure(["target", "draft", "strict", *learned, *chosen.values(), control], test, "test problems")
+    console = Console()
+    title = f"{problems} test problems, seed {seed}, greedy; rules as tuned on {calibration} calibration problems"
+    console.print(comparison_table(rows, title))
+    beaten = {"test": beaten_by(rows), "calibration": beaten_by(tuned)}
+    for where, own in beaten.items():
+        losing = [name for name, better in own.items() if better is None]
+        console.print(
+            f"{where}: {len(own) - len(losing)} of {len(own)} settings lie below the learned curve"
+            + (f"; not below it: {', '.join(losing)}" if losing else "")
+        )
+    if json_path is not None:
+        result = {
+            "command": command_line(), "problems": title, "tuned": chosen, "modes": rows, "beaten_by": beaten,
+            "calibration": tuned,
+        }  # fmt: skip
+        write_atomically(json_path, json.dumps(result, indent=1) + "\n")
+        plot(json_path.with_suffix(".png"), tuned, f"{calibration} calibration problems, greedy, 95 % intervals")
+
+
+if __name__ == "__main__":
+    typer.run(main)

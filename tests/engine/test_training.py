@@ -1,0 +1,166 @@
+"""Training with real engines: the whole command, and what must hold when parts of it are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from vllm_cospec.arbiter import load_artefact
+from vllm_cospec.training.checkpoint import Checkpoint, load_latest
+
+UPDATES = 5
+CONFIG = """
+iterations = {updates}
+seed = 3
+[pair]
+target = "bundled:target"
+draft = "bundled:draft"
+num_speculative_tokens = 7
+[pair.engine]
+dtype = "float32"
+max_model_len = 128
+max_num_seqs = 32
+enforce_eager = true
+kv_cache_memory_bytes = 67108864
+[rollout]
+actors = {actors}
+prompts_per_iteration = 24
+prompts_per_unit = 8
+branches_per_response = 1
+max_tokens = 60
+[learner]
+warm_start_iterations = 2
+minibatch_size = 8
+[calibration]
+problems = 20
+thresholds = [0.3, 0.5]
+"""
+TRAIN_ONLY = """
+import sys
+from pathlib import Path
+from vllm_cospec.training.config import load_train_config
+from vllm_cospec.training.trainer import Trainer
+Trainer(load_train_config(Path(sys.argv[1])), Path(sys.argv[2]), resume=True).run()
+"""
+
+
+def write_config(directory: Path, actors: int) -> Path:
+    path = directory / f"{actors}.toml"
+    path.write_text(CONFIG.format(updates=UPDATES, actors=actors))
+    return path
+
+
+@contextmanager
+def trainer(config: Path, output: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Start or continue a run in a process of its own."""
+    with (output.parent / f"{output.name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", TRAIN_ONLY, str(config), str(output)], stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], timeout: float = 300) -> Any:
+    """Return what the condition returns once it is true."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        assert process.poll() is None, "the run ended before its time"
+        time.sleep(0.05)
+    raise AssertionError("it never happened")
+
+
+def updates(output: Path) -> int:
+    log = output / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def descendants(process: subprocess.Popen[bytes], name: str) -> list[psutil.Process]:
+    return [
+        child for child in psutil.Process(process.pid).children(recursive=True) if name in " ".join(child.cmdline())
+    ]
+
+
+def final(output: Path) -> Checkpoint:
+    found = load_latest(output / "checkpoints")
+    assert found is not None
+    assert found.updates == UPDATES
+    return found
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    # The whole command, on one actor.
+    command = [sys.executable, "-m", "vllm_cospec.cli", "train", "--config", str(write_config(tmp_path, 1))]
+    done = subprocess.run(
+        [*command, "--output", str(straight)], capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "not spent generating" in " ".join(done.stdout.split())
+    _, artefact = load_artefact(straight / "arbiter")
+    assert [point.threshold for point in artefact.calibration] == [0.3, 0.5]
+    assert artefact.threshold in (0.3, 0.5)
+    assert artefact.provenance.training_config["iterations"] == UPDATES
+    card = (straight / "arbiter" / "README.md").read_text()
+    assert "Calibration (20 problems" in card
+    for name in ("learning.png", "thresholds.png", "config.json"):
+        assert (straight / name).stat().st_size > 0
+    assert list((straight / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == list(range(1, UPDATES + 1))
+    assert 0 <= lines[-1]["accuracy"] <= 1 < lines[-1]["acceptance_length"]
+    # A second time over it: refused.
+    again = subprocess.run(
+        [*command, "--output", str(straight)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert again.returncode == 1
+    assert "is not empty; pass --resume" in again.stderr
+
+    # On two actors: an actor is killed in mid-rollout, then the driver, then it is interrupted, then it ends.
+    config = write_config(tmp_path, 2)
+    with trainer(config, broken) as process:
+        wait_for(lambda: updates(broken) >= 1, process)
+        victim = wait_for(lambda: descendants(process, "ray::RolloutActor.work"), process)[0]
+        victim.kill()
+        wait_for(lambda: updates(broken) >= 2, process)
+        everyone = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    psutil.wait_procs(everyone, timeout=60)
+    assert not [child for child in everyone if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    before = updates(broken)
+    with trainer(config, broken) as process:
+        wait_for(lambda: updates(broken) > before or updates(broken) == UPDATES, process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) != 0 or updates(broken) == UPDATES
+    with trainer(config, broken) as process:
+        assert process.wait(timeout=300) == 0
+    assert "another takes over" in (tmp_path / "broken.log").read_text()
+    log = [json.loads(line)["update"] for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert log == list(range(1, UPDATES + 1))
+    expected, found = final(straight), final(broken)
+    assert expected.tensors.keys() == found.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(tensor, found.tensors[name]), name
+    for name in ("responses", "branches", "generated_tokens"):
+        assert expected.facts["totals"][name] == found.facts["totals"][name]  # nothing was counted twice

@@ -1,0 +1,112 @@
+"""The Ray actors: thin shells around an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from vllm_cospec.training.config import PairConfig, TrainConfig
+from vllm_cospec.training.rollout import Episodes, Unit
+
+ACTOR_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class RolloutActor:
+    """An engine that collects, for training."""
+
+    def __init__(self, config: TrainConfig, weights: dict[str, Any]):
+        from vllm_cospec.training.engine import Engine
+        from vllm_cospec.training.rewards import load_reward
+        from vllm_cospec.training.tasks import load_task
+
+        task = load_task(config.task.name, **config.task.options)
+        self._config = config
+        self._reward = load_reward(config.task.reward, task)
+        arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
+        self._engine = Engine(config.pair, arbiter)
+
+    def ready(self) -> bool:
+        """Resolve once the engine is there."""
+        return True
+
+    def work(self, unit: Unit, weights: dict[str, Any]) -> Episodes:
+        """Roll out a unit with these weights."""
+        from vllm_cospec.training.rollout import roll_out
+
+        self._engine.set_arbiter(weights, sample_actions=unit.threshold is None)
+        return roll_out(self._engine, unit, self._config, self._reward)
+
+
+class EvaluationActor:
+    """An engine that answers without sampling actions."""
+
+    def __init__(self, pair: PairConfig, task: Any, arbiter: dict[str, Any] | None, role: str, max_tokens: int):
+        from vllm_cospec.training.engine import Engine
+        from vllm_cospec.training.rewards import load_reward
+        from vllm_cospec.training.tasks import load_task
+
+        self._task = task
+        self._reward = load_reward(task.reward, load_task(task.name, **task.options))
+        self._engine = Engine(pair, arbiter, role)
+        self._max_tokens = max_tokens
+
+    def ready(self) -> bool:
+        """Resolve once the engine is there."""
+        return True
+
+    def work(self, unit: Any, payload: None) -> Any:
+        """Answer a chunk of problems in one mode."""
+        from vllm_cospec.training.evaluate import answer
+
+        return answer(self._engine, unit, self._reward, self._task.reward_timeout_s, self._max_tokens)
+
+
+def remote(actor: type, cpus: float, gpus: float) -> Any:
+    """Return a Ray actor class of ``actor`` with its resources and environment."""
+    threads = str(max(1, int(cpus)))
+    environment = {**ACTOR_ENVIRONMENT, "OMP_NUM_THREADS": threads}
+    return ray.remote(actor).options(
+        num_cpus=cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": environment}
+    )
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None, cpus: float) -> Iterator[None]:
+    """Connect to a cluster, or run one on this machine that ends with the block.
+
+    Args:
+        address: of a cluster; None starts one that listens on this machine only.
+        cpus: that the local one offers; it may be more than the machine has.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is None:  # Ray listens on every interface and asks for a token; else it would keep one in the home
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    with tempfile.TemporaryDirectory(prefix="cospec-ray-") as scratch:
+        if address is not None:
+            ray.init(address=address, log_to_driver=False)
+        else:
+            ray.init(
+                num_cpus=max(1, int(-(-cpus // 1))),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=256 * 2**20,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=scratch,
+            )
+        try:
+            yield
+        finally:
+            ray.shutdown()

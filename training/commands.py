@@ -1,0 +1,151 @@
+"""What ``cospec train``, ``calibrate`` and ``evaluate`` do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vllm_cospec.arbiter import load_artefact
+from vllm_cospec.errors import ConfigError
+from vllm_cospec.training.actors import ray_session
+from vllm_cospec.training.calibrate import calibrate, record_results, save_uncalibrated
+from vllm_cospec.training.config import TrainConfig, load_train_config
+from vllm_cospec.training.engine import short_name
+from vllm_cospec.training.evaluate import Answers, comparison_table, evaluate, parse_mode, summaries
+from vllm_cospec.training.learner import TrainingError
+from vllm_cospec.training.report import plot_learning, plot_thresholds
+from vllm_cospec.training.tasks import Problem, load_task
+from vllm_cospec.training.trainer import Trainer
+
+ARBITER = "arbiter"
+DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.toml"
+
+
+def train(config_file: Path, output: Path, resume: bool, console: Console) -> Path:
+    """Train, calibrate, draw; returns the artefact's directory."""
+    config = load_train_config(config_file)
+    try:
+        trainer = Trainer(config, output, resume)
+        trainer.run()
+    except OSError as error:
+        raise TrainingError(f"{output}: {error}; the last checkpoint is intact, continue with --resume") from None
+    artefact = output / ARBITER
+    totals = {name: round(value, 1) for name, value in trainer.totals.items()}
+    totals["idle_share"] = round(trainer.idle_share, 4)
+    save_uncalibrated(artefact, trainer.learner.arbiter, config.pair, _portable(config), {"training": totals})
+    plot_learning(output)
+    calibrate_artefact(artefact, config, console)
+    console.print(
+        f"{totals['responses']:.0f} responses and {totals['branches']:.0f} branches in {totals['seconds'] / 60:.1f} "
+        f"minutes; {100 * totals['idle_share']:.1f} % of the actors' time was not spent generating"
+    )
+    console.print(f"arbiter: {artefact}", soft_wrap=True)
+    return artefact
+
+
+def calibrate_artefact(artefact: Path, config: TrainConfig, console: Console) -> None:
+    """Measure thresholds, write the curve into the artefact, draw it beside the artefact."""
+    rollout, calibration = config.rollout, config.calibration
+    count = calibration.problems * (1 + len(set(calibration.thresholds)))
+    with (
+        ray_session(config.ray_address, rollout.actors * rollout.cpus_per_actor),
+        progress_bar("calibrating", count) as tick,
+    ):
+        target, points = calibrate(artefact, config.pair, config.task, rollout, calibration, tick)
+    rows = {"strict": target} | {f"threshold {point['threshold']:g}": point for point in points}
+    console.print(comparison_table(rows, f"{calibration.problems} calibration problems, greedy"))
+
+    def drawn(row: dict[str, Any]) -> dict[str, float]:
+        low, high = row["accuracy_ci95"]
+        return {**row, "low": low, "high": high}
+
+    plot_thresholds(artefact.parent, [drawn(point) for point in points], drawn(target))
+    console.print(f"threshold: {load_artefact(artefact)[1].threshold:g}")
+
+
+def run_evaluation(
+    config: TrainConfig,
+    artefact: Path | None,
+    modes: Sequence[str],
+    num_problems: int,
+    seed: int,
+    json_path: Path | None,
+    per_question: Path | None,
+    record: str | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Evaluate modes on test problems; prints a table, returns the figures."""
+    if artefact is not None:
+        load_artefact(artefact)  # a damaged one is refused before engines start
+    if record and artefact is None:
+        raise ConfigError("--record: needs the artefact to write to; pass --artefact")
+    parsed = [parse_mode(text, artefact is not None) for text in dict.fromkeys(modes)]
+    problems = load_task(config.task.name, **config.task.options).problems(seed=seed, n=num_problems, split="test")
+    rollout = config.rollout
+    with (
+        ray_session(config.ray_address, rollout.actors * rollout.cpus_per_actor),
+        progress_bar("evaluating", num_problems * len(parsed)) as tick,
+    ):
+        answers = evaluate(config.pair, config.task, rollout, parsed, problems, artefact, tick)
+    rows = summaries(answers)
+    title = f"{num_problems} test problems of {config.task.name}, seed {seed}, greedy"
+    console.print(comparison_table(rows, title))
+    result = {"command": command_line(), "problems": title, "modes": rows}
+    if json_path is not None:
+        write_atomically(json_path, json.dumps(result, indent=2) + "\n")
+    if per_question is not None:
+        write_atomically(per_question, "".join(_questions(problems, answers)))
+    if record and artefact is not None:
+        record_results(artefact, {record: result})
+    return result
+
+
+def command_line() -> str:
+    """Return the command this process was started with, as one would type it."""
+    return " ".join([Path(sys.argv[0]).name, *map(shlex.quote, sys.argv[1:])])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _questions(problems: Sequence[Problem], answers: dict[str, Answers]) -> Iterator[str]:
+    for i, problem in enumerate(problems):
+        for mode, own in answers.items():
+            entry = {
+                "mode": mode, "prompt": problem.prompt, "answer": problem.answer, "text": own.texts[i],
+                "score": float(own.scores[i]), "tokens": int(own.tokens[i]), "steps": int(own.steps[i]),
+                "mismatches": int(own.mismatches[i]), "overrides": int(own.overrides[i]),
+            }  # fmt: skip
+            yield json.dumps(entry) + "\n"
+
+
+def _portable(config: TrainConfig) -> dict[str, Any]:
+    """The configuration for the artefact: models by name, not by where they lay on this machine."""
+    dumped = json.loads(config.model_dump_json())
+    for role in ("target", "draft"):
+        if dumped["pair"][role]:
+            dumped["pair"][role] = short_name(dumped["pair"][role])
+    return dumped
+
+
+@contextmanager
+def progress_bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show progress on standard error; yields a function to be called with how much has been done."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(text, total=total)
+        yield lambda count: progress.advance(bar, count)

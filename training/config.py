@@ -1,0 +1,213 @@
+"""The configuration of a training run: the only source of its settings' names, types, defaults and help.
+
+A configuration is a TOML file with a table for each part below. Paths in it are relative to the file;
+``bundled:target`` and ``bundled:draft`` name the pair that comes with the package. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_cospec.errors import ConfigError, first_sentence
+
+BUNDLED = "bundled:"
+
+
+class Section(BaseModel):
+    """A table of the file: no unknown keys, no conversions, cannot be changed."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class PairConfig(Section):
+    """The two models and how vLLM runs them."""
+
+    target: str
+    """Directory or hub id of the target."""
+    draft: str | None = None
+    """Directory or hub id of the draft; left out for drafters without a model (ngram, suffix)."""
+    draft_method: str | None = None
+    """vLLM's method for the drafter; left out: what vLLM detects."""
+    num_speculative_tokens: int = Field(ge=1, le=128)
+    """K. An arbiter is served best with the K it was trained with."""
+    engine: dict[str, Any] = {}
+    """Further arguments of vLLM's ``LLM``, for example dtype, max_model_len, max_num_seqs."""
+    speculative: dict[str, Any] = {}
+    """Further keys of vLLM's speculative configuration, for example prompt_lookup_max."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PairConfig:
+        if self.draft is None and self.draft_method not in ("ngram", "suffix", "mtp"):
+            raise ValueError("draft: missing; name a draft model, or a draft_method that needs none (ngram)")
+        return self
+
+
+class TaskConfig(Section):
+    """Where problems come from and what counts as right."""
+
+    name: str = "demo"
+    """demo, jsonl, or reasoning_gym."""
+    options: dict[str, Any] = {}
+    """Of the task: path, test_path, template for jsonl; generator and its own options for reasoning_gym."""
+    reward: str = "task"
+    """task (the task's own), math_verify, exact, or module:function, called with (problem, text) and returning a
+    number."""
+    reward_timeout_s: float = Field(10.0, gt=0)
+    """Seconds one reward may take."""
+
+
+class RolloutConfig(Section):
+    """How responses are generated."""
+
+    actors: int = Field(2, ge=1)
+    """Number of engines."""
+    cpus_per_actor: float = Field(1.0, ge=0)
+    """CPUs Ray reserves for each; also its number of OpenMP threads on a machine without GPUs, at least 1."""
+    gpus_per_actor: float = Field(0.0, ge=0)
+    """GPUs Ray reserves for each."""
+    prompts_per_iteration: int = Field(256, ge=1)
+    """Problems between two updates."""
+    prompts_per_unit: int = Field(64, ge=1)
+    """Problems an actor takes at a time. Results do not depend on which actor takes them."""
+    responses_per_prompt: int = Field(1, ge=1)
+    """G. Group advantages need at least 2."""
+    branches_per_response: int = Field(2, ge=0)
+    """Branch advantages: mismatches of each response at which the other continuation is rolled out too."""
+    max_tokens: int = Field(512, ge=1)
+    """Longest response."""
+    temperature: float = Field(0.0, ge=0, le=2)
+    """Of the token sampling; 0 is greedy. The arbiter's actions are sampled in any case."""
+    max_staleness: int = Field(1, ge=0, le=4)
+    """Updates the weights of a rollout may lie behind, so that actors need not wait for the learner."""
+    unit_timeout_s: float = Field(900.0, gt=0)
+    """Seconds after which an actor that still works on one unit is replaced."""
+    start_timeout_s: float = Field(900.0, gt=0)
+    """Seconds an engine may take to start."""
+    attempts: int = Field(3, ge=1)
+    """How often a unit may lose its actor before it is taken apart, and a single prompt before it is set aside."""
+
+
+class LearnerConfig(Section):
+    """How the arbiter learns."""
+
+    advantage: str = "branch"
+    """branch or group."""
+    hidden_sizes: tuple[int, ...] = Field((32, 32), min_length=1, max_length=2, strict=False)
+    """Widths of the hidden layers."""
+    initial_keep: float = Field(0.1, gt=0, lt=1)
+    """Probability of keeping before anything is learnt."""
+    warm_start_iterations: int = Field(4, ge=0)
+    """First iterations, whose branch outcomes are collected as labels and fitted; 0 for none."""
+    warm_start_epochs: int = Field(30, ge=1)
+    """Passes over the labels."""
+    learning_rate: float = Field(3e-3, gt=0)
+    """Adam's, at the start; it falls linearly to a tenth."""
+    epochs: int = Field(4, ge=1)
+    """Passes over the samples of an iteration."""
+    minibatch_size: int = Field(512, ge=1)
+    """Samples per step."""
+    clip: float = Field(0.2, gt=0)
+    """Importance ratios are clipped to 1 - clip .. 1 + clip."""
+    entropy_bonus: float = Field(1e-3, ge=0)
+    """Weight of the policy's entropy."""
+    kl_penalty: float = Field(0.0, ge=0)
+    """Weight of the divergence from the policy after the warm start."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    speed_weight: float = Field(0.02, ge=0, lt=1)
+    """Reward for the share of target steps saved, 1 - steps / tokens, next to 1 for a right answer."""
+
+
+class CalibrationConfig(Section):
+    """How the threshold is chosen after training."""
+
+    problems: int = Field(1000, ge=20)
+    """Problems of the calibration split."""
+    thresholds: tuple[float, ...] = Field((0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), min_length=1, strict=False)
+    """Tried thresholds."""
+
+
+class TrainConfig(Section):
+    """A training run."""
+
+    pair: PairConfig
+    task: TaskConfig = TaskConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    iterations: int = Field(100, ge=1)
+    """Updates of the arbiter, warm start included."""
+    seed: int = Field(1, ge=0, lt=2**31)
+    """Decides problems, actions, initial weights and minibatches."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster; left out: one is started on this machine and stopped afterwards."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.learner.advantage == "branch" or self.learner.warm_start_iterations:
+            if self.rollout.temperature > 0:
+                raise ValueError(
+                    f"rollout.temperature: {self.rollout.temperature} cannot be combined with branches, which compare "
+                    f'continuations that differ in one decision alone; use 0, or learner.advantage = "group" with '
+                    f"learner.warm_start_iterations = 0"
+                )
+            if self.rollout.branches_per_response == 0:
+                raise ValueError(
+                    "rollout.branches_per_response: 0 leaves branch advantages and the warm start nothing to learn from"
+                )
+        if self.learner.advantage == "group" and self.rollout.responses_per_prompt < 2:
+            raise ValueError(
+                f"rollout.responses_per_prompt: {self.rollout.responses_per_prompt} is too few for group advantages; "
+                f"use at least 2"
+            )
+        if self.learner.warm_start_iterations >= self.iterations:
+            raise ValueError(
+                f"learner.warm_start_iterations: {self.learner.warm_start_iterations} must be less than "
+                f"iterations={self.iterations}"
+            )
+        return self
+
+
+def load_train_config(path: Path) -> TrainConfig:
+    """Read and check a configuration file; its paths come back absolute.
+
+    Raises:
+        ConfigError: names the file or the field, the value and the way out.
+    """
+    try:
+        raw = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); pass a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML ({error})") from None
+    try:
+        config = TrainConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(first_sentence(error, str(path))) from None
+    pair = config.pair.model_copy(
+        update={"target": _locate(config.pair.target, path), "draft": _locate(config.pair.draft, path)}
+    )
+    options = {k: _locate(v, path) if k in ("path", "test_path") else v for k, v in config.task.options.items()}
+    task = config.task.model_copy(update={"options": options})
+    return config.model_copy(update={"pair": pair, "task": task})
+
+
+def bundled(role: Literal["target", "draft"]) -> Path:
+    """Return the directory of one model of the bundled pair."""
+    return Path(str(files("vllm_cospec.demo"))) / role
+
+
+def _locate(value: Any, config: Path) -> Any:
+    """Make a path that is relative to the configuration absolute; hub ids stay."""
+    if value in ("bundled:target", "bundled:draft"):
+        return str(bundled(value.removeprefix(BUNDLED)))
+    if isinstance(value, str) and (value.startswith(".") or (config.parent / value).exists()):
+        return str((config.parent / value).resolve())
+    return value

@@ -1,0 +1,140 @@
+"""What a person sees of a run: a progress bar, TensorBoard, one JSON line per update, plots at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+LOG_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
+
+
+class Report:
+    """Use as a context manager around a run."""
+
+    def __init__(self, output: Path, updates: int, done: int, console: Console | None = None):
+        """Open the logs.
+
+        Args:
+            output: the run's directory.
+            updates: of the whole run.
+            done: how many a checkpoint holds already; later lines of an earlier attempt are dropped.
+            console: where to show progress; standard error by default.
+        """
+        self._log = output / LOG_FILE
+        lines = [line for line in read_log(output) if line["update"] <= done]
+        self._log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self._writer = SummaryWriter(str(output / TENSORBOARD), purge_step=done)
+        self._console = console or Console(stderr=True)
+        self._updates, self._done, self._rollouts = updates, done, 0
+        self._progress = Progress(
+            TextColumn("update"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"), console=self._console,
+        )  # fmt: skip
+
+    def __enter__(self) -> Report:
+        self._progress.start()
+        self._bar = self._progress.add_task("update", total=self._updates, completed=self._done, figures="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._writer.close()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def progress(self, responses: int) -> None:
+        """Show that responses have arrived."""
+        self._rollouts += responses
+        if not self._progress.tasks[0].fields["figures"]:
+            self._progress.update(self._bar, figures=f"{self._rollouts} responses")
+
+    def update(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Record an update's figures."""
+        line = {"update": iteration + 1, **{k: round(v, 6) if math.isfinite(v) else None for k, v in metrics.items()}}
+        with self._log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, iteration + 1)
+        figures = (
+            f"accuracy {metrics['accuracy']:.3f}  acceptance length {metrics['acceptance_length']:.2f}  "
+            f"override rate {metrics['override_rate']:.2f}  loss {metrics.get('loss', float('nan')):+.4f}  "
+            f"{metrics['rollouts_per_s']:.0f} rollouts/s"
+        )
+        self._progress.update(self._bar, completed=iteration + 1, figures=figures)
+        if not self._console.is_terminal:
+            self.say(f"update {iteration + 1}/{self._updates}  {figures}")
+
+
+def read_log(output: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's log; a last line that was cut off is left out."""
+    path = output / LOG_FILE
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def plot_learning(output: Path) -> Path:
+    """Draw a run's learning curves into ``learning.png``; returns its path."""
+    from matplotlib.figure import Figure
+
+    lines = read_log(output)
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    panels: Sequence[tuple[str, str]] = (
+        ("accuracy", "accuracy while sampling actions"),
+        ("acceptance_length", "acceptance length"),
+        ("override_rate", "override rate"),
+        ("entropy", "policy entropy (nats)"),
+    )
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        points = [(line["update"], line[name]) for line in lines if line.get(name) is not None]
+        axes.plot(*zip(*points, strict=True) if points else ((), ()))
+        axes.set(title=title, xlabel="update")
+        axes.grid(alpha=0.3)
+    path = output / "learning.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def plot_thresholds(output: Path, points: Sequence[dict[str, float]], target: dict[str, float]) -> Path:
+    """Draw accuracy against acceptance length over thresholds into ``thresholds.png``; returns its path.
+
+    Args:
+        output: directory.
+        points: with threshold, accuracy, low, high, acceptance_length.
+        target: of strict verification, with accuracy, low, high, acceptance_length.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+
+    def draw(rows: Sequence[dict[str, float]], style: str, label: str) -> None:
+        y = [row["accuracy"] for row in rows]
+        spread = [[row["accuracy"] - row["low"] for row in rows], [row["high"] - row["accuracy"] for row in rows]]
+        axes.errorbar([row["acceptance_length"] for row in rows], y, yerr=spread, fmt=style, capsize=3, label=label)
+
+    draw(points, "o-", "arbiter, by threshold (95 %)")
+    for row in points:
+        axes.annotate(f"{row['threshold']:g}", (row["acceptance_length"], row["accuracy"]), xytext=(4, 4),
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+    draw([target], "s", "strict (95 %)")
+    axes.axhline(target["accuracy"], linestyle=":", color="gray", label="target only")
+    axes.set(xlabel="acceptance length (tokens per target step)", ylabel="accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = output / "thresholds.png"
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,35 @@
+"""What training and evaluation may tell a worker, through vLLM's ``collective_rpc``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_cospec.policies import Policy
+    from vllm_cospec.runners.decision import Decision
+
+
+class Control:
+    """Mixed into the workers; ``cospec`` is the runner's sampler."""
+
+    cospec: Any
+
+    def cospec_set_arbiter(self, state_dict: dict[str, Tensor], sample_actions: bool) -> None:
+        """Replace the arbiter's weights in memory.
+
+        Args:
+            state_dict: of :class:`vllm_cospec.arbiter.Arbiter`.
+            sample_actions: draw actions with the arbiter's probability instead of comparing with the threshold.
+        """
+        self.cospec.set_arbiter(state_dict)
+        self.cospec.sample_actions = sample_actions
+
+    def cospec_set_policy(self, policy: Policy) -> None:
+        """Replace a rule by another one."""
+        self.cospec.set_policy(policy)
+
+    def cospec_take_decisions(self) -> list[Decision]:
+        """Return what was recorded since the last call, and forget it."""
+        return self.cospec.take_decisions()
