@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from vllm_cospec.errors import ConfigError, CoSpecError
 from vllm_cospec.training.config import PairConfig, TrainConfig
 from vllm_cospec.training.rollout import Episodes, Unit
 
@@ -30,20 +31,26 @@ class RolloutActor:
         from vllm_cospec.training.rewards import load_reward
         from vllm_cospec.training.tasks import load_task
 
-        task = load_task(config.task.name, **config.task.options)
         self._config = config
-        self._reward = load_reward(config.task.reward, task)
-        arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
-        self._engine = Engine(config.pair, arbiter)
+        self._failure: Exception | None = None
+        try:
+            task = load_task(config.task.name, **config.task.options)
+            self._reward = load_reward(config.task.reward, task)
+            arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
+            self._engine = Engine(config.pair, arbiter)
+        except Exception as error:
+            self._failure = error
 
     def ready(self) -> bool:
-        """Resolve once the engine is there."""
+        """Resolve once the engine is there; raises what kept it from starting."""
+        _raise_plainly(self._failure)
         return True
 
     def work(self, unit: Unit, weights: dict[str, Any]) -> Episodes:
         """Roll out a unit with these weights."""
         from vllm_cospec.training.rollout import roll_out
 
+        _raise_plainly(self._failure)
         self._engine.set_arbiter(weights, sample_actions=unit.threshold is None)
         return roll_out(self._engine, unit, self._config, self._reward)
 
@@ -57,19 +64,38 @@ class EvaluationActor:
         from vllm_cospec.training.tasks import load_task
 
         self._task = task
-        self._reward = load_reward(task.reward, load_task(task.name, **task.options))
-        self._engine = Engine(pair, arbiter, role)
         self._max_tokens = max_tokens
+        self._failure: Exception | None = None
+        try:
+            self._reward = load_reward(task.reward, load_task(task.name, **task.options))
+            self._engine = Engine(pair, arbiter, role)
+        except Exception as error:
+            self._failure = error
 
     def ready(self) -> bool:
-        """Resolve once the engine is there."""
+        """Resolve once the engine is there; raises what kept it from starting."""
+        _raise_plainly(self._failure)
         return True
 
     def work(self, unit: Any, payload: None) -> Any:
         """Answer a chunk of problems in one mode."""
         from vllm_cospec.training.evaluate import answer
 
+        _raise_plainly(self._failure)
         return answer(self._engine, unit, self._reward, self._task.reward_timeout_s, self._max_tokens)
+
+
+def _raise_plainly(failure: Exception | None) -> None:
+    """Raise what went wrong in a constructor as an error of the driver's own kind.
+
+    Ray reports an exception of a constructor like a death, and the pool would try again: but an engine that cannot be
+    built once cannot be built the second time. The vLLM types may not survive pickling, a sentence does.
+    """
+    if isinstance(failure, CoSpecError):
+        raise failure
+    if failure is not None:
+        reason = " ".join(str(failure).split()) or "no reason given"
+        raise ConfigError(f"the engine cannot be started: {type(failure).__name__}: {reason}")
 
 
 def remote(actor: type, cpus: float, gpus: float) -> Any:

@@ -18,7 +18,7 @@ from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.actors import ray_session
 from vllm_cospec.training.calibrate import calibrate, record_results, save_uncalibrated
-from vllm_cospec.training.config import TrainConfig, load_train_config
+from vllm_cospec.training.config import TrainConfig, load_train_config, require_models
 from vllm_cospec.training.engine import short_name
 from vllm_cospec.training.evaluate import Answers, comparison_table, evaluate, parse_mode, summaries
 from vllm_cospec.training.learner import TrainingError
@@ -27,6 +27,12 @@ from vllm_cospec.training.tasks import Problem, load_task
 from vllm_cospec.training.trainer import Trainer
 
 ARBITER = "arbiter"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that a user stopped; the message says how to go on."""
+
+
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.toml"
 
 
@@ -34,10 +40,20 @@ def train(config_file: Path, output: Path, resume: bool, console: Console) -> Pa
     """Train, calibrate, draw; returns the artefact's directory."""
     config = load_train_config(config_file)
     try:
-        trainer = Trainer(config, output, resume)
-        trainer.run()
+        return _train(Trainer(config, output, resume), console)
     except OSError as error:
         raise TrainingError(f"{output}: {error}; the last checkpoint is intact, continue with --resume") from None
+
+
+def _train(trainer: Trainer, console: Console) -> Path:
+    config, output = trainer.config, trainer.output
+    try:
+        trainer.run()
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped after update {trainer.updates} of {config.iterations}; continue with --resume (checkpoints are "
+            f"in {output})"
+        ) from None
     artefact = output / ARBITER
     totals = {name: round(value, 1) for name, value in trainer.totals.items()}
     totals["idle_share"] = round(trainer.idle_share, 4)
@@ -54,6 +70,7 @@ def train(config_file: Path, output: Path, resume: bool, console: Console) -> Pa
 
 def calibrate_artefact(artefact: Path, config: TrainConfig, console: Console) -> None:
     """Measure thresholds, write the curve into the artefact, draw it beside the artefact."""
+    require_models(config.pair)
     rollout, calibration = config.rollout, config.calibration
     count = calibration.problems * (1 + len(set(calibration.thresholds)))
     with (
@@ -84,8 +101,12 @@ def run_evaluation(
     console: Console,
 ) -> dict[str, Any]:
     """Evaluate modes on test problems; prints a table, returns the figures."""
+    require_models(config.pair)
     if artefact is not None:
         load_artefact(artefact)  # a damaged one is refused before engines start
+    for path in (json_path, per_question):  # hours later would be too late
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     if record and artefact is None:
         raise ConfigError("--record: needs the artefact to write to; pass --artefact")
     parsed = [parse_mode(text, artefact is not None) for text in dict.fromkeys(modes)]

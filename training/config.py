@@ -199,6 +199,20 @@ def load_train_config(path: Path) -> TrainConfig:
     return config.model_copy(update={"pair": pair, "task": task})
 
 
+def require_models(pair: PairConfig) -> None:
+    """Refuse a pair of which one is not where the configuration says, before minutes are spent on starting engines.
+
+    Raises:
+        ConfigError: names the field and the directory. Hub ids are left to vLLM.
+    """
+    for role in ("target", "draft"):
+        model = getattr(pair, role)
+        if model is not None and Path(model).is_absolute() and not (Path(model) / "config.json").is_file():
+            raise ConfigError(
+                f"pair.{role}: no model at {model!r} (config.json is missing); name a model directory or hub id"
+            )
+
+
 def bundled(role: Literal["target", "draft"]) -> Path:
     """Return the directory of one model of the bundled pair."""
     return Path(str(files("vllm_cospec.demo"))) / role

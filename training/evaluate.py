@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
 
-from vllm_cospec.errors import ConfigError, first_sentence
+from vllm_cospec.errors import ConfigError, first_sentence, shorten
 from vllm_cospec.policies import AnyPolicy, policy_names
 from vllm_cospec.training.config import PairConfig, RolloutConfig, TaskConfig
 from vllm_cospec.training.engine import Blocks, Engine, Request
@@ -69,6 +69,9 @@ def parse_mode(text: str, artefact: bool) -> Mode:
             raise ConfigError(f"--mode: {text!r} needs a trained arbiter; pass its directory")
         if set(parameters) - {"threshold"}:
             raise ConfigError(f"--mode: {text!r}: the only parameter of learned is threshold")
+        for value in parameters.values():
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise ConfigError(f"--mode: {text!r}: threshold must be a number from 0 to 1, got {shorten(value)}")
         return Mode(text, "learned", extra={f"cospec_{key}": float(value) for key, value in parameters.items()})
     if name not in policy_names():
         known = ", ".join(["target", "draft", *policy_names()])

@@ -178,13 +178,17 @@ class Learner:
     def _step(self, loss: Tensor) -> Tensor:
         if not loss.isfinite():
             raise TrainingError(
-                f"loss: {loss.item()} is not finite; lower learner.learning_rate and continue with --resume"
+                f"loss: {loss.item()} is not finite; the last checkpoint is intact: lower learner.learning_rate and "
+                f"continue with --resume"
             )
         self._optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.arbiter.parameters(), self.config.max_grad_norm)
         if not norm.isfinite():
-            raise TrainingError("gradient: not finite; lower learner.learning_rate and continue with --resume")
+            raise TrainingError(
+                "gradient: not finite; the last checkpoint is intact: lower learner.learning_rate and continue with "
+                "--resume"
+            )
         self._optimizer.step()
         return norm
 

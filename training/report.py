@@ -30,7 +30,7 @@ class Report:
         self._log = output / LOG_FILE
         lines = [line for line in read_log(output) if line["update"] <= done]
         self._log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self._writer = SummaryWriter(str(output / TENSORBOARD), purge_step=done)
+        self._writer = SummaryWriter(str(output / TENSORBOARD), purge_step=done + 1)
         self._console = console or Console(stderr=True)
         self._updates, self._done, self._rollouts = updates, done, 0
         self._progress = Progress(

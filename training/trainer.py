@@ -8,7 +8,10 @@ not.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +26,7 @@ from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.actors import RolloutActor, ray_session, remote
 from vllm_cospec.training.advantages import load_advantage
 from vllm_cospec.training.checkpoint import Checkpoint, load_latest, save_checkpoint
-from vllm_cospec.training.config import TrainConfig
+from vllm_cospec.training.config import TrainConfig, require_models
 from vllm_cospec.training.learner import Learner
 from vllm_cospec.training.pool import Pool
 from vllm_cospec.training.report import Report
@@ -35,6 +38,8 @@ CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
 # What may differ between a run and its continuation: none of it changes a result.
 FREE = {"ray_address"}
 FREE_IN_ROLLOUT = {"actors", "cpus_per_actor", "gpus_per_actor", "unit_timeout_s", "start_timeout_s", "attempts"}
+# What may differ because it is the way out of an error: a loss that is not finite, a reward that takes too long.
+FREE_IN_LEARNER, FREE_IN_TASK = {"learning_rate"}, {"reward_timeout_s"}
 
 
 class Trainer:
@@ -47,6 +52,7 @@ class Trainer:
             ConfigError: something does not fit.
         """
         torch.set_num_threads(1)  # the network is tiny, and actors want the cores
+        require_models(config.pair)
         self.config, self.output = config, output
         self._task = load_task(config.task.name, **config.task.options)
         load_reward(config.task.reward, self._task)
@@ -65,6 +71,11 @@ class Trainer:
             raise ConfigError(f"--output: {output} is not empty; pass --resume to continue it, or another directory")
         output.mkdir(parents=True, exist_ok=True)
         (output / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
+
+    @property
+    def updates(self) -> int:
+        """Number of updates that have been taken; each of them has its checkpoint."""
+        return self._version
 
     @property
     def finished(self) -> bool:
@@ -98,16 +109,17 @@ class Trainer:
                 pool.wait_until_ready()
                 began = time.perf_counter()
                 for iteration, episodes in self._episodes(pool, report):
-                    metrics = self._learn(iteration, episodes)
-                    self._set_aside += [problem.prompt for unit in pool.set_aside for problem in unit.problems]
-                    pool.set_aside.clear()
-                    now = time.perf_counter()
-                    self._count(episodes, now - began)
-                    began = now
-                    metrics["idle_share"] = self.idle_share
-                    # logged first: a line without its checkpoint is dropped when the run is resumed
-                    report.update(iteration, {**self._summary(episodes), **metrics})
-                    self._save()
+                    with interrupts_held_back():  # an update that was begun is taken and saved
+                        metrics = self._learn(iteration, episodes)
+                        self._set_aside += [problem.prompt for unit in pool.set_aside for problem in unit.problems]
+                        pool.set_aside.clear()
+                        now = time.perf_counter()
+                        self._count(episodes, now - began)
+                        began = now
+                        metrics["idle_share"] = self.idle_share
+                        # logged first: a line without its checkpoint is dropped when the run is resumed
+                        report.update(iteration, {**self._summary(episodes), **metrics})
+                        self._save()
         if self._set_aside:
             report.say(f"{len(self._set_aside)} prompts always lost their actor and were set aside")
 
@@ -234,10 +246,27 @@ class Trainer:
         self._labels = [(labels[i]["statistics"], labels[i]["difference"]) for i in sorted(labels)]
 
 
+@contextlib.contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Let Ctrl-C take effect after the block only. Does nothing outside of the main thread, where no signal arrives."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda signum, frame: pressed.append(signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def _essential(config: dict[str, Any]) -> dict[str, Any]:
     """The settings a result depends on."""
     rest = {key: value for key, value in config.items() if key not in FREE}
-    rest["rollout"] = {key: value for key, value in config["rollout"].items() if key not in FREE_IN_ROLLOUT}
+    for part, free in (("rollout", FREE_IN_ROLLOUT), ("learner", FREE_IN_LEARNER), ("task", FREE_IN_TASK)):
+        rest[part] = {key: value for key, value in config[part].items() if key not in free}
     return rest
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,8 +120,9 @@ def train(
     commands = _training_commands()
     try:
         commands.train(config, output, resume, Console())
-    except KeyboardInterrupt:
-        Console(stderr=True).print(f"cospec: stopped; continue with --resume (checkpoints are in {output})")
+    except KeyboardInterrupt as stopped:  # typer would end without a word
+        reason = str(stopped) or f"stopped; continue with --resume (checkpoints are in {output})"
+        Console(stderr=True).print(f"cospec: {reason}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(130) from None
 
 
@@ -166,6 +169,8 @@ def _training_commands() -> Any:
         from vllm_cospec.training import commands
     except ModuleNotFoundError as error:
         raise CoSpecError(f"{error.name}: not installed; pip install 'vllm-cospec[train]'") from None
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a reward "module:function" may lie here; Ray does the same for its workers
     return commands
 
 
@@ -175,8 +180,8 @@ def main() -> None:
 
     try:
         app()
-    except (CoSpecError, ServerError) as error:
-        Console(stderr=True).print(f"cospec: {error}", style="red", markup=False, soft_wrap=True)
+    except (CoSpecError, ServerError, OSError) as error:
+        Console(stderr=True).print(f"cospec: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("cospec: interrupted")

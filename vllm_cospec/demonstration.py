@@ -79,6 +79,8 @@ async def ask(url: str, problems: list[Problem], arguments: dict[str, Any]) -> l
 
 def run_demo(num_problems: int, json_path: Path | None, console: Console) -> list[dict[str, Any]]:
     """Start the server, compare the two modes on held-out problems, stop the server; returns a row per mode."""
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)  # minutes later would be too late
     task = load_task("demo")
     problems = task.problems(seed=SEED, n=num_problems)
     modes: dict[str, dict[str, Any]] = {"strict": {"vllm_xargs": {"cospec_policy": "strict"}}, "arbitration": {}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, damag
         load_latest(tmp_path)
 
 
+def saves_and_fails(directory: Path, reason: str) -> None:
+    with pytest.raises(TrainingError, match=rf"{reason}.*; free space and continue with --resume"):
+        save_checkpoint(directory, checkpoint(2))
+    found = load_latest(directory)
+    assert found is not None
+    assert found.updates == 1
+    assert len(list(directory.iterdir())) == 1
+
+
 def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path, checkpoint(1))
 
@@ -52,10 +62,15 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(TrainingError, match="No space left on device"):
-        save_checkpoint(tmp_path, checkpoint(2))
-    monkeypatch.undo()
-    found = load_latest(tmp_path)
-    assert found is not None
-    assert found.updates == 1
-    assert len(list(tmp_path.iterdir())) == 1
+    saves_and_fails(tmp_path, "No space left on device")
+
+
+def test_a_write_that_fails_half_way_is_named_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """With a limit on the size of files the operating system itself refuses the write, as it does on a full disk."""
+    save_checkpoint(tmp_path, checkpoint(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        saves_and_fails(tmp_path, "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

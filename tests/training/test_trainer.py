@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.config import LearnerConfig, RolloutConfig, TrainConfig, load_train_config
 from vllm_cospec.training.rollout import Episodes
 from vllm_cospec.training.tasks import split_of
-from vllm_cospec.training.trainer import Trainer
+from vllm_cospec.training.trainer import Trainer, interrupts_held_back
 
 DEMO = load_train_config(Path(__file__).parents[2] / "training" / "configs" / "demo.toml")
 
@@ -102,3 +104,35 @@ def test_an_iteration_without_any_episode_changes_nothing(tmp_path: Path) -> Non
     trainer._learn(3, Episodes.merge([]))
     assert all(torch.equal(before[name], t) for name, t in trainer.learner.weights().items())
     assert np.isnan(trainer._summary(Episodes.merge([]))["accuracy"])
+
+
+def test_the_way_out_of_an_error_may_be_taken_when_a_run_goes_on(tmp_path: Path) -> None:
+    """The message of a loss that is not finite says: lower the learning rate and continue. So that must be allowed."""
+    advance(Trainer(config(), tmp_path / "run", resume=False), 3)
+    slower = config(learner=LearnerConfig(warm_start_iterations=2, minibatch_size=8, learning_rate=1e-4))
+    slower = slower.model_copy(update={"task": DEMO.task.model_copy(update={"reward_timeout_s": 60.0})})
+    resumed = Trainer(slower, tmp_path / "run", resume=True)
+    assert resumed.updates == 3
+    advance(resumed, 4)
+    assert [group["lr"] for group in resumed.learner._optimizer.param_groups] == pytest.approx([1e-4], rel=0.2)
+
+
+def test_ctrl_c_waits_for_an_update_that_was_begun() -> None:
+    done = []
+
+    def press(then: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append(then)
+
+    with pytest.raises(KeyboardInterrupt), interrupts_held_back():
+        press("saved")
+    with pytest.raises(KeyboardInterrupt):  # and it works again afterwards
+        press("not reached")
+    assert done == ["saved"]
+
+
+def test_a_target_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    nowhere = DEMO.pair.model_copy(update={"target": str(tmp_path / "nowhere")})
+    with pytest.raises(ConfigError, match=r"pair.target: no model at .*nowhere"):
+        Trainer(config(pair=nowhere), tmp_path / "run", resume=False)
+    assert not (tmp_path / "run").exists()
