@@ -41,6 +41,7 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     num_warps: int
+    maxnreg: int | None = None  # for NVIDIA
 
     @property
     def name(self) -> str:
@@ -67,9 +68,9 @@ def recorded_launches(*modules: Any) -> Iterator[list[Launch]]:
             self.kernel = kernel
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(*args: Any, num_warps: int = 4, **kwargs: Any) -> None:
-                names = self.kernel.arg_names[: len(args)]
-                launches.append(Launch(self.kernel, grid, {**dict(zip(names, args, strict=True)), **kwargs}, num_warps))
+            def launch(*args: Any, num_warps: int = 4, maxnreg: int | None = None, **kwargs: Any) -> None:
+                arguments = {**dict(zip(self.kernel.arg_names[: len(args)], args, strict=True)), **kwargs}
+                launches.append(Launch(self.kernel, grid, arguments, num_warps, maxnreg))
 
             return launch
 
@@ -112,8 +113,10 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         if aligned and not parameter.do_not_specialize:
             attributes[index] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": launch.num_warps})
-    return (_nvidia if target.startswith("sm_") else _amd)(compiled)
+    nvidia = target.startswith("sm_")
+    options = {"num_warps": launch.num_warps} | ({"maxnreg": launch.maxnreg} if nvidia and launch.maxnreg else {})
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    return (_nvidia if nvidia else _amd)(compiled)
 
 
 def _nvidia(compiled: Any) -> Resources:

@@ -10,7 +10,7 @@ from offline import Launch, compile_launch, recorded_launches
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils as stock
 
 from vllm_cospec.arbiter import Arbiter
-from vllm_cospec.kernels import arbitration, launch, scan
+from vllm_cospec.kernels import arbitration, launch, scan, verdict
 from vllm_cospec.kernels.decisions import compile_policy
 from vllm_cospec.policies import Fly, Learned, Policy, policy_class, policy_names
 
@@ -48,8 +48,12 @@ def launches(vocab_size: int, num_draft_tokens: int) -> Iterator[tuple[str, Laun
                     continue
                 for collect in (False, True):
                     program = compile_policy(policy, cpu, arbiter, collect)
-                    with recorded_launches(arbitration, scan, stock) as recorded:
-                        launch.warm_up(vocab_size, dtype, draft, num_draft_tokens, program, cpu, collect=collect)
+                    with recorded_launches(arbitration, scan, verdict, stock) as recorded:
+                        for v1 in (False, True):
+                            launch.warm_up(
+                                vocab_size, dtype, draft, num_draft_tokens, program, cpu, collect=collect,
+                                given_verdict=v1,
+                            )  # fmt: skip
                     for one in recorded:
                         if one.name.startswith("_"):  # stock's own, listed below
                             continue
@@ -94,6 +98,11 @@ def _identity(one: Launch) -> tuple[Any, ...]:
 
 def _describe(one: Launch, dtype: str, policy: str) -> str:
     flags = one.arguments
+    if one.name == "given_verdict_kernel":
+        return " ".join(
+            ["V1,", "greedy" if flags["temperature_ptr"] is None else "sampled"]
+            + (["with draft probabilities"] if flags["draft_probability_ptr"] is not None else [])
+        )
     words = [dtype]
     if flags.get("SEPARATE"):
         words.append("processed fp32")

@@ -159,23 +159,8 @@ def target_statistics_kernel(
     arbitrated = tl.load(arbitrated_ptr + slot) != 0
     raw_ptr += row * raw_stride
     processed_ptr += row * processed_stride
-    if not greedy:
-        offsets = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        mask = offsets < vocab_size
-        place = row * num_blocks + block
-        logits = tl.load(processed_ptr + offsets, mask=mask, other=-INFINITY).to(tl.float32)
-        largest, total = _compute_max_and_sumexp(logits)
-        tl.store(target_max_ptr + place, largest)
-        tl.store(target_sumexp_ptr + place, total)
-        if HAS_DRAFT_LOGITS:
-            draft_ptr += slot * draft_stride_0 + tl.load(local_pos_ptr + row) * draft_stride_1
-            draft = tl.load(draft_ptr + offsets, mask=mask, other=-INFINITY).to(tl.float32) / temperature
-            largest, total = _compute_max_and_sumexp(draft)
-            tl.store(draft_max_ptr + place, largest)
-            tl.store(draft_sumexp_ptr + place, total)
-
-    # Tiles keep the many statistics of a row in registers. Where the sums above have read the same logits just now,
-    # these loads find them in the cache.
+    # Tiles keep the many statistics of a row in registers. They come before the sums, which then have the registers to
+    # themselves: behind the sums, pointers that wait for the tiles are spilled.
     token = tl.load(draft_sampled_ptr + row + 1).to(tl.int32)
     drafted = (token >= 0) & (token < vocab_size)
     threshold = tl.load(raw_ptr + token, mask=drafted, other=INFINITY).to(tl.float32)
@@ -195,6 +180,21 @@ def target_statistics_kernel(
                 ints_ptr + row * TILE_INTS * num_tiles + tile,
                 values, span, token, threshold, vocab_size, num_tiles, TOP_K,
             )  # fmt: skip
+
+    if not greedy:  # the tiles have just read the same logits, so these loads find them in the cache
+        offsets = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        mask = offsets < vocab_size
+        place = row * num_blocks + block
+        logits = tl.load(processed_ptr + offsets, mask=mask, other=-INFINITY).to(tl.float32)
+        largest, total = _compute_max_and_sumexp(logits)
+        tl.store(target_max_ptr + place, largest)
+        tl.store(target_sumexp_ptr + place, total)
+        if HAS_DRAFT_LOGITS:
+            draft_ptr += slot * draft_stride_0 + tl.load(local_pos_ptr + row) * draft_stride_1
+            draft = tl.load(draft_ptr + offsets, mask=mask, other=-INFINITY).to(tl.float32) / temperature
+            largest, total = _compute_max_and_sumexp(draft)
+            tl.store(draft_max_ptr + place, largest)
+            tl.store(draft_sumexp_ptr + place, total)
 
 
 @triton.jit(

@@ -16,12 +16,16 @@ from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils as stock
 
 from vllm_cospec.kernels import arbitration, scan
 from vllm_cospec.kernels.decisions import Program
+from vllm_cospec.kernels.verdict import Verdict
 from vllm_cospec.statistics import NUM_STATISTICS
 
 # As stock: the strict verdict is bit-identical only when sums are taken over the same blocks.
 BLOCK_SIZE, RESAMPLE_BLOCK_SIZE = 8192, 1024
 # Small enough that four warps hold what they need of a tile in registers: see the offline report.
-TILE_SIZE, DRAFT_TILE_SIZE = 2048, 4096
+TILE_SIZE = 2048
+# Left alone, ptxas spills a pointer or two of the scan to fit more programs on a multiprocessor. There is one program
+# per request: let it have its registers. AMD's compiler does not know the option, nor need it.
+SCAN_OPTIONS = {} if torch.version.hip else {"maxnreg": 255}
 UNLIMITED = 2**31 - 1
 """``max_overrides`` of a request without a limit."""
 
@@ -53,7 +57,7 @@ class Verified:
     """What verification makes of a step."""
 
     sampled: Tensor  # [B, K + 1] int64, defined up to num_sampled
-    num_sampled: Tensor  # [B] int32, at least 1
+    num_sampled: Tensor  # [B] int32, at least 1; with a given verdict the drafts kept, see :func:`arbitrate`
     trace: Trace | None = None
 
 
@@ -76,6 +80,7 @@ def arbitrate(
     use_fp64: bool = False,
     collect: bool = False,
     sample_actions: bool = False,
+    verdict: Verdict | None = None,
 ) -> Verified:
     """Verify one step of B requests with R rows of logits in all; rows of one request are consecutive.
 
@@ -98,6 +103,9 @@ def arbitrate(
         use_fp64: draw Gumbel noise in float64, as vLLM's option of that name.
         collect: return a trace.
         sample_actions: training: keep with the score as probability instead of comparing it with the threshold.
+        verdict: what strict verification says, where it was reached elsewhere (Model Runner V1). Then the processed
+            logits are the raw ones, every temperature is 0, and nothing is drawn: the result holds the drafts kept
+            and, where one was not, the verdict's token; a request's last token after a complete block is the caller's.
 
     Raises:
         ValueError: shapes or strides the kernels do not take.
@@ -112,9 +120,11 @@ def arbitrate(
     if draft_logits is not None:
         vocab_size = min(vocab_size, draft_logits.shape[-1])  # as stock: one of the two may be padded
     num_blocks = triton.cdiv(vocab_size, BLOCK_SIZE)
-    num_tiles, num_draft_tiles = triton.cdiv(vocab_size, TILE_SIZE), triton.cdiv(vocab_size, DRAFT_TILE_SIZE)
+    num_tiles = triton.cdiv(vocab_size, TILE_SIZE)
     padded_steps = triton.next_power_of_2(num_speculative_steps + 1)
     separate = processed_logits is not raw_logits
+    if separate and verdict is not None:
+        raise ValueError("a given verdict brings its own processed logits")
     needs_draft = has_draft and program.needs_draft
 
     def floats(*shape: int) -> Tensor:
@@ -132,29 +142,33 @@ def arbitrate(
     raw = (raw_logits, raw_logits.stride(0))
     processed = (processed_logits, processed_logits.stride(0))
     draft = (draft_logits, draft_logits.stride(0), draft_logits.stride(1)) if draft_logits is not None else (None, 0, 0)
+    strict_draft = draft if verdict is None else (None, 0, 0)  # a given verdict has weighed the draft already
+    has_strict_draft = strict_draft[0] is not None
     arbitration.target_statistics_kernel[(num_rows, num_blocks)](
-        *partials, *raw, *processed, *draft,
+        *partials, *raw, *processed, *strict_draft,
         draft_sampled, expanded_idx_mapping, expanded_local_pos, temperature, slots.arbitrated,
         num_rows, vocab_size, num_blocks, num_tiles,
         BLOCK_SIZE=BLOCK_SIZE, TILE_SIZE=TILE_SIZE, TOP_K=program.top_k,
-        HAS_DRAFT_LOGITS=has_draft, SEPARATE=separate,
+        HAS_DRAFT_LOGITS=has_strict_draft, SEPARATE=separate,
     )  # fmt: skip
     arbitration.row_kernel[(num_rows,)](
-        row_ints, row_floats, *partials, *raw, *processed, *draft,
+        row_ints, row_floats, *partials, *raw, *processed, *strict_draft,
         draft_sampled, expanded_idx_mapping, expanded_local_pos, pos, temperature, seed,
         slots.arbitrated, slots.exact_tokens, slots.response_start, num_rows, vocab_size, num_blocks, num_tiles,
         PADDED_BLOCKS=triton.next_power_of_2(num_blocks), PADDED_TILES=triton.next_power_of_2(num_tiles),
         TOP_K=program.top_k, PADDED_TOP_K=triton.next_power_of_2(program.top_k), ENTROPY_K=program.entropy_k,
-        HAS_DRAFT_LOGITS=has_draft, SEPARATE=separate,
+        HAS_DRAFT_LOGITS=has_strict_draft, SEPARATE=separate,
         num_warps=1,
     )  # fmt: skip
+    if verdict is not None:
+        verdict.write(row_ints, row_floats, cu_num_logits, idx_mapping, padded_steps)
     draft_partials = None
     if needs_draft:
-        draft_partials = floats(num_requests, 6, num_draft_tiles)
-        scan.draft_statistics_kernel[(num_requests, num_draft_tiles)](
+        draft_partials = floats(num_requests, 6, num_tiles)
+        scan.draft_statistics_kernel[(num_requests, num_tiles)](
             draft_partials, row_ints, row_floats, *raw, *draft, cu_num_logits, idx_mapping,
-            slots.max_overrides, slots.overrides_so_far, vocab_size, num_draft_tiles,
-            TILE_SIZE=DRAFT_TILE_SIZE, PADDED_STEPS=padded_steps,
+            slots.max_overrides, slots.overrides_so_far, vocab_size, num_tiles,
+            TILE_SIZE=TILE_SIZE, PADDED_STEPS=padded_steps,
         )  # fmt: skip
     sampled = integers(num_requests, num_speculative_steps + 1, dtype=torch.int64)
     num_sampled, target_lse, draft_lse = integers(num_requests), floats(num_requests), floats(num_requests)
@@ -170,13 +184,16 @@ def arbitrate(
         draft_sampled, cu_num_logits, idx_mapping, pos, temperature, seed,
         slots.arbitrated, slots.threshold, slots.max_overrides, slots.overrides_so_far, slots.response_start,
         slots.forced if collect else None,
-        program.weights, vocab_size, num_draft_tiles, num_speculative_steps,
+        program.weights, vocab_size, num_tiles, num_speculative_steps,
         program.first, program.second, program.seed, program.window,
-        TILE_SIZE=DRAFT_TILE_SIZE, PADDED_TILES=triton.next_power_of_2(num_draft_tiles), PADDED_STEPS=padded_steps,
+        TILE_SIZE=TILE_SIZE, PADDED_TILES=triton.next_power_of_2(num_tiles), PADDED_STEPS=padded_steps,
         POLICY=program.code, NEEDS_DRAFT=needs_draft, COLLECT=collect, SAMPLE_ACTIONS=sample_actions,
         HIDDEN_1=hidden_1, HIDDEN_2=hidden_2,
         PADDED_1=triton.next_power_of_2(hidden_1), PADDED_2=triton.next_power_of_2(max(hidden_2, 16)),
+        **SCAN_OPTIONS,
     )  # fmt: skip
+    if verdict is not None:
+        return Verified(sampled, num_sampled, trace)
     _resample(
         sampled, num_sampled, target_lse, draft_lse, processed, draft, draft_sampled, cu_num_logits, pos,
         expanded_idx_mapping, temperature, seed, vocab_size, use_fp64,
@@ -232,11 +249,13 @@ def warm_up(
     use_fp64: bool = False,
     collect: bool = False,
     sample_actions: bool = False,
+    given_verdict: bool = False,
 ) -> None:
-    """Compile every variant a server with these settings can launch, on a batch of one sampled request.
+    """Compile every variant a server with these settings can launch, on a batch of one request.
 
-    The variants differ in whether the processed logits are the raw ones; whether rows are greedy is decided at run
-    time. ``draft_logits`` is only read.
+    The variants differ in whether the processed logits are the raw ones, or, with a given verdict, in what was drawn;
+    and, where rows are not a multiple of 16 bytes long, in whether the first row of a chunk happens to be aligned.
+    Whether rows are greedy is decided at run time. ``draft_logits`` is only read.
     """
     rows, k = num_speculative_steps + 1, num_speculative_steps
     num_slots = 1 if draft_logits is None else draft_logits.shape[0]
@@ -250,9 +269,17 @@ def warm_up(
         *(constant(num_slots, value, torch.float32 if name == "threshold" else integer)
           for name, value in zip((f.name for f in fields(Slots)), (1, 0.5, UNLIMITED, 0, 0, 1, -1), strict=True))
     )  # fmt: skip
-    for processed in (logits, logits.float().clone()):
+    chunks = [logits]
+    if not given_verdict and vocab_size * logits.element_size() % 16:
+        chunks.append(torch.zeros(rows + 1, vocab_size, dtype=dtype, device=device)[1:])
+    variants: list[tuple[Tensor, Tensor, Verdict | None]] = []
+    for raw in chunks:
+        variants += [(raw, raw, None), (raw, raw.to(torch.float32, copy=True), None)]
+    if given_verdict:  # Model Runner V1 verifies no chunks
+        variants = [(logits, logits, verdict) for verdict in _verdicts(k, vocab_size, num_slots, device)]
+    for raw, processed, verdict in variants:
         arbitrate(
-            logits,
+            raw,
             processed,
             draft_logits,
             constant(rows, 1, integer),
@@ -261,7 +288,7 @@ def warm_up(
             constant(1, 0, torch.int64),
             constant(rows, 0, torch.int64),
             torch.arange(rows, dtype=integer, device=device),
-            constant(num_slots, 1.0, torch.float32),
+            constant(num_slots, 0.0 if given_verdict else 1.0, torch.float32),
             constant(num_slots, 0, torch.int64),
             k,
             slots,
@@ -270,4 +297,19 @@ def warm_up(
             use_fp64,
             collect,
             sample_actions,
+            verdict,
         )
+
+
+def _verdicts(k: int, vocab_size: int, num_slots: int, device: torch.device) -> list[Verdict]:
+    """Return a verdict of every form: of a greedy batch, and of sampled ones without and with draft probabilities."""
+    drafts = torch.ones(k, dtype=torch.int32, device=device)
+    rows = torch.zeros(k, vocab_size, device=device)
+    place = torch.zeros(k, dtype=torch.int64, device=device)
+    proposed = torch.ones(num_slots, k, dtype=torch.int32, device=device)
+    temperature, uniform = torch.ones(1, device=device), torch.ones(k, dtype=torch.float64, device=device)
+    return [
+        Verdict(drafts, place, proposed, rows, place),
+        Verdict(drafts, place, proposed, rows, place, temperature, rows, None, drafts, uniform),
+        Verdict(drafts, place, proposed, rows, place, temperature, rows, rows, drafts, uniform),
+    ]

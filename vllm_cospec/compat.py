@@ -92,6 +92,8 @@ HOOKS: tuple[Hook, ...] = (
     Hook("know what was proposed", f"{_PROPOSER}.propose", None, "v1"),
     Hook("verify in the runner", "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
          ("self", "logits", "spec_decode_metadata"), "v1"),
+    Hook("send settings to the device without waiting", "vllm.utils.torch_utils:async_tensor_h2d",
+         ("data", "device"), "v1"),
     Hook("mend per-request sampling on the CPU", f"{_SAMPLER}:expand_kernel", None, "cpu"),
     Hook("mend per-request sampling on the CPU", "vllm.triton_utils.dispatcher:register_kernels",
          ("overrides",), "cpu"),
@@ -185,7 +187,11 @@ class Placement:
     @property
     def scopes(self) -> tuple[Scope, ...]:
         """The hooks that have to be there."""
-        return ("config", self.runner, "cpu" if self.platform == "cpu" else "gpu")
+        if self.platform == "cpu":
+            return ("config", self.runner, "cpu")
+        # Both runners': vLLM itself falls back to V1 for what V2 does not support, and the kernels take device functions
+        # from V2's modules in any case.
+        return ("config", "v1", "v2", "gpu")
 
 
 def placement() -> Placement:
@@ -202,8 +208,8 @@ def placement() -> Placement:
     problem = None
     if not current_platform.is_cuda_alike():
         problem = f"cospec runs on the CPU, CUDA and ROCm, not on platform {platform!r}; serve without cospec"
-    elif not v2:
-        problem = "cospec runs on Model Runner V2 on a GPU; unset VLLM_USE_V2_MODEL_RUNNER and install Triton"
+    elif not HAS_TRITON:
+        problem = "cospec's kernels are written in Triton; install it, or serve without cospec"
     return Placement(platform, "v2" if v2 else "v1", "vllm_cospec.workers.gpu.CoSpecGPUWorker", problem)
 
 

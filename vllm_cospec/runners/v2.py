@@ -6,7 +6,6 @@ rows are verified, the processing of logits, logprobs, the grammar's invalid dra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.kernels.decisions import compile_policy, flatten_weights
-from vllm_cospec.kernels.launch import UNLIMITED, Slots, Trace, arbitrate, warm_up
+from vllm_cospec.kernels.launch import Slots, arbitrate, warm_up
 from vllm_cospec.metrics import Counters
 from vllm_cospec.policies import Learned, Policy
-from vllm_cospec.requests import served_settings
 from vllm_cospec.runners.decision import Decision
+from vllm_cospec.runners.device import DeviceCounters, TracedStep, counters_of_this_rank, slot_entry
 
 logger = init_logger("vllm.cospec")
 
@@ -58,17 +57,16 @@ class SlotTable:
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """As the sampler's, which this wraps; slots are recycled, so everything is overwritten."""
         self._add_request(req_idx, sampling_params)
-        own = served_settings(sampling_params, self._settings)
-        self.arbitrated.np[req_idx] = own.arbitrated
-        self._threshold.np[req_idx] = own.threshold
-        self._max_overrides.np[req_idx] = UNLIMITED if own.max_overrides is None else min(own.max_overrides, UNLIMITED)
-        self._exact_tokens.np[req_idx] = min(own.exact_tokens, UNLIMITED)
-        branch = own.branch
-        self._written.np[req_idx] = branch.written if branch else 0
-        self._forced.np[req_idx] = 2 * branch.decided_at + branch.keep if branch else -1
+        entry = slot_entry(sampling_params, self._settings)
+        self.arbitrated.np[req_idx] = entry.arbitrated
+        self._threshold.np[req_idx] = entry.threshold
+        self._max_overrides.np[req_idx] = entry.max_overrides
+        self._exact_tokens.np[req_idx] = entry.exact_tokens
+        self._written.np[req_idx] = entry.written
+        self._forced.np[req_idx] = entry.forced
         before = self._preempted.pop(self._runner.req_states.index_to_req_id.get(req_idx, ""), None)
         if before is None:
-            self._overrides_so_far[req_idx].fill_(branch.overrides if branch else 0)
+            self._overrides_so_far[req_idx].fill_(entry.overrides)
         else:
             self._overrides_so_far[req_idx].copy_(before)
 
@@ -106,55 +104,6 @@ class SlotTable:
         )
 
 
-class DeviceCounters:
-    """Counts on the device, carried to the shared file when a copy happens to have arrived.
-
-    On a GPU the file lags a step behind: the copy of one step is read at the next.
-    """
-
-    def __init__(self, counters: Counters | None, num_positions: int, device: torch.device):
-        self.on_device = torch.zeros(num_positions + 1, dtype=torch.int64, device=device)
-        self._counters = counters
-        self._on_host = torch.zeros(num_positions + 1, dtype=torch.int64, pin_memory=device.type != "cpu")
-        self._copied = None if device.type == "cpu" else torch.Event(device)
-        self._in_flight = False
-        self._exported = np.zeros(num_positions + 1, np.int64)
-
-    def export(self) -> None:
-        """Hand over what has arrived and send the next copy; never waits."""
-        if self._counters is None:
-            return
-        if self._copied is None:
-            self._on_host.copy_(self.on_device)
-            self._add()
-            return
-        if self._in_flight:
-            if not self._copied.query():
-                return
-            self._add()
-        self._on_host.copy_(self.on_device, non_blocking=True)
-        self._copied.record()
-        self._in_flight = True
-
-    def _add(self) -> None:
-        new = self._on_host.numpy() - self._exported
-        if new.any():
-            assert self._counters is not None
-            self._counters.add(int(new[-1]), new[:-1])
-            self._exported += new
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A step's trace, still on the device, and what is needed to attribute it."""
-
-    request_ids: dict[int, str]  # by slot
-    slot: Tensor  # [R]
-    local_pos: Tensor  # [R]
-    output_position: Tensor  # [R]
-    trace: Trace
-
-
 class CoSpecRejectionSampler(RejectionSampler):
     """Verifies drafts on the device with a policy at the mismatches."""
 
@@ -164,7 +113,7 @@ class CoSpecRejectionSampler(RejectionSampler):
         self._settings = settings
         self._slots = SlotTable(runner, settings)
         self._counters = DeviceCounters(counters, settings.num_speculative_tokens, runner.device)
-        self._steps: list[_Step] = []
+        self._steps: list[TracedStep] = []
         self.sample_actions = False
         """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
         arbiter = None
@@ -211,7 +160,7 @@ class CoSpecRejectionSampler(RejectionSampler):
             names = self._runner.req_states.index_to_req_id
             output_position = pos + 1 - slots.response_start[expanded_idx_mapping]
             self._steps.append(
-                _Step(
+                TracedStep(
                     {int(slot): names.get(int(slot), "") for slot in idx_mapping_np},
                     expanded_idx_mapping, expanded_local_pos, output_position, verified.trace,
                 )
@@ -245,24 +194,8 @@ class CoSpecRejectionSampler(RejectionSampler):
     def take_decisions(self) -> list[Decision]:
         """Return what was recorded since the last call, and forget it. Waits for the device."""
         steps, self._steps = self._steps, []
-        return [decision for step in steps for decision in self._decisions(step)]
-
-    def _decisions(self, step: _Step) -> list[Decision]:
-        action = step.trace.action.cpu().numpy()
-        slot, local, output = (t.cpu().numpy() for t in (step.slot, step.local_pos, step.output_position))
-        statistics, probability = step.trace.statistics.cpu(), step.trace.probability.cpu()
         has_probability = isinstance(self._settings.policy, Learned)
-        return [
-            Decision(
-                request_id=step.request_ids[int(slot[row])],
-                output_position=int(output[row]),
-                block_position=int(local[row]),
-                statistics=statistics[row],
-                kept=bool(action[row]),
-                probability=float(probability[row]) if has_probability else None,
-            )
-            for row in np.flatnonzero(action >= 0)
-        ]
+        return [decision for step in steps for decision in step.decisions(has_probability)]
 
 
 def check(runner: Any, settings: Settings) -> None:
@@ -308,13 +241,8 @@ def install(runner: Any, settings: Settings, engine_index: int) -> CoSpecRejecti
     Raises:
         CompatibilityError: something cospec cannot be combined with.
     """
-    from vllm.distributed.parallel_state import get_tp_group
-
     check(runner, settings)
-    counters = None
-    if get_tp_group().is_first_rank:  # every rank decides alike, one of them counts
-        counters = Counters(settings.counters, engine_index, settings.num_speculative_tokens)
-        counters.open(create=True)
+    counters = counters_of_this_rank(settings, engine_index)
     draft_logits = runner.speculator.draft_logits
     if draft_logits is not None:
         logger.info("CoSpec keeps draft logits: %.2f GiB on the device.", draft_logits.nbytes / 2**30)

@@ -6,7 +6,6 @@ from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.workers.control import Control
 
 
@@ -17,15 +16,13 @@ class CoSpecGPUWorker(Control, Worker):
         """Load the models, then install and compile; vLLM's own warm-up and its JIT monitor come later.
 
         Raises:
-            CompatibilityError: the engine chose Model Runner V1, or a setting cospec cannot be combined with.
+            CompatibilityError: a setting cospec cannot be combined with.
         """
         super().load_model(load_dummy_weights=load_dummy_weights)
-        if not self.use_v2_model_runner:
-            raise CompatibilityError(
-                "cospec runs on Model Runner V2 on a GPU, and vLLM chose V1; unset VLLM_USE_V2_MODEL_RUNNER and "
-                "leave out what V2 does not support (vLLM's log names it)"
-            )
-        from vllm_cospec.runners.v2 import install
+        if self.use_v2_model_runner:
+            from vllm_cospec.runners.v2 import install
+        else:
+            from vllm_cospec.runners.v1_device import install  # type: ignore[assignment]
 
         self.cospec: Any = install(
             self.model_runner,

@@ -22,16 +22,27 @@ PROMPTS = ["2+3*4?", "(7-2)*3?", "12+9-4?", "8*8+1?"]
 TOKENS = 10
 
 
-def generate(speculative_config: dict[str, Any], batches: list[list[dict[str, Any]]], **options: Any) -> dict[str, Any]:
-    """Run an engine in a process of its own."""
+def generate(
+    speculative_config: dict[str, Any], batches: list[list[dict[str, Any]]], v1: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Run an engine in a process of its own, on Model Runner V2 or, with the path for GPUs, on V1."""
     draft = {"model": str(DEMO / "draft"), "num_speculative_tokens": 3}
     request = {
         "target": str(DEMO / "target"),
         "speculative_config": {**draft, **speculative_config},
         "batches": batches,
         "options": options,
+        "v1_on_a_device": v1,
     }
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    path = os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parents[2] / "engine")])
+    runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if v1 else {}
+    environment = {
+        **os.environ,
+        **runner,
+        "PYTHONPATH": path,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "engine", json.dumps(request)],
         env=environment, capture_output=True, text=True, timeout=1200, check=False,
@@ -133,6 +144,27 @@ def test_decisions_are_the_arbiters_and_are_counted(artefact: Path, learned: dic
     assert mismatches >= len(decisions)
     assert learned["metrics"]["vllm:cospec_num_overrides"] == len(kept)
     assert learned["metrics"]["vllm:cospec_num_mismatches"] == mismatches
+
+
+def test_v1_on_a_device_serves_strict_requests_as_stock_v1_does_and_arbitrates_the_rest(artefact: Path) -> None:
+    half = (True, False, True, False)
+    stock_v1 = generate(
+        {"method": "draft_model", "draft_sample_method": "probabilistic"},
+        [requests(), requests(temperature=1.0)],
+        v1=True,
+        worker_cls="mended_worker.MendedCPUWorker",
+    )
+    batches = [requests(strict=half), requests(strict=half, temperature=1.0), requests(strict=(True,) * 4)]
+    ours = generate({"method": "cospec", "arbiter": str(artefact), "collect": True, "threshold": 0.4}, batches, v1=True)
+    assert ours["sampler"] == "vllm_cospec.runners.v1_device"
+    assert ours["tokens"][2] == stock_v1["tokens"][0]
+    for batch in (0, 1):
+        for request in (0, 2):
+            assert ours["tokens"][batch][request] == stock_v1["tokens"][batch][request], batch
+    kept = [d for d in ours["decisions"] if d["kept"]]
+    assert kept
+    assert len(kept) < len(ours["decisions"])
+    assert ours["metrics"]["vllm:cospec_num_overrides"] == len(kept)
 
 
 def test_overrides_change_the_text(stock: dict[str, Any], learned: dict[str, Any]) -> None:

@@ -11,10 +11,15 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     """Run every batch of the request through one engine.
 
     Args:
-        request: ``target``, ``speculative_config``, and ``batches``: lists of {prompt, and sampling parameters}.
+        request: ``target``, ``speculative_config``, and ``batches``: lists of {prompt, and sampling parameters};
+            ``options`` of the engine; ``v1_on_a_device``.
     """
     from vllm import LLM, SamplingParams
 
+    if request.get("v1_on_a_device"):  # the CPU worker installs what the GPU worker would on Model Runner V1
+        from vllm_cospec.runners import v1, v1_device
+
+        v1.install = v1_device.install
     llm = LLM(
         model=request["target"],
         speculative_config=request["speculative_config"],

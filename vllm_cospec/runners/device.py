@@ -1,0 +1,121 @@
+"""What both device runners share: a request's settings as the kernels take them, counters and traces on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_cospec.config import Settings
+from vllm_cospec.kernels.launch import UNLIMITED, Trace
+from vllm_cospec.metrics import Counters
+from vllm_cospec.requests import served_settings
+from vllm_cospec.runners.decision import Decision
+
+
+@dataclass(frozen=True)
+class SlotEntry:
+    """One request's settings, in the numbers of :class:`vllm_cospec.kernels.launch.Slots`."""
+
+    arbitrated: bool
+    threshold: float
+    max_overrides: int
+    exact_tokens: int
+    written: int  # tokens of the response that stand in the prompt; training
+    forced: int
+    overrides: int  # made before this engine saw the request; training
+
+
+def slot_entry(sampling_params: Any, settings: Settings) -> SlotEntry:
+    """Return what a request is served with."""
+    own = served_settings(sampling_params, settings)
+    branch = own.branch
+    return SlotEntry(
+        arbitrated=own.arbitrated,
+        threshold=own.threshold,
+        max_overrides=UNLIMITED if own.max_overrides is None else min(own.max_overrides, UNLIMITED),
+        exact_tokens=min(own.exact_tokens, UNLIMITED),
+        written=branch.written if branch else 0,
+        forced=2 * branch.decided_at + branch.keep if branch else -1,
+        overrides=branch.overrides if branch else 0,
+    )
+
+
+class DeviceCounters:
+    """Counts on the device, carried to the shared file when a copy happens to have arrived.
+
+    On a GPU the file lags a step behind: the copy of one step is read at the next.
+    """
+
+    def __init__(self, counters: Counters | None, num_positions: int, device: torch.device):
+        self.on_device = torch.zeros(num_positions + 1, dtype=torch.int64, device=device)
+        self._counters = counters
+        self._on_host = torch.zeros(num_positions + 1, dtype=torch.int64, pin_memory=device.type != "cpu")
+        self._copied = None if device.type == "cpu" else torch.Event(device)
+        self._in_flight = False
+        self._exported = np.zeros(num_positions + 1, np.int64)
+
+    def export(self) -> None:
+        """Hand over what has arrived and send the next copy; never waits."""
+        if self._counters is None:
+            return
+        if self._copied is None:
+            self._on_host.copy_(self.on_device)
+            self._add()
+            return
+        if self._in_flight:
+            if not self._copied.query():
+                return
+            self._add()
+        self._on_host.copy_(self.on_device, non_blocking=True)
+        self._copied.record()
+        self._in_flight = True
+
+    def _add(self) -> None:
+        new = self._on_host.numpy() - self._exported
+        if new.any():
+            assert self._counters is not None
+            self._counters.add(int(new[-1]), new[:-1])
+            self._exported += new
+
+
+def counters_of_this_rank(settings: Settings, engine_index: int) -> Counters | None:
+    """Open the engine's counters on one of the tensor-parallel ranks: all decide alike, one of them counts."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    if not get_tp_group().is_first_rank:
+        return None
+    counters = Counters(settings.counters, engine_index, settings.num_speculative_tokens)
+    counters.open(create=True)
+    return counters
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """A step's trace, still on the device, and what is needed to attribute it."""
+
+    request_ids: dict[int, str]  # by slot
+    slot: Tensor  # [R]
+    local_pos: Tensor  # [R]
+    output_position: Tensor  # [R]
+    trace: Trace
+
+    def decisions(self, has_probability: bool) -> list[Decision]:
+        """Return the consulted mismatches. Waits for the device."""
+        action = self.trace.action.cpu().numpy()
+        slot, local, output = (t.cpu().numpy() for t in (self.slot, self.local_pos, self.output_position))
+        statistics, probability = self.trace.statistics.cpu(), self.trace.probability.cpu()
+        return [
+            Decision(
+                request_id=self.request_ids[int(slot[row])],
+                output_position=int(output[row]),
+                block_position=int(local[row]),
+                statistics=statistics[row],
+                kept=bool(action[row]),
+                probability=float(probability[row]) if has_probability else None,
+            )
+            for row in np.flatnonzero(action >= 0)
+        ]
