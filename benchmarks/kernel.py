@@ -60,7 +60,7 @@ def floors(batch: int, bytes_per_logit: int = 2) -> list[dict[str, Any]]:
     ]
 
 
-def _offline(targets: list[str], only: str) -> list[dict[str, Any]]:
+def _offline(targets: list[str], only: list[str]) -> list[dict[str, Any]]:
     from vllm_cospec.kernels.stand_in import install
 
     install()  # before vLLM is imported, which is why this runs in a process of its own
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--offline", action=argparse.BooleanOptionalAction, default=True, help="compile for GPUs")
     parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=True, help="measure on this CPU")
     parser.add_argument("--target", action="append", help="GPU target of the compile report; default: all")
-    parser.add_argument("--only", default="", help='compile only "kernel: variant" containing this text')
+    parser.add_argument("--only", action="append", help='compile only "kernel: variant" that contain one of these')
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of the CPU comparison")
     parser.add_argument("--json", type=Path, help="write the report here")
     options = parser.parse_args()
@@ -118,7 +118,9 @@ def main() -> None:
         parser.error(f"--target: {', '.join(sorted(unknown))} is unknown; choose from {', '.join(TARGETS)}")
     report = {
         "schema": 1,
-        "offline": in_fresh_process(_offline, options.target or list(TARGETS), options.only) if options.offline else [],
+        "offline": in_fresh_process(_offline, options.target or list(TARGETS), options.only or [""])
+        if options.offline
+        else [],
         "floor": [entry for batch in (8, 32, 128) for entry in floors(batch)],
         "cpu": in_fresh_process(_measure, options.rounds) if options.cpu else [],
     }

@@ -135,11 +135,11 @@ def bytes_per_row(one: Launch, vocab_size: int) -> int:
     return 0
 
 
-def report(targets: list[str], vocab_size: int, num_draft_tokens: int, only: str = "") -> list[dict[str, Any]]:
-    """Compile every variant for every target; ``only`` keeps those whose kernel and variant contain it."""
+def report(targets: list[str], vocab_size: int, num_draft_tokens: int, only: list[str]) -> list[dict[str, Any]]:
+    """Compile every variant for every target; ``only`` keeps those whose "kernel: variant" contains one of these."""
     rows = []
     for variant, one in launches(vocab_size, num_draft_tokens):
-        if only not in f"{one.name}: {variant}":
+        if not any(text in f"{one.name}: {variant}" for text in only):
             continue
         for target in targets:
             found = compile_launch(one, target)

@@ -189,8 +189,8 @@ class Placement:
         """The hooks that have to be there."""
         if self.platform == "cpu":
             return ("config", self.runner, "cpu")
-        # Both runners': vLLM itself falls back to V1 for what V2 does not support, and the kernels take device functions
-        # from V2's modules in any case.
+        # Both runners': vLLM falls back to V1 for what V2 does not support, and the kernels take device functions from
+        # V2's modules in any case.
         return ("config", "v1", "v2", "gpu")
 
 
