@@ -57,12 +57,15 @@ def _train(trainer: Trainer, console: Console) -> Path:
     artefact = output / ARBITER
     totals = {name: round(value, 1) for name, value in trainer.totals.items()}
     totals["idle_share"] = round(trainer.idle_share, 4)
+    totals["idle_share_with_start"] = round(trainer.idle_share_with_start, 4)
     save_uncalibrated(artefact, trainer.learner.arbiter, config.pair, _portable(config), {"training": totals})
     plot_learning(output)
     calibrate_artefact(artefact, config, console)
     console.print(
         f"{totals['responses']:.0f} responses and {totals['branches']:.0f} branches in {totals['seconds'] / 60:.1f} "
-        f"minutes; {100 * totals['idle_share']:.1f} % of the actors' time was not spent generating"
+        f"minutes; {100 * totals['idle_share']:.1f} % of the actors' time was not spent generating, "
+        f"{100 * totals['idle_share_with_start']:.1f} % with the {totals.get('start_seconds', 0):.0f} seconds in which "
+        f"the engines started"
     )
     console.print(f"arbiter: {artefact}", soft_wrap=True)
     return artefact

@@ -66,12 +66,18 @@ class Report:
             self._writer.add_scalar(name, value, iteration + 1)
         figures = (
             f"accuracy {metrics['accuracy']:.3f}  acceptance length {metrics['acceptance_length']:.2f}  "
-            f"override rate {metrics['override_rate']:.2f}  loss {metrics.get('loss', float('nan')):+.4f}  "
+            f"override rate {metrics['override_rate']:.2f}  loss {self._loss(metrics)}  "
             f"{metrics['rollouts_per_s']:.0f} rollouts/s"
         )
         self._progress.update(self._bar, completed=iteration + 1, figures=figures)
         if not self._console.is_terminal:
             self.say(f"update {iteration + 1}/{self._updates}  {figures}")
+
+    @staticmethod
+    def _loss(metrics: dict[str, float]) -> str:
+        """The loss of this update; while labels for the warm start are collected there is none."""
+        loss = metrics.get("loss", metrics.get("warm_start_loss"))
+        return "-" if loss is None else f"{loss:+.4f}"
 
 
 def read_log(output: Path) -> list[dict[str, Any]]:

@@ -95,6 +95,7 @@ class Trainer:
             Report(self.output, self.config.iterations, self._version) as report,
             ray_session(self.config.ray_address, rollout.actors * rollout.cpus_per_actor),
         ):
+            began = time.perf_counter()
             report.say(f"starting {rollout.actors} engines")
             actor = remote(RolloutActor, rollout.cpus_per_actor, rollout.gpus_per_actor)
             first = self._history[max(self._history)]
@@ -107,7 +108,9 @@ class Trainer:
                 notice=report.say,
             ) as pool:
                 pool.wait_until_ready()
-                began = time.perf_counter()
+                now = time.perf_counter()
+                self.totals["start_seconds"] = self.totals.get("start_seconds", 0.0) + now - began
+                began = now
                 for iteration, episodes in self._episodes(pool, report):
                     with interrupts_held_back():  # an update that was begun is taken and saved
                         metrics = self._learn(iteration, episodes)
@@ -126,8 +129,16 @@ class Trainer:
     @property
     def idle_share(self) -> float:
         """Share of the actors' time that was not spent generating, from the moment all of them were ready."""
-        seconds = self.totals.get("actor_seconds", 0.0)
-        return 1 - self.totals["generating_seconds"] / seconds if seconds else float("nan")
+        return self._idle(self.totals.get("actor_seconds", 0.0))
+
+    @property
+    def idle_share_with_start(self) -> float:
+        """The same share, with the time in which the engines started."""
+        started = self.totals.get("start_seconds", 0.0) * self.config.rollout.actors
+        return self._idle(self.totals.get("actor_seconds", 0.0) + started)
+
+    def _idle(self, seconds: float) -> float:
+        return 1 - self.totals.get("generating_seconds", 0.0) / seconds if seconds else float("nan")
 
     def version_for(self, iteration: int) -> int:
         """Return the number of updates the weights of an iteration's rollouts have seen."""

@@ -69,10 +69,16 @@ def inspect(
         facts.add_row(name, value)
     console.print(facts)
     if made.results:
-        results = Table("result", "value", title="measured")
+        from vllm_cospec.training.evaluate import comparison_table
+
+        facts = Table("result", "value", title="measured")
         for name, value in made.results.items():
-            results.add_row(name, json.dumps(value))
-        console.print(results)
+            if isinstance(value, dict) and "modes" in value:
+                console.print(comparison_table(value["modes"], f"{name}: {value['problems']}"))
+            else:
+                facts.add_row(name, json.dumps(value))
+        if facts.rows:
+            console.print(facts)
     if config.calibration:
         curve = Table(title=f"calibration on {config.calibration[0].num_problems} problems")
         for heading in ("threshold", "accuracy", "difference to target", "95 %", "acceptance length", "override rate"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import sys
+from pathlib import Path
 from typing import Any
 
 from vllm.logger import init_logger
@@ -48,9 +50,30 @@ def _make_create_speculative_config(original: Any) -> Any:
         try:
             return _translate(original, self, raw, target_model_config, target_parallel_config)
         except CoSpecError as error:
+            _let_it_stand_alone()
             raise error.with_traceback(None) from None  # the sentence is all a user needs
 
     return create_speculative_config
+
+
+def _let_it_stand_alone() -> None:
+    """Where vLLM's own command runs, end it with the sentence alone: fifty lines of its frames show no way out.
+
+    A program that builds an LLM keeps its traceback, which leads to the line that has to change.
+    """
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    if Path(sys.argv[0]).name != "vllm" and not (spec and spec.name.startswith("vllm.")):
+        return
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, CoSpecError):
+            print(f"cospec: {error}", file=sys.stderr)
+        else:
+            usual(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def _merge_short_flags(engine_args: Any, raw: dict[str, Any]) -> dict[str, Any]:

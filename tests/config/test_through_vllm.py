@@ -1,6 +1,7 @@
 """What vLLM's own ``create_engine_config`` makes of the flag, with the plugin and without it."""
 
 import copy
+import json
 import logging
 import os
 import pickle
@@ -226,3 +227,20 @@ def test_without_cospec_everything_is_as_without_the_plugin(pair):
         check=False,
     )
     assert "SAME 10" in result.stdout, result.stderr[-3000:]
+
+
+def test_vllms_own_command_ends_with_the_sentence_alone(pair):
+    """No traceback of vLLM's above it, and no engine process."""
+    module = "vllm.entrypoints.openai.api_server"
+    config = json.dumps(user_config(pair, exact_tokens=-1))
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--model", pair.target, "--max-model-len", "64", "--speculative-config", config],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("cospec: speculative_config.exact_tokens: ")

@@ -20,7 +20,7 @@ import torch
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.training.checkpoint import Checkpoint, load_latest
 
-UPDATES = 5
+UPDATES = 9
 CONFIG = """
 iterations = {updates}
 seed = 3
@@ -54,6 +54,22 @@ from vllm_cospec.training.config import load_train_config
 from vllm_cospec.training.trainer import Trainer
 Trainer(load_train_config(Path(sys.argv[1])), Path(sys.argv[2]), resume=True).run()
 """
+DIES_BEFORE_ITS_SECOND_CHECKPOINT = """
+import os, signal, sys
+from pathlib import Path
+from vllm_cospec.training.config import load_train_config
+from vllm_cospec.training.trainer import Trainer
+
+class Dying(Trainer):
+    saved = 0
+    def _save(self):
+        if self.saved:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._save()
+        self.saved += 1
+
+Dying(load_train_config(Path(sys.argv[1])), Path(sys.argv[2]), resume=True).run()
+"""
 
 
 def write_config(directory: Path, actors: int) -> Path:
@@ -63,12 +79,10 @@ def write_config(directory: Path, actors: int) -> Path:
 
 
 @contextmanager
-def trainer(config: Path, output: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start or continue a run in a process of its own."""
-    with (output.parent / f"{output.name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", TRAIN_ONLY, str(config), str(output)], stdout=log, stderr=log, start_new_session=True
-        )
+def training(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Start or continue a run in a process group of its own."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
         yield process
     finally:
@@ -137,27 +151,41 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
     assert again.returncode == 1
     assert "is not empty; pass --resume" in again.stderr
 
-    # On two actors: an actor is killed in mid-rollout, then the driver, then it is interrupted, then it ends.
+    # On two actors: one is killed in mid-rollout, then, inside that iteration, the driver.
     config = write_config(tmp_path, 2)
-    with trainer(config, broken) as process:
+    log = tmp_path / "broken.log"
+    with training([sys.executable, "-c", TRAIN_ONLY, str(config), str(broken)], log) as process:
         wait_for(lambda: updates(broken) >= 1, process)
         victim = wait_for(lambda: descendants(process, "ray::RolloutActor.work"), process)[0]
         victim.kill()
-        wait_for(lambda: updates(broken) >= 2, process)
+        wait_for(lambda: "another takes over" in log.read_text(), process)
+        assert updates(broken) < UPDATES
         everyone = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     psutil.wait_procs(everyone, timeout=60)
     assert not [child for child in everyone if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    before = updates(broken)
-    with trainer(config, broken) as process:
-        wait_for(lambda: updates(broken) > before or updates(broken) == UPDATES, process)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) != 0 or updates(broken) == UPDATES
-    with trainer(config, broken) as process:
+    # Between two iterations: an update is taken and logged, its checkpoint not written yet.
+    saved = load_latest(broken / "checkpoints")
+    assert saved is not None
+    with training([sys.executable, "-c", DIES_BEFORE_ITS_SECOND_CHECKPOINT, str(config), str(broken)], log) as process:
+        assert process.wait(timeout=300) == -signal.SIGKILL
+    assert updates(broken) == saved.updates + 2
+    again = load_latest(broken / "checkpoints")
+    assert again is not None
+    assert again.updates == saved.updates + 1
+    # Ctrl-C, which a terminal sends to the driver and to Ray's processes alike.
+    with training([*command, "--output", str(broken), "--resume"], log) as process:
+        wait_for(lambda: updates(broken) > saved.updates + 2, process)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    last = log.read_text().strip().splitlines()[-1]
+    assert last.startswith(f"cospec: stopped after update {updates(broken)} of {UPDATES}; continue with --resume")
+    with training([sys.executable, "-c", TRAIN_ONLY, str(config), str(broken)], log) as process:
         assert process.wait(timeout=300) == 0
-    assert "another takes over" in (tmp_path / "broken.log").read_text()
-    log = [json.loads(line)["update"] for line in (broken / "metrics.jsonl").read_text().splitlines()]
-    assert log == list(range(1, UPDATES + 1))
+    assert "Traceback" not in log.read_text()
+
+    lines = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == list(range(1, UPDATES + 1))
     expected, found = final(straight), final(broken)
     assert expected.tensors.keys() == found.tensors.keys()
     for name, tensor in expected.tensors.items():
