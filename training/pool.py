@@ -1,8 +1,10 @@
 """A pool of actors that take units of work: dispatch, replacement of lost actors, retries within a budget.
 
 A unit travels together with the weights it is to be done with, so that no actor can sample with others. A result is
-counted once, by its key. A unit whose actor is lost again and again is taken apart, and a single prompt that always
-loses its actor is set aside.
+counted once, by its key. When an actor with several units is lost, any of them may be the cause, and the one before it
+may have been finished without its result having arrived. So all of them become suspects, which are done by an actor that
+has nothing else: only what is lost there counts against a unit. One that is lost again and again is taken apart, and a
+single prompt that always loses its actor is set aside.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Job:
     payload: Any  # handed to the actor with the work: an object reference to the weights
     whole: Hashable  # key of the unit it is, or is a part of
     part: int = 0
-    attempts: int = 0
+    attempts: int = 0  # actors it has certainly cost
+    suspect: bool = False  # has been with an actor that was lost, and is done alone from then on
 
 
 @dataclass(eq=False)
@@ -51,6 +54,12 @@ class _Actor:
     running: deque[tuple[Any, Job]] = field(default_factory=deque)  # (reference, job), oldest first
     since: float = 0.0  # when the oldest began, as far as we can see
     ready: bool = False
+
+    def takes(self, job: Job, depth: int) -> bool:
+        """Whether it may be handed this job now; suspects and others do not share an actor."""
+        if not self.running:
+            return True
+        return len(self.running) < depth and not job.suspect and not self.running[-1][1].suspect
 
 
 class Pool:
@@ -71,7 +80,7 @@ class Pool:
         Args:
             make_actor: returns a handle with methods ``ready()`` and ``work(unit, payload)``.
             size: number of actors.
-            attempts: how often a unit may lose its actor before it is taken apart or set aside.
+            attempts: actors a unit may certainly have cost before it is taken apart or set aside.
             unit_timeout_s: after which an actor that works on one unit is taken for lost.
             start_timeout_s: likewise for its start.
             depth: units an actor is handed at a time, so that it need not wait for the next.
@@ -144,7 +153,7 @@ class Pool:
     def _turn(self) -> None:
         """Hand out work, wait a moment, take in what has come."""
         for actor in self._actors:
-            while self._queue and len(actor.running) < self._depth:
+            while self._queue and actor.takes(self._queue[0], self._depth):
                 job = self._queue.popleft()
                 if not actor.running and actor.ready:
                     actor.since = time.monotonic()
@@ -200,14 +209,14 @@ class Pool:
         if len(parts) > 1:
             self._notice(f"unit {job.work.key} lost its actor {job.attempts} times and is taken apart")
             self._outstanding[job.whole] += len(parts) - 1
-            self._queue.extendleft(Job(part, job.payload, job.whole, i) for i, part in enumerate(parts))
+            self._queue.extendleft(Job(part, job.payload, job.whole, i, suspect=True) for i, part in enumerate(parts))
         else:
             self._notice(f"{job.work} lost its actor {job.attempts} times and is set aside")
             self.set_aside.append(job.work)
             self._settle(job)
 
     def _lost(self, actor: _Actor, why: str) -> None:
-        """Replace an actor and queue its work again, the unit it was at with one attempt less."""
+        """Replace an actor and queue its work again."""
         self.losses += 1
         with contextlib.suppress(Exception):
             ray.kill(actor.handle)
@@ -218,8 +227,10 @@ class Pool:
                 raise TrainingError(f"engines cannot be started: {why}")
         self._notice(f"an actor was lost ({why}); another takes over")
         jobs = [job for _, job in actor.running]
-        if jobs and actor.ready:
+        if len(jobs) == 1 and actor.ready:
             jobs[0].attempts += 1
+        for job in jobs:
+            job.suspect = True
         self._actors[self._actors.index(actor)] = self._new_actor()
         for job in reversed(jobs):
             if job.attempts < self._attempts:
