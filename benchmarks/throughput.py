@@ -3,7 +3,11 @@
 Modes take turns in rounds, in an order that changes from round to round, so that a noisy machine hits them alike.
 ``target`` is the target without speculation, ``standard`` stock strict speculative decoding, everything else a policy.
 
+Pair, engine settings and task come from a training configuration, by default that of the bundled pair; what is given
+explicitly wins, and with a target of one's own nothing comes from the bundled pair.
+
     python benchmarks/throughput.py
+    python benchmarks/throughput.py --config training/configs/smollm2.toml --arbiter benchmarks/smollm2/arbiter
     python benchmarks/throughput.py --target Qwen/Qwen3-8B --draft Qwen/Qwen3-0.6B --arbiter DIR --dataset gsm8k.jsonl
 """
 
@@ -14,6 +18,7 @@ import contextlib
 import json
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,40 +27,54 @@ import openai
 import plots
 import results
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_cospec.errors import ConfigError, CoSpecError
+from vllm_cospec.errors import ConfigError, CoSpecError, first_sentence
 from vllm_cospec.policies import policy_names
 from vllm_cospec.server import Server, ServerError, interruptible
-from vllm_cospec.training.commands import command_line, write_atomically
-from vllm_cospec.training.config import bundled
-from vllm_cospec.training.tasks import Problem, Task, load_task
+from vllm_cospec.training.commands import DEMO_CONFIG, command_line, write_atomically
+from vllm_cospec.training.config import PairConfig, load_train_config, require_models
+from vllm_cospec.training.tasks import Problem, Task, load_task, task_names
 
 NAME = "model"
-BUNDLED_ARBITER = str(bundled("target").parent / "arbiter")
-BUNDLED_ARGUMENTS = {
-    "dtype": "float32", "max-model-len": 128, "max-num-seqs": 32, "kv-cache-memory-bytes": 2**28, "enforce-eager": True
-}  # fmt: skip
+BUNDLED_ARBITER = DEMO_CONFIG.parents[2] / "vllm_cospec" / "demo" / "arbiter"
 
 
-def speculative_config(mode: str, draft: dict[str, Any], arbiter: str) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Setup:
+    """What is asked of whom."""
+
+    pair: PairConfig
+    task: Task
+    problems: list[Problem]
+    max_tokens: int
+
+
+def speculative_config(mode: str, pair: PairConfig, arbiter: str) -> dict[str, Any] | None:
     """Return what ``--speculative-config`` is for a mode; None for no speculation.
 
     Args:
         mode: target, standard, a policy's name, or a policy as JSON.
-        draft: vLLM's keys of the drafter.
+        pair: the models and K.
         arbiter: directory or hub id for ``learned``.
 
     Raises:
         ConfigError: no such mode.
     """
+    drafter = {
+        **({"model": pair.draft} if pair.draft else {}),
+        "num_speculative_tokens": pair.num_speculative_tokens,
+        **pair.speculative,
+    }
     if mode == "target":
         return None
     if mode == "standard":
-        return {"method": "draft_model", **draft}
+        return {"method": pair.draft_method or "draft_model", **drafter}
+    drafter |= {"draft_method": pair.draft_method} if pair.draft_method else {}
     if mode == "learned":
-        return {"method": "cospec", "arbiter": arbiter, **draft}
+        return {"method": "cospec", "arbiter": arbiter, **drafter}
     try:
         policy = json.loads(mode) if mode.startswith("{") else {"policy": mode}
     except ValueError as error:
@@ -65,25 +84,53 @@ def speculative_config(mode: str, draft: dict[str, Any], arbiter: str) -> dict[s
             f"--modes: unknown mode {mode!r}; known are target, standard, {', '.join(policy_names())}, or a policy as "
             f'JSON: {{"policy": "cascade", "alpha": 0.95}}'
         )
-    return {"method": "cospec", "arbiter": policy, **draft}
+    return {"method": "cospec", "arbiter": policy, **drafter}
 
 
-def load_problems(task_name: str, dataset: Path | None, count: int, seed: int) -> tuple[Task, list[Problem]]:
-    """Return the task that scores, and the problems to ask."""
+def set_up(
+    config: Path | None, pair_options: dict[str, Any], task_name: str | None, dataset: Path | None, count: int,
+    seed: int, max_tokens: int | None,
+) -> Setup:  # fmt: skip
+    """Combine a configuration with what was given explicitly.
+
+    Args:
+        config: training configuration; None for the bundled pair's, or for none when a target is given.
+        pair_options: fields of the pair given explicitly; None stands for not given.
+        task_name: a task, or a reasoning-gym generator.
+        dataset: JSONL of problems instead.
+        count, seed: of the problems.
+        max_tokens: longest answer.
+
+    Raises:
+        ConfigError: something is missing or does not fit.
+    """
+    given = {name: value for name, value in pair_options.items() if value is not None}
+    run = load_train_config(config or DEMO_CONFIG) if config or "target" not in given else None
+    try:
+        pair = PairConfig.model_validate({**(run.pair.model_dump() if run else {"num_speculative_tokens": 5}), **given})
+    except ValidationError as error:
+        raise ConfigError(first_sentence(error, "--target, --draft")) from None
+    require_models(pair)
     if dataset is not None:
         task = load_task("jsonl", path=str(dataset), test_path=str(dataset))
-    elif task_name == "demo":
-        task = load_task("demo")
-    else:
+    elif task_name is not None and task_name not in task_names():
         task = load_task("reasoning_gym", generator=task_name)
-    return task, task.problems(seed, count, "test")
+    elif task_name is not None or run is None:
+        task = load_task(task_name or "demo")
+    else:
+        task = load_task(run.task.name, **run.task.options)
+    return Setup(pair, task, task.problems(seed, count, "test"), max_tokens or (run.rollout.max_tokens if run else 512))
 
 
 def arguments(options: dict[str, Any]) -> tuple[str, ...]:
-    """Turn engine options into arguments of ``vllm serve``."""
+    """Turn arguments of vLLM's ``LLM`` into those of ``vllm serve``."""
     flags: list[str] = ["--served-model-name", NAME]
     for key, value in options.items():
-        flags += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags += [flag, value if isinstance(value, str) else json.dumps(value)]
     return tuple(flags)
 
 
@@ -97,20 +144,21 @@ def run_mode(server: Server, tally: results.Tally, problems: list[Problem], task
 
 
 def main(
-    target: Annotated[str, typer.Option(help="Target: directory or hub id.")] = str(bundled("target")),
-    draft: Annotated[str, typer.Option(help="Draft: directory or hub id.")] = str(bundled("draft")),
-    arbiter: Annotated[str, typer.Option(help="Trained arbiter, for learned.")] = BUNDLED_ARBITER,
+    config: Annotated[Path | None, typer.Option(help="Training configuration of pair and task.")] = None,
+    target: Annotated[str | None, typer.Option(help="Target: directory or hub id.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft: directory or hub id.")] = None,
+    arbiter: Annotated[str, typer.Option(help="Trained arbiter, for learned.")] = str(BUNDLED_ARBITER),
     modes: Annotated[str, typer.Option(help="Modes, separated by semicolons or commas.")] = "target,standard,learned",
-    task: Annotated[str, typer.Option(help="demo, or a reasoning-gym generator.")] = "demo",
+    task: Annotated[str | None, typer.Option(help="A task, or a reasoning-gym generator.")] = None,
     dataset: Annotated[Path | None, typer.Option(help="JSONL of problems instead; GSM8K's format too.")] = None,
     num_prompts: Annotated[int, typer.Option(min=2, help="Problems; every mode answers each once a round.")] = 200,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
     max_concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
-    num_speculative_tokens: Annotated[int, typer.Option(min=1, help="K.")] = 7,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 80,
+    num_speculative_tokens: Annotated[int | None, typer.Option(min=1, help="K.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Which problems.")] = 2026,
-    engine: Annotated[str, typer.Option(help="Arguments of vllm serve as JSON; the bundled pair has its own.")] = "",
+    engine: Annotated[str | None, typer.Option(help="Arguments of vLLM's LLM as JSON, instead of the file's.")] = None,
     one_server_at_a_time: Annotated[bool, typer.Option(help="Restart servers between modes: for one GPU.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw accuracy against tokens/s into this PNG.")] = None,
@@ -118,16 +166,16 @@ def main(
     """Compare modes."""
     console = Console()
     names = [m.strip() for m in modes.split(";" if ";" in modes or "{" in modes else ",") if m.strip()]
-    drafter = {"model": draft, "num_speculative_tokens": num_speculative_tokens}
-    is_bundled = target == str(bundled("target"))
     try:
-        options = json.loads(engine) if engine else (BUNDLED_ARGUMENTS if is_bundled else {})
+        options = json.loads(engine) if engine else None
     except ValueError as error:
         raise ConfigError(f"--engine: not valid JSON ({error})") from None
-    configs = {name: speculative_config(name, drafter, arbiter) for name in names}
-    scorer, problems = load_problems(task, dataset, num_prompts, seed)
+    given = {"target": target, "draft": draft, "num_speculative_tokens": num_speculative_tokens, "engine": options}
+    setup = set_up(config, given, task, dataset, num_prompts, seed, max_tokens)
+    pair, scorer, problems = setup.pair, setup.task, setup.problems
+    configs = {name: speculative_config(name, pair, arbiter) for name in names}
     tallies = {name: results.Tally() for name in names}
-    load_options = (max_tokens, temperature, max_concurrency)
+    load_options = (setup.max_tokens, temperature, max_concurrency)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     failure: Exception | KeyboardInterrupt | None = None
     with (
@@ -140,7 +188,7 @@ def main(
 
         def start(name: str, stack: contextlib.ExitStack) -> Server:
             log = Path(scratch) / f"{names.index(name)}.log"
-            server = stack.enter_context(Server(target, configs[name], arguments(options), log=log))
+            server = stack.enter_context(Server(pair.target, configs[name], arguments(pair.engine), log=log))
             server.wait_until_ready()
             asyncio.run(load.ask(server.url, NAME, [p.prompt for p in problems[:max_concurrency]], *load_options))
             return server

@@ -1,10 +1,10 @@
 """A pool of actors that take units of work: dispatch, replacement of lost actors, retries within a budget.
 
 A unit travels together with the weights it is to be done with, so that no actor can sample with others. A result is
-counted once, by its key. When an actor with several units is lost, any of them may be the cause, and the one before it
-may have been finished without its result having arrived. So all of them become suspects, which are done by an actor that
-has nothing else: only what is lost there counts against a unit. One that is lost again and again is taken apart, and a
-single prompt that always loses its actor is set aside.
+counted once, by its key. When an actor with several units is lost, any of them may be the cause: the oldest may have
+been done, its result still under way. So all of them become suspects, which are done by an actor that has nothing else,
+and only what is lost there counts against a unit. One that is lost again and again is taken apart, and a single prompt
+that always loses its actor is set aside.
 """
 
 from __future__ import annotations

