@@ -9,9 +9,7 @@ import torch
 from configurations import CURVE, LEFT_OUT, NAN, edit_json, refused, symlink_loop, user_config, write_artefact
 from safetensors.torch import load_file, save_file
 
-from vllm_cospec.arbiter import (
-    current_schema,
-)
+from vllm_cospec.arbiter import current_schema
 
 
 def empty_directory(place):
