@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ TOKENS = 10
 
 
 def generate(
-    speculative_config: dict[str, Any], batches: list[list[dict[str, Any]]], v1: bool = False, **options: Any
+    speculative_config: dict[str, Any],
+    batches: list[list[dict[str, Any]]],
+    v1: bool = False,
+    max_chunk_logits: int = 0,
+    **options: Any,
 ) -> dict[str, Any]:
     """Run an engine in a process of its own, on Model Runner V2 or, with the path for GPUs, on V1."""
     draft = {"model": str(DEMO / "draft"), "num_speculative_tokens": 3}
@@ -33,6 +38,7 @@ def generate(
         "batches": batches,
         "options": options,
         "v1_on_a_device": v1,
+        "max_chunk_logits": max_chunk_logits,
     }
     path = os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parents[2] / "engine")])
     runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if v1 else {}
@@ -52,11 +58,19 @@ def generate(
     return json.loads(results[0].removeprefix("RESULT"))
 
 
-def requests(*, strict: tuple[bool, ...] = (), temperature: float = 0.0) -> list[dict[str, Any]]:
+def requests(
+    *, strict: tuple[bool, ...] = (), temperature: float = 0.0, max_tokens: int = TOKENS
+) -> list[dict[str, Any]]:
     """The prompts with their parameters; those marked strict switch arbitration off."""
     entries = []
     for i, prompt in enumerate(PROMPTS):
-        entry = {"prompt": prompt, "temperature": temperature, "max_tokens": TOKENS, "seed": 7 + i, "ignore_eos": True}
+        entry = {
+            "prompt": prompt,
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "seed": 7 + i,
+            "ignore_eos": True,
+        }
         if i < len(strict) and strict[i]:
             entry["extra_args"] = {"cospec_policy": "strict"}
         entries.append(entry)
@@ -144,6 +158,37 @@ def test_decisions_are_the_arbiters_and_are_counted(artefact: Path, learned: dic
     assert mismatches >= len(decisions)
     assert learned["metrics"]["vllm:cospec_num_overrides"] == len(kept)
     assert learned["metrics"]["vllm:cospec_num_mismatches"] == mismatches
+
+
+def test_chunked_verification_decides_as_the_whole_batch_does(artefact: Path, learned: dict[str, Any]) -> None:
+    half = (True, False, True, False)
+    chunked = generate(
+        {"method": "cospec", "arbiter": str(artefact), "collect": True, "threshold": 0.4},
+        [requests(strict=half), requests(strict=half, temperature=1.0)],
+        max_chunk_logits=5,
+    )
+    assert max(chunked["chunks"]) <= 5 < 16  # a request has up to four rows: no two share a chunk
+    assert chunked["tokens"] == learned["tokens"][:2]
+    assert chunked["counters"] == learned["counters"]
+
+    def known(run: dict[str, Any]) -> list[tuple[Any, ...]]:
+        return sorted((d["request"].partition("-")[0], d["position"], d["kept"]) for d in run["decisions"])
+
+    assert known(chunked) == known(learned)
+
+
+def test_a_preempted_request_keeps_its_budget() -> None:
+    """Ten blocks of sixteen tokens for four requests of up to 65: some are thrown out and computed again."""
+    run = generate(
+        {"method": "cospec", "arbiter": {"policy": "cascade", "alpha": 1.0}, "collect": True, "max_overrides": 3},
+        [requests(max_tokens=60)],
+        num_gpu_blocks_override=10,
+        block_size=16,
+    )
+    assert run["metrics"]["vllm:num_preemptions"] > 0
+    kept = Counter(d["request"] for d in run["decisions"] if d["kept"])
+    assert len(kept) == len(PROMPTS)
+    assert set(kept.values()) == {3}
 
 
 def test_v1_on_a_device_serves_strict_requests_as_stock_v1_does_and_arbitrates_the_rest(artefact: Path) -> None:

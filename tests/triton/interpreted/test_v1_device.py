@@ -21,8 +21,12 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_schema, save_artefact
 from vllm_cospec.config import Settings
+from vllm_cospec.kernels import arbitration
+from vllm_cospec.kernels.verdict import Verdict
 from vllm_cospec.policies import Cascade, Fly, Kl, Learned, Mars, Policy, Random, RelaxedTopK, Threshold, Typical
 from vllm_cospec.runners import v1, v1_device
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 CPU = torch.device("cpu")
 K, VOCAB = 4, 111
@@ -339,3 +343,18 @@ def test_other_rejection_methods_are_refused(tmp_path: Path) -> None:
     runner.speculative_config.rejection_sample_method = "synthetic"
     with pytest.raises(v1_device.CompatibilityError, match="rejection_sample_method: 'synthetic'"):
         v1_device.install(runner, settings, 0)
+
+
+def test_the_verdict_reaches_logits_beyond_two_to_the_31_elements() -> None:
+    """Strides, not allocations: memory between the rows is never touched."""
+    stride, drafts = 2**30, torch.tensor([3, 4, 5, 6], dtype=torch.int32)
+    processed = torch.empty(3 * stride + VOCAB).as_strided((4, VOCAB), (stride, 1))
+    processed.zero_()
+    processed[3, 6] = -torch.inf
+    row_ints, row_floats = torch.ones(5, 6, dtype=torch.int32), torch.zeros(5, 12)
+    argmax = torch.tensor([3, 9, 9, 9])
+    verdict = Verdict(drafts, torch.zeros(4, dtype=torch.int64), drafts.view(1, 4), processed, argmax)
+    verdict.write(row_ints, row_floats, torch.tensor([0, 5]), torch.tensor([0]), 8)
+    assert row_ints[:4, arbitration.ACCEPTED.value].tolist() == [1, 0, 0, 0]
+    assert row_ints[:4, arbitration.STRICT_TOKEN.value].tolist() == argmax.tolist()
+    assert row_ints[:4, arbitration.OPEN.value].tolist() == [1, 1, 1, 0]

@@ -12,7 +12,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request: ``target``, ``speculative_config``, and ``batches``: lists of {prompt, and sampling parameters};
-            ``options`` of the engine; ``v1_on_a_device``.
+            ``options`` of the engine; ``v1_on_a_device``; ``max_chunk_logits``: verify at most so many rows at once.
     """
     from vllm import LLM, SamplingParams
 
@@ -20,6 +20,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         from vllm_cospec.runners import v1, v1_device
 
         v1.install = v1_device.install
+    if request.get("max_chunk_logits"):
+        from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+        rejection_sampler.get_max_chunk_logits = lambda vocab_size: request["max_chunk_logits"]
     llm = LLM(
         model=request["target"],
         speculative_config=request["speculative_config"],
@@ -33,12 +37,16 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         **request.get("options", {}),
     )
     worker = llm.llm_engine.model_executor.driver_worker.worker
+    chunks: list[int] = []
+    if request.get("max_chunk_logits"):
+        verify = worker.cospec._verify
+        worker.cospec._verify = lambda logits, *args: chunks.append(len(logits)) or verify(logits, *args)
     texts = []
     for batch in request["batches"]:
         prompts = [entry.pop("prompt") for entry in batch]
         outputs = llm.generate(prompts, [SamplingParams(**entry) for entry in batch], use_tqdm=False)
         texts.append([list(output.outputs[0].token_ids) for output in outputs])
-    answer: dict[str, Any] = {"tokens": texts, "runner": type(worker.model_runner).__module__}
+    answer: dict[str, Any] = {"tokens": texts, "chunks": chunks, "runner": type(worker.model_runner).__module__}
     if hasattr(worker, "cospec"):
         sampler = worker.cospec
         answer["sampler"] = type(sampler).__module__
