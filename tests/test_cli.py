@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -124,6 +125,14 @@ def test_inspect_shows_an_arbiter(cospec) -> None:
         assert word in out
     _, out, _ = cospec("inspect", ARBITER, "--json")
     assert json.loads(out)["provenance"]["target"] == "demo/target"
+
+
+def test_a_port_that_is_taken_is_one_sentence(cospec) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, _, err = cospec("demo", "--serve", "--port", str(port))
+    assert code == 1
+    assert err == f"cospec: port {port}: Address already in use; choose another one\n"
 
 
 def test_a_disk_that_is_full_is_one_sentence(cospec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,17 @@ class Server:
         self._watchdog: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
+        """Start the server and its watchdog.
+
+        Raises:
+            ServerError: the port is taken.
+        """
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own socket
+            try:
+                probe.bind((HOST, self.port))
+            except OSError as error:
+                raise ServerError(f"port {self.port}: {error.strerror}; choose another one") from None
         environment = {"VLLM_NO_USAGE_STATS": "1", **os.environ}
         output = None if self.log is None else self.log.open("wb")
         try:
