@@ -16,6 +16,8 @@ import torch
 RunEngine = Callable[..., dict[str, Any]]
 KEEP_ALL = {"policy": "cascade", "alpha": 1.0}
 GREEDY = {"temperature": 0, "max_tokens": 60}
+STRICT = {"extra_args": {"cospec_policy": "strict"}}
+PENALISED = {"repetition_penalty": 1.2, "frequency_penalty": 0.2, "presence_penalty": 0.2, "max_tokens": 60}
 PAD = 0
 
 
@@ -40,6 +42,13 @@ def test_requests_get_what_they_asked_for(pair: Path, prompts: list[str], run_en
             {"name": "bad words", "prompts": some, "params": GREEDY | {"bad_words": ["="]}},
             {"name": "minimum", "prompts": some, "params": GREEDY | {"min_tokens": 55}},
             {"name": "top-k", "prompts": some, "params": {"temperature": 1.0, "top_k": 1, "max_tokens": 60, "seed": 5}},
+            {
+                "name": "penalised top-k",
+                "prompts": some,
+                "params": PENALISED | {"temperature": 1.0, "top_k": 1, "seed": 5},
+            },
+            {"name": "penalised strict", "prompts": some, "params": PENALISED | GREEDY | STRICT},
+            {"name": "penalised", "prompts": some, "params": PENALISED | GREEDY},
             {"name": "top-k strict", "prompts": some, "params": GREEDY | {"extra_args": {"cospec_policy": "strict"}}},
         ],
         cospec(pair),
@@ -57,6 +66,10 @@ def test_requests_get_what_they_asked_for(pair: Path, prompts: list[str], run_en
     assert all(len(tokens) >= 55 for tokens in token_ids(runs["minimum"]))
     # with top_k=1 only the target's first choice is legal: no override is possible
     assert token_ids(runs["top-k"]) == token_ids(runs["top-k strict"])
+    # penalties move the target's choice, and what may be kept goes by the choice they leave
+    assert token_ids(runs["penalised top-k"]) == token_ids(runs["penalised strict"])
+    assert token_ids(runs["penalised strict"]) != token_ids(runs["top-k strict"])
+    assert token_ids(runs["penalised"]) != token_ids(runs["penalised strict"])
     check_logprobs(pair, some, runs["logprobs"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -172,6 +173,18 @@ def test_lossy_verification_is_announced_once(server: Server) -> None:
     lines = [line for line in server.log.read_text().splitlines() if "LOSSY" in line]
     assert len(lines) == 1
     assert "WARNING" in lines[0]
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(120)
+def test_the_log_tells_the_override_rate(server: Server, prompts: list[str]) -> None:
+    """vLLM logs its figures every ten seconds while there is something to tell."""
+    assert server.log is not None
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as api:
+        while "CoSpec metrics: Policy: " not in (log := server.log.read_text()):
+            api.completions.create(model="demo", prompt=prompts[0], max_tokens=40, temperature=0)
+    line = next(line for line in log.splitlines() if "CoSpec metrics" in line)
+    assert re.search(r"Mismatches: [1-9]\d*, Overrides: \d+, Override rate: \d+\.\d%", line), line
 
 
 @pytest.mark.engine
