@@ -95,6 +95,11 @@ def rows(tallies: dict[str, Tally]) -> list[dict[str, Any]]:
     return [row(mode, tally, None if tally is target else target) for mode, tally in tallies.items() if tally.seconds]
 
 
+def finished(tallies: dict[str, Tally]) -> int:
+    """Return the number of rounds that every mode has finished."""
+    return min(len(tally.seconds) for tally in tallies.values())
+
+
 def ratios(tallies: dict[str, Tally]) -> list[str]:
     """Return how much faster each mode is than ``target`` and ``standard``: medians of ratios within rounds."""
     lines = []

@@ -18,6 +18,7 @@ import contextlib
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,14 +32,17 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vllm_cospec.arbiter import load_artefact
+from vllm_cospec.config import locate_artefact
 from vllm_cospec.errors import ConfigError, CoSpecError, first_sentence
 from vllm_cospec.policies import policy_names
 from vllm_cospec.server import Server, ServerError, interruptible
 from vllm_cospec.training.commands import DEMO_CONFIG, command_line, write_atomically
-from vllm_cospec.training.config import PairConfig, load_train_config, require_models
+from vllm_cospec.training.config import PairConfig, load_train_config, locate, require_models
 from vllm_cospec.training.tasks import Problem, Task, load_task, task_names
 
 NAME = "model"
+WARM_UP = 16  # requests before the first round
 BUNDLED_ARBITER = DEMO_CONFIG.parents[2] / "vllm_cospec" / "demo" / "arbiter"
 
 
@@ -61,7 +65,8 @@ def speculative_config(mode: str, pair: PairConfig, arbiter: str) -> dict[str, A
         arbiter: directory or hub id for ``learned``.
 
     Raises:
-        ConfigError: no such mode.
+        ConfigError: no such mode, or no such arbiter.
+        ArtefactError: the arbiter is damaged.
     """
     drafter = {
         **({"model": pair.draft} if pair.draft else {}),
@@ -74,6 +79,7 @@ def speculative_config(mode: str, pair: PairConfig, arbiter: str) -> dict[str, A
         return {"method": pair.draft_method or "draft_model", **drafter}
     drafter |= {"draft_method": pair.draft_method} if pair.draft_method else {}
     if mode == "learned":
+        load_artefact(locate_artefact(arbiter))  # a missing or damaged one is refused before servers start
         return {"method": "cospec", "arbiter": arbiter, **drafter}
     try:
         policy = json.loads(mode) if mode.startswith("{") else {"policy": mode}
@@ -104,7 +110,8 @@ def set_up(
     Raises:
         ConfigError: something is missing or does not fit.
     """
-    given = {name: value for name, value in pair_options.items() if value is not None}
+    here = Path.cwd() / "options"  # paths are relative to the working directory
+    given = {name: locate(value, here) for name, value in pair_options.items() if value is not None}
     run = load_train_config(config or DEMO_CONFIG) if config or "target" not in given else None
     try:
         pair = PairConfig.model_validate({**(run.pair.model_dump() if run else {"num_speculative_tokens": 5}), **given})
@@ -143,6 +150,46 @@ def run_mode(server: Server, tally: results.Tally, problems: list[Problem], task
     tally.add(replies, scores, seconds, {name: value - before.get(name, 0.0) for name, value in after.items()})
 
 
+def run_rounds(
+    setup: Setup, configs: dict[str, dict[str, Any] | None], tallies: dict[str, results.Tally], rounds: int,
+    load_options: Any, one_server_at_a_time: bool,
+) -> Iterator[int]:  # fmt: skip
+    """Start the servers, let every mode answer the problems in turns, yield the number of each finished round.
+
+    Raises:
+        ServerError, openai.OpenAIError, OSError: a server did not come up or is gone.
+    """
+    names = list(configs)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with (
+        tempfile.TemporaryDirectory(prefix="cospec-throughput-") as scratch,
+        interruptible(),
+        contextlib.ExitStack() as alive,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
+        bar = progress.add_task("starting", total=rounds * len(names))
+
+        def start(name: str, stack: contextlib.ExitStack) -> Server:
+            log = Path(scratch) / f"{names.index(name)}.log"
+            server = Server(setup.pair.target, configs[name], arguments(setup.pair.engine), log=log)
+            stack.enter_context(server)
+            server.wait_until_ready()
+            first = [problem.prompt for problem in setup.problems[:WARM_UP]]
+            asyncio.run(load.ask(server.url, NAME, first, *load_options))
+            return server
+
+        servers = {} if one_server_at_a_time else {name: start(name, alive) for name in names}
+        for number in range(rounds):
+            shift = number % len(names)
+            for name in names[shift:] + names[:shift]:
+                progress.update(bar, description=f"round {number + 1}: {name[:30]}")
+                with contextlib.ExitStack() as brief:
+                    server = servers.get(name) or start(name, brief)
+                    run_mode(server, tallies[name], setup.problems, setup.task, load_options)
+                progress.advance(bar)
+            yield number
+
+
 def main(
     config: Annotated[Path | None, typer.Option(help="Training configuration of pair and task.")] = None,
     target: Annotated[str | None, typer.Option(help="Target: directory or hub id.")] = None,
@@ -172,56 +219,38 @@ def main(
         raise ConfigError(f"--engine: not valid JSON ({error})") from None
     given = {"target": target, "draft": draft, "num_speculative_tokens": num_speculative_tokens, "engine": options}
     setup = set_up(config, given, task, dataset, num_prompts, seed, max_tokens)
-    pair, scorer, problems = setup.pair, setup.task, setup.problems
-    configs = {name: speculative_config(name, pair, arbiter) for name in names}
+    configs = {name: speculative_config(name, setup.pair, arbiter) for name in names}
     tallies = {name: results.Tally() for name in names}
     load_options = (setup.max_tokens, temperature, max_concurrency)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     failure: Exception | KeyboardInterrupt | None = None
-    with (
-        tempfile.TemporaryDirectory(prefix="cospec-throughput-") as scratch,
-        interruptible(),
-        contextlib.ExitStack() as alive,
-        Progress(*columns, console=Console(stderr=True)) as progress,
-    ):
-        bar = progress.add_task("starting", total=rounds * len(names))
 
-        def start(name: str, stack: contextlib.ExitStack) -> Server:
-            log = Path(scratch) / f"{names.index(name)}.log"
-            server = stack.enter_context(Server(pair.target, configs[name], arguments(pair.engine), log=log))
-            server.wait_until_ready()
-            asyncio.run(load.ask(server.url, NAME, [p.prompt for p in problems[:max_concurrency]], *load_options))
-            return server
-
-        try:
-            servers = {} if one_server_at_a_time else {name: start(name, alive) for name in names}
-            for number in range(rounds):
-                shift = number % len(names)
-                for name in names[shift:] + names[:shift]:
-                    progress.update(bar, description=f"round {number + 1}: {name[:30]}")
-                    with contextlib.ExitStack() as brief:
-                        server = servers.get(name) or start(name, brief)
-                        run_mode(server, tallies[name], problems, scorer, load_options)
-                    progress.advance(bar)
-        except (ServerError, openai.OpenAIError, OSError, KeyboardInterrupt) as error:
-            failure = error
-    rows = results.rows(tallies)
-    if rows:
-        title = f"{num_prompts} problems, {max_concurrency} at a time, up to {rounds} rounds"
-        console.print(results.table(rows, title))
-        for line in results.ratios(tallies):
-            console.print(line)
-        if json_path is not None:
+    def publish(complete: bool, show: bool) -> None:
+        """Write what there is; called after every round, so that a killed run leaves its figures."""
+        rows = results.rows(tallies)
+        if show and rows:
+            title = f"{num_prompts} problems, {max_concurrency} at a time, {results.finished(tallies)} rounds"
+            console.print(results.table(rows, title))
+            for line in results.ratios(tallies):
+                console.print(line)
+        if rows and json_path is not None:
             document = {
-                "schema": 1, "environment": results.environment(), "command": command_line(),
-                "complete": failure is None, "modes": rows,
+                "schema": 1, "environment": results.environment(), "command": command_line(), "complete": complete,
+                "modes": rows, "ratios": results.ratios(tallies),
             }  # fmt: skip
             write_atomically(json_path, json.dumps(document, indent=2) + "\n")
-        if plot is not None:
+        if rows and plot is not None:
             plots.speed_and_quality(plot, rows)
+
+    try:
+        for _ in run_rounds(setup, configs, tallies, rounds, load_options, one_server_at_a_time):
+            publish(complete=False, show=False)
+    except (ServerError, openai.OpenAIError, OSError, KeyboardInterrupt) as error:
+        failure = error
+    publish(complete=failure is None, show=True)
     if failure is not None:
         what = "interrupted" if isinstance(failure, KeyboardInterrupt) else str(failure) or type(failure).__name__
-        raise ServerError(f"{what}; {'partial results are above' if rows else 'no round was finished'}") from None
+        some = any(tally.seconds for tally in tallies.values())
+        raise ServerError(f"{what}; {'partial results are above' if some else 'no round was finished'}") from None
 
 
 def run() -> None:

@@ -1,11 +1,13 @@
 """The configuration of a training run: the only source of its settings' names, types, defaults and help.
 
 A configuration is a TOML file with a table for each part below. Paths in it are relative to the file;
-``bundled:target`` and ``bundled:draft`` name the pair that comes with the package. Imports no torch.
+``bundled:target`` and ``bundled:draft`` name the pair that comes with the package, ``smollm2:target`` and
+``smollm2:draft`` the one that ``training/smollm2_pair.py`` builds. Imports no torch.
 """
 
 from __future__ import annotations
 
+import os
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vllm_cospec.errors import ConfigError, first_sentence
 
-BUNDLED = "bundled:"
+PAIR_NAMES = ("bundled:target", "bundled:draft", "smollm2:target", "smollm2:draft")
 
 
 class Section(BaseModel):
@@ -192,9 +194,9 @@ def load_train_config(path: Path) -> TrainConfig:
     except ValidationError as error:
         raise ConfigError(first_sentence(error, str(path))) from None
     pair = config.pair.model_copy(
-        update={"target": _locate(config.pair.target, path), "draft": _locate(config.pair.draft, path)}
+        update={"target": locate(config.pair.target, path), "draft": locate(config.pair.draft, path)}
     )
-    options = {k: _locate(v, path) if k in ("path", "test_path") else v for k, v in config.task.options.items()}
+    options = {k: locate(v, path) if k in ("path", "test_path") else v for k, v in config.task.options.items()}
     task = config.task.model_copy(update={"options": options})
     return config.model_copy(update={"pair": pair, "task": task})
 
@@ -218,10 +220,17 @@ def bundled(role: Literal["target", "draft"]) -> Path:
     return Path(str(files("vllm_cospec.demo"))) / role
 
 
-def _locate(value: Any, config: Path) -> Any:
-    """Make a path that is relative to the configuration absolute; hub ids stay."""
-    if value in ("bundled:target", "bundled:draft"):
-        return str(bundled(value.removeprefix(BUNDLED)))
+def smollm2_directory() -> Path:
+    """Return where the SmolLM2 pair is kept: in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "vllm-cospec" / "smollm2"
+
+
+def locate(value: Any, config: Path) -> Any:
+    """Make a path that is relative to the configuration absolute, and a known pair's name a path; hub ids stay."""
+    if value in PAIR_NAMES:
+        pair, _, role = value.partition(":")
+        return str((bundled("target").parent if pair == "bundled" else smollm2_directory()) / role)
     if isinstance(value, str) and (value.startswith(".") or (config.parent / value).exists()):
         return str((config.parent / value).resolve())
     return value

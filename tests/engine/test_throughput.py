@@ -1,0 +1,109 @@
+"""The throughput benchmark: real servers, and what becomes of its results when one dies or the user has enough."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "throughput.py"
+MODE_KEYS = {
+    "mode", "tokens_per_s", "requests_per_s", "ttft_ms_p50", "tpot_ms_p50", "itl_ms_p99", "acceptance_length",
+    "acceptance_per_position", "num_mismatches", "num_overrides", "accuracy", "accuracy_ci95", "paired_vs_target",
+    "mean_output_tokens", "length_cap_hits",
+}  # fmt: skip
+
+
+def start(*options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def servers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes below it, engine cores among them."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.timeout(600)
+def test_a_server_that_dies_ends_the_run_and_leaves_the_figures_of_the_rounds_before(tmp_path: Path) -> None:
+    path, plot = tmp_path / "figures.json", tmp_path / "figures.png"
+    process = start(
+        "--modes", "target,learned", "--num-prompts", "12", "--rounds", "100000", "--json", str(path),
+        "--plot", str(plot),
+    )  # fmt: skip
+    wait_for(path.exists, process)
+    below = servers(process)
+    for server in below:
+        if "--speculative-config" in server.cmdline():
+            server.kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.strip().splitlines()[-1].startswith("throughput: ")
+    assert "partial results are above" in errors
+    assert "Traceback" not in errors
+    psutil.wait_procs(below, timeout=20)
+    assert not [server for server in below if server.is_running()]
+    figures = json.loads(path.read_text())
+    assert figures["schema"] == 1
+    assert figures["complete"] is False
+    assert figures["environment"]["vllm"]
+    target, learned = figures["modes"]
+    assert set(target) >= MODE_KEYS
+    assert (target["mode"], learned["mode"]) == ("target", "learned")
+    assert target["acceptance_length"] is None
+    assert target["num_overrides"] == 0
+    assert learned["acceptance_length"] > 4
+    assert 0 < learned["num_overrides"] <= learned["num_mismatches"]
+    assert learned["accuracy"] >= target["accuracy"]
+    low, high = learned["accuracy_ci95"]
+    assert 0 <= low <= learned["accuracy"] <= high <= 1
+    assert set(learned["paired_vs_target"]) == {"gained", "lost", "p_value"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(300)
+def test_ctrl_c_during_the_start_leaves_no_server_behind() -> None:
+    process = start("--modes", "standard", "--num-prompts", "4", "--rounds", "1")
+    wait_for(lambda: len(servers(process)) > 1, process)
+    below = servers(process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "throughput: interrupted; no round was finished" in errors
+    assert "Traceback" not in errors
+    psutil.wait_procs(below, timeout=20)
+    assert not [server for server in below if server.is_running()]
+
+
+def test_what_a_user_gets_wrong_is_one_sentence(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "1+1?", "answer": "2"}\n{"prompt": 3}\n')
+    for options, message in (
+        (("--modes", "nosuch"), "--modes: unknown mode 'nosuch'; known are target, standard, "),
+        (("--draft", "./nosuch"), "pair.draft: no model at "),
+        (("--arbiter", "./nosuch", "--modes", "learned"), "arbiter: no directory at './nosuch'"),
+        (("--dataset", str(broken)), "broken.jsonl, line 2: 'prompt' must be a text"),
+    ):
+        process = start(*options)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1
+        (line,) = [line for line in errors.splitlines() if line.startswith("throughput:")]
+        assert message in line
+        assert "Traceback" not in errors
