@@ -1,0 +1,133 @@
+"""Rolls out units on one real engine and prints what came of it as JSON; test_rollout.py says what must hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+from vllm_cospec.arbiter import Arbiter
+from vllm_cospec.training.advantages import group_advantages
+from vllm_cospec.training.config import RolloutConfig, load_train_config
+from vllm_cospec.training.engine import Engine, Request
+from vllm_cospec.training.learner import initial_arbiter
+from vllm_cospec.training.rewards import RewardError
+from vllm_cospec.training.rollout import Episodes, Unit, _branch, _joined, roll_out
+from vllm_cospec.training.tasks import load_task
+
+TIMES = {"generating_s", "busy_s"}
+
+
+def same(a: Episodes, b: Episodes) -> bool:
+    """Whether two roll-outs are equal in everything but how long they took."""
+    return all(
+        np.array_equal(getattr(a, field.name), getattr(b, field.name))
+        for field in dataclasses.fields(Episodes)
+        if field.name not in TIMES
+    )
+
+
+def hanging(problem: Any, text: str) -> float:
+    """A reward that never comes back."""
+    while True:
+        time.sleep(0.1)
+
+
+def roads(engine: Engine, unit: Unit) -> dict[str, int]:
+    """Take every branch with the decision that was taken anyway: it has to be the same road."""
+    requests = [Request(engine.encode(p.prompt), 60, seed=100 + i) for i, p in enumerate(unit.problems)]
+    responses = engine.run(requests)
+    at = [(e, d) for e, r in enumerate(responses) for d in r.decisions if d.output_position > d.block_position]
+    again = []
+    for e, decision in at:
+        request = _branch(requests[e], responses[e], decision)
+        forced = request.extra["cospec_branch"] | {"keep": decision.kept}
+        again.append(dataclasses.replace(request, extra={"cospec_branch": forced}))
+    joined = [
+        _joined(engine, responses[e], decision, branch)
+        for (e, decision), branch in zip(at, engine.run(again), strict=True)
+    ]
+    pairs = [(whole, responses[e]) for (e, _), whole in zip(at, joined, strict=True) if whole is not None]
+    return {
+        "branches": len(at),
+        "kept": sum(d.kept for _, d in at),
+        "compared": len(pairs),
+        "same_tokens": sum(whole.tokens == own.tokens for whole, own in pairs),
+        "same_steps": sum(whole.emitted == own.emitted for whole, own in pairs),
+        "same_text": sum(whole.text == own.text for whole, own in pairs),
+    }
+
+
+def main() -> None:
+    """Run everything on one engine."""
+    results_to = os.dup(1)
+    os.dup2(2, 1)  # the engine logs to standard output; results must stand alone there
+    config = load_train_config(Path(sys.argv[1]))
+    task = load_task("demo")
+    problems = task.problems(seed=5, n=48, split="train")
+    first, second = (Unit(9, i, tuple(problems[24 * i : 24 * i + 24]), 24 * i, seed=3) for i in range(2))
+    # undecided everywhere, and not everywhere alike: both actions have to occur
+    arbiter = initial_arbiter(config.learner.model_copy(update={"initial_keep": 0.4}), seed=2)
+    with torch.no_grad():
+        arbiter.layers[-1].weight.normal_(std=0.01, generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr,operator]
+    engine = Engine(config.pair, {"hidden_sizes": (32, 32), "state_dict": Arbiter((32, 32)).state_dict()})
+    found: dict[str, Any] = {}
+
+    engine.set_arbiter(arbiter.state_dict(), sample_actions=True)
+    once = roll_out(engine, first, config, task.score)
+    other = roll_out(engine, second, config, task.score)
+    found["repeatable"] = same(once, roll_out(engine, first, config, task.score))
+    found["units_differ"] = not same(once, other)
+    found["rewards"] = [task.score(problems[p], t) for p, t in zip(once.problem, once.texts, strict=True)]
+    found["own_rewards"] = once.reward.tolist()
+    found["branches"] = len(once.branch_decision)
+    with torch.no_grad():
+        probability = arbiter(torch.from_numpy(once.statistics)).double().numpy()
+    found["decisions"], found["kept"] = len(once.kept), int(once.kept.sum())
+    found["probability_error"] = float(np.abs(probability - once.probability).max())
+    found["expected_kept"] = float(probability.sum())
+    found["roads"] = roads(engine, first)
+
+    try:
+        slow = config.model_copy(update={"task": config.task.model_copy(update={"reward_timeout_s": 0.5})})
+        roll_out(engine, first, slow, hanging)
+    except RewardError as error:
+        found["hanging"] = str(error)
+    found["repeatable_after_a_bad_reward"] = same(once, roll_out(engine, first, config, task.score))
+
+    for name, bias in (("always", 30.0), ("never", -30.0)):
+        fixed = initial_arbiter(config.learner, seed=2)
+        with torch.no_grad():
+            fixed.layers[-1].bias.fill_(bias)  # type: ignore[union-attr,operator]
+        engine.set_arbiter(fixed.state_dict(), sample_actions=True)
+        found[name] = float(roll_out(engine, first, config, task.score).kept.mean())
+
+    sampled = RolloutConfig(responses_per_prompt=4, temperature=1.0, max_tokens=60)
+    learner = config.learner.model_copy(update={"advantage": "group", "warm_start_iterations": 0})
+    engine.set_arbiter(arbiter.state_dict(), sample_actions=True)
+    group = roll_out(engine, first, config.model_copy(update={"rollout": sampled, "learner": learner}), task.score)
+    texts = np.array(group.texts, object).reshape(24, 4)
+    samples = group_advantages(group, 0.0)
+    found["group"] = {
+        "responses": len(group.reward),
+        "problems": [int(p) for p in group.problem[:8]],
+        "diverse": sum(len(set(row)) > 1 for row in texts),
+        "branches": len(group.branch_decision),
+        "samples": len(samples.keep),
+        "nonzero": int((samples.advantage != 0).sum()),
+    }
+    with os.fdopen(results_to, "w") as out:
+        json.dump(found, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Rollouts on a real engine: what training learns from is what verification did."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONFIG = Path(__file__).parents[2] / "training" / "configs" / "demo.toml"
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """Everything, from one engine; see run_rollouts.py."""
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("run_rollouts.py")), str(CONFIG)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout)
+
+
+@pytest.mark.engine
+def test_a_unit_gives_the_same_whatever_the_engine_did_before(found: dict[str, Any]) -> None:
+    assert found["repeatable"]
+    assert found["units_differ"]
+
+
+@pytest.mark.engine
+def test_the_recorded_probability_is_the_arbiters_own_of_the_recorded_statistics(found: dict[str, Any]) -> None:
+    assert found["decisions"] > 30
+    assert 0.1 < found["kept"] / found["decisions"] < 0.9
+    assert found["probability_error"] < 1e-6  # one row or many: float32 sums in another order
+    # actions are drawn with it: within four standard deviations of the sum of so many coins
+    assert abs(found["kept"] - found["expected_kept"]) < 4 * (found["decisions"] / 4) ** 0.5
+
+
+@pytest.mark.engine
+def test_rewards_are_the_tasks_of_the_texts(found: dict[str, Any]) -> None:
+    assert found["own_rewards"] == found["rewards"]
+    assert 0 < sum(found["rewards"]) < len(found["rewards"])
+
+
+@pytest.mark.engine
+def test_a_branch_that_decides_as_before_is_the_response_itself(found: dict[str, Any]) -> None:
+    """Prefix, block, overrides before the mismatch, random numbers and steps: all of it is rebuilt from the cache."""
+    roads = found["roads"]
+    assert roads["branches"] > 30
+    assert 0 < roads["kept"] < roads["branches"]
+    # a near-tie may go the other way in a batch of another shape; such a branch is given up
+    assert roads["compared"] >= 0.97 * roads["branches"]
+    assert roads["same_tokens"] == roads["same_steps"] == roads["same_text"] == roads["compared"]
+    assert found["branches"] > 0
+
+
+@pytest.mark.engine
+def test_weights_pushed_in_memory_decide_from_the_next_rollout_on(found: dict[str, Any]) -> None:
+    assert found["always"] == 1.0
+    assert found["never"] == 0.0
+
+
+@pytest.mark.engine
+def test_a_reward_that_hangs_is_named_and_the_engine_lives_on(found: dict[str, Any]) -> None:
+    assert "took longer than 0.5 s" in found["hanging"]
+    assert found["repeatable_after_a_bad_reward"]
+
+
+@pytest.mark.engine
+def test_groups_of_sampled_responses_differ_and_need_no_branches(found: dict[str, Any]) -> None:
+    group = found["group"]
+    assert group["responses"] == 4 * 24
+    assert group["problems"] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert group["diverse"] >= 12
+    assert group["branches"] == 0
+    assert group["samples"] > 100
+    assert group["nonzero"] > 0
