@@ -55,3 +55,12 @@ def test_the_committed_report_covers_every_variant_and_none_spills() -> None:
     for target in TARGETS:
         assert sorted(f"{r['kernel']}: {r['variant']}" for r in rows if r["target"] == target) == sorted(launched)
     assert [row for row in rows if row["spill_bytes"] and not row["kernel"].startswith("_")] == []
+
+
+def test_the_committed_measurement_on_the_cpu_stays_within_its_bound() -> None:
+    rows = json.loads((BENCHMARKS / "results" / "kernel_cpu.json").read_text())["cpu"]
+    assert {row["batch"] for row in rows} == {8, 32}
+    for row in rows:
+        assert (row["vocab"], row["num_draft_tokens"], row["agreement"]) == (151_936, 5, 0.7)
+        assert row["ratio"] <= 1.25
+        assert row["floor_ms"] > 0

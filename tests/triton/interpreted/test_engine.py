@@ -164,7 +164,7 @@ def test_chunked_verification_decides_as_the_whole_batch_does(artefact: Path, le
     half = (True, False, True, False)
     chunked = generate(
         {"method": "cospec", "arbiter": str(artefact), "collect": True, "threshold": 0.4},
-        [requests(strict=half), requests(strict=half, temperature=1.0)],
+        [[entry | {"logprobs": 1} for entry in requests(strict=half)], requests(strict=half, temperature=1.0)],
         max_chunk_logits=5,
     )
     assert max(chunked["chunks"]) <= 5 < 16  # a request has up to four rows: no two share a chunk
@@ -175,15 +175,20 @@ def test_chunked_verification_decides_as_the_whole_batch_does(artefact: Path, le
         return sorted((d["request"].partition("-")[0], d["position"], d["kept"]) for d in run["decisions"])
 
     assert known(chunked) == known(learned)
+    kept = [d for d in chunked["decisions"] if d["kept"] and int(d["request"].partition("-")[0]) < len(PROMPTS)]
+    assert kept
+    for d in kept:  # of the greedy batch: what is reported of a kept draft is what the target gave it
+        logprob = chunked["logprobs"][0][int(d["request"].partition("-")[0])][d["position"]]
+        assert logprob == pytest.approx(d["statistics"][0], abs=1e-4)
 
 
 def test_a_preempted_request_keeps_its_budget() -> None:
-    """Ten blocks of sixteen tokens for four requests of up to 65: some are thrown out and computed again."""
+    """Seven blocks of 32 tokens for four requests of up to 67: some are thrown out and computed again."""
     run = generate(
         {"method": "cospec", "arbiter": {"policy": "cascade", "alpha": 1.0}, "collect": True, "max_overrides": 3},
         [requests(max_tokens=60)],
-        num_gpu_blocks_override=10,
-        block_size=16,
+        num_gpu_blocks_override=7,
+        block_size=32,
     )
     assert run["metrics"]["vllm:num_preemptions"] > 0
     kept = Counter(d["request"] for d in run["decisions"] if d["kept"])

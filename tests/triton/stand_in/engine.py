@@ -41,12 +41,18 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     if request.get("max_chunk_logits"):
         verify = worker.cospec._verify
         worker.cospec._verify = lambda logits, *args: chunks.append(len(logits)) or verify(logits, *args)
-    texts = []
+    texts, logprobs = [], []
     for batch in request["batches"]:
         prompts = [entry.pop("prompt") for entry in batch]
         outputs = llm.generate(prompts, [SamplingParams(**entry) for entry in batch], use_tqdm=False)
         texts.append([list(output.outputs[0].token_ids) for output in outputs])
-    answer: dict[str, Any] = {"tokens": texts, "chunks": chunks, "runner": type(worker.model_runner).__module__}
+        logprobs.append([_logprobs(output.outputs[0]) for output in outputs])
+    answer: dict[str, Any] = {
+        "tokens": texts,
+        "logprobs": logprobs,
+        "chunks": chunks,
+        "runner": type(worker.model_runner).__module__,
+    }
     if hasattr(worker, "cospec"):
         sampler = worker.cospec
         answer["sampler"] = type(sampler).__module__
@@ -65,6 +71,13 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         m.name: m.value for m in llm.get_metrics() if m.name.startswith("vllm:") and hasattr(m, "value")
     }
     return answer
+
+
+def _logprobs(completion: Any) -> list[float] | None:
+    """Log-probability of every token that was emitted, where they were asked for."""
+    if completion.logprobs is None:
+        return None
+    return [entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
 
 
 if __name__ == "__main__":
