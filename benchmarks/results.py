@@ -19,6 +19,10 @@ from vllm_cospec.training.intervals import mcnemar, wilson_interval
 
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"
 TIMES = ("ttft_ms_p50", "tpot_ms_p50", "itl_ms_p99")
+HEADINGS = (
+    "mode", "tokens/s", "TTFT ms", "TPOT ms", "ITL p99 ms", "acceptance", "accuracy % (95 %)", "against target", "tokens",
+    "capped",
+)  # fmt: skip
 PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 
@@ -117,18 +121,19 @@ def ratios(tallies: dict[str, Tally]) -> list[str]:
 def table(found: list[dict[str, Any]], title: str) -> Table:
     """Return the rows as a table."""
     shown = Table(title=title)
-    for heading in ("mode", "tokens/s", "TTFT", "TPOT", "ITL p99", "acceptance", "accuracy (95 %)", "p", "capped"):
-        shown.add_column(heading, justify="left" if heading == "mode" else "right")
+    for heading in HEADINGS:
+        shown.add_column(heading, justify="left" if heading == "mode" else "right", no_wrap=heading != "mode")
     for line in found:
         low, high = line["accuracy_ci95"]
         paired, length = line["paired_vs_target"], line["acceptance_length"]
         shown.add_row(
             line["mode"],
             f"{line['tokens_per_s']:.0f}",
-            *("" if line[name] is None else f"{line[name]:.1f} ms" for name in TIMES),
+            *("" if line[name] is None else f"{line[name]:.1f}" for name in TIMES),
             f"{length:.2f}" if length else "",
-            f"{100 * line['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})",
-            f"{paired['p_value']:.1g}" if paired else "",
+            f"{100 * line['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})",
+            f"+{paired['gained']} -{paired['lost']}, p = {paired['p_value']:.1g}" if paired else "",
+            f"{line['mean_output_tokens']:.1f}",
             str(line["length_cap_hits"]),
         )
     return shown

