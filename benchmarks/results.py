@@ -20,8 +20,8 @@ from vllm_cospec.training.intervals import mcnemar, wilson_interval
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"
 TIMES = ("ttft_ms_p50", "tpot_ms_p50", "itl_ms_p99")
 HEADINGS = (
-    "mode", "tokens/s", "TTFT ms", "TPOT ms", "ITL p99 ms", "acceptance", "accuracy % (95 %)", "against target", "tokens",
-    "capped",
+    "mode", "tokens/s", "TTFT ms", "TPOT ms", "ITL p99 ms", "acceptance", "accuracy % (95 %)", "against target",
+    "tokens", "capped",
 )  # fmt: skip
 PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
