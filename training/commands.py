@@ -20,7 +20,7 @@ from vllm_cospec.training.actors import ray_session
 from vllm_cospec.training.calibrate import calibrate, record_results, save_uncalibrated
 from vllm_cospec.training.config import TrainConfig, load_train_config, require_models
 from vllm_cospec.training.engine import short_name
-from vllm_cospec.training.evaluate import Answers, comparison_table, evaluate, parse_mode, summaries
+from vllm_cospec.training.evaluate import Answers, comparison_table, evaluate, parse_mode, sampled_modes, summaries
 from vllm_cospec.training.learner import TrainingError
 from vllm_cospec.training.report import plot_learning, plot_thresholds
 from vllm_cospec.training.tasks import Problem, load_task
@@ -101,6 +101,8 @@ def run_evaluation(
     json_path: Path | None,
     per_question: Path | None,
     record: str | None,
+    temperature: float,
+    baseline: str,
     console: Console,
 ) -> dict[str, Any]:
     """Evaluate modes on test problems; prints a table, returns the figures."""
@@ -113,6 +115,7 @@ def run_evaluation(
     if record and artefact is None:
         raise ConfigError("--record: needs the artefact to write to; pass --artefact")
     parsed = [parse_mode(text, artefact is not None) for text in dict.fromkeys(modes)]
+    parsed = sampled_modes(parsed, temperature, baseline)
     problems = load_task(config.task.name, **config.task.options).problems(seed=seed, n=num_problems, split="test")
     rollout = config.rollout
     with (
@@ -121,7 +124,8 @@ def run_evaluation(
     ):
         answers = evaluate(config.pair, config.task, rollout, parsed, problems, artefact, tick)
     rows = summaries(answers)
-    title = f"{num_problems} test problems of {config.task.name}, seed {seed}, greedy"
+    how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    title = f"{num_problems} test problems of {config.task.name}, seed {seed}, {how}"
     console.print(comparison_table(rows, title))
     result = {"command": command_line(), "problems": title, "modes": rows}
     if json_path is not None:

@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from vllm_cospec.errors import ConfigError, first_sentence, shorten
 from vllm_cospec.policies import AnyPolicy, policy_names
 from vllm_cospec.training.config import PairConfig, RolloutConfig, TaskConfig
 from vllm_cospec.training.engine import Blocks, Engine, Request
-from vllm_cospec.training.intervals import mcnemar, paired_difference, wilson_interval
+from vllm_cospec.training.intervals import bootstrap_difference, mcnemar, paired_difference, wilson_interval
 from vllm_cospec.training.rewards import Reward, guarded
 from vllm_cospec.training.tasks import Problem
 
 CHUNK = 250
+BASELINES = ("greedy", "sampled")
 _MODE = re.compile(r"(\w+)(?:\((.*)\))?")
 
 
@@ -38,6 +39,32 @@ class Mode:
     engine: str  # which engine it needs: target, draft, learned, or rule
     policy: Any = None  # of a rule
     extra: dict[str, Any] = field(default_factory=dict)  # cospec_* keys of its requests
+    temperature: float = 0.0  # 0 is greedy
+
+
+def sampled_modes(modes: Sequence[Mode], temperature: float, baseline: str) -> list[Mode]:
+    """Return the modes at a temperature, and before them the target they are compared with.
+
+    "Better than the target" can mean no more than that sampling and greedy decoding differ; so a comparison at a
+    temperature names its baseline.
+
+    Args:
+        modes: from :func:`parse_mode`.
+        temperature: 0 leaves the modes as they are.
+        baseline: ``sampled`` for the target at the same temperature, ``greedy`` for the target's greedy answers.
+
+    Raises:
+        ConfigError: there is nothing sampled to compare with.
+    """
+    if baseline not in BASELINES:
+        raise ConfigError(f"--baseline: {baseline!r} is neither {' nor '.join(BASELINES)}")
+    if temperature == 0:
+        if baseline == "sampled":
+            raise ConfigError("--baseline: 'sampled' needs a --temperature above 0")
+        return list(modes)
+    first = Mode(f"target, {baseline}", "target", temperature=temperature if baseline == "sampled" else 0.0)
+    others = [mode for mode in modes if (mode.engine, baseline) != ("target", "sampled")]
+    return [first, *(replace(mode, temperature=temperature) for mode in others)]
 
 
 def parse_mode(text: str, artefact: bool) -> Mode:
@@ -150,19 +177,26 @@ class Answers:
             gained, lost = int((self.scores > target.scores).sum()), int((self.scores < target.scores).sum())
             row["paired_vs_target"] = {
                 "difference": difference, "ci95": list(interval), "gained": gained, "lost": lost,
+                "bootstrap_ci95": list(bootstrap_difference(self.scores, target.scores)),
                 "p_value": mcnemar(gained, lost),
             }  # fmt: skip
         return row
 
 
 def answer(engine: Engine, chunk: Chunk, reward: Reward, reward_timeout_s: float, max_tokens: int) -> Answers:
-    """Answer a chunk greedily on an engine that fits its mode."""
+    """Answer a chunk on an engine that fits its mode; random numbers depend on the problem's place."""
     if chunk.mode.policy is not None:
         engine.set_policy(chunk.mode.policy)
     engine.start_afresh()
     prompts = [engine.encode(problem.prompt) for problem in chunk.problems]
     requests = [
-        Request(p, min(max_tokens, engine.max_model_len - len(p)), seed=i, extra=chunk.mode.extra)
+        Request(
+            p,
+            min(max_tokens, engine.max_model_len - len(p)),
+            seed=chunk.index * CHUNK + i,
+            temperature=chunk.mode.temperature,
+            extra=chunk.mode.extra,
+        )
         for i, p in enumerate(prompts)
     ]
     before, start = engine.blocks(), time.perf_counter()
@@ -191,7 +225,7 @@ def evaluate(
     artefact: Path | None = None,
     tick: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Answers]:
-    """Answer all problems in every mode, greedily. Needs a Ray session.
+    """Answer all problems in every mode. Needs a Ray session.
 
     Args:
         pair, task: what is evaluated, on what.
@@ -240,8 +274,13 @@ def evaluate(
 
 
 def summaries(answers: dict[str, Answers]) -> dict[str, dict[str, Any]]:
-    """Return the summary of every mode, paired with ``target``, or with ``strict``, which emits the target's tokens."""
-    target = answers.get("target") or answers.get("strict")
+    """Return the summary of every mode, paired with the target's.
+
+    That is the baseline of :func:`sampled_modes` where there is one, else ``target``, else ``strict``, which emits the
+    target's tokens.
+    """
+    baselines = [f"target, {baseline}" for baseline in BASELINES]
+    target = next((answers[name] for name in (*baselines, "target", "strict") if name in answers), None)
     return {name: own.summary(None if own is target else target) for name, own in answers.items()}
 
 

@@ -35,6 +35,22 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, tupl
     return mean, (max(-1.0, min(mean, adjusted - half)), min(1.0, max(mean, adjusted + half)))
 
 
+def bootstrap_difference(ours: np.ndarray, theirs: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the difference of two mean scores on the same problems.
+
+    Problems are resampled, with both of their scores; seeded. Makes no assumption about what a score is.
+
+    Args:
+        ours, theirs: scores, [n] each.
+        resamples: number of resamples.
+    """
+    difference = ours - theirs
+    values, counts = np.unique(difference, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(len(difference), counts / len(difference), size=resamples)
+    low, high = np.percentile(drawn @ values / len(difference), (2.5, 97.5))
+    return float(low), float(high)
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """Return the exact two-sided p-value of McNemar's test: a binomial test with probability 1/2."""
     n, smaller = gained + lost, min(gained, lost)

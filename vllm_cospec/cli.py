@@ -159,6 +159,10 @@ def evaluate(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     per_question: Annotated[Path | None, typer.Option(help="Write every answer to this JSONL file.")] = None,
     record: Annotated[str | None, typer.Option(help="Write the table into the artefact under this name.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="Of all modes; 0 is greedy.")] = 0.0,
+    baseline: Annotated[
+        str, typer.Option(help="What is compared with at a temperature: the target's greedy or sampled answers.")
+    ] = "greedy",
 ) -> None:
     """Compare modes on the same problems: accuracy with intervals, paired with the target, acceptance length."""
     from vllm_cospec.training.config import load_train_config
@@ -166,7 +170,7 @@ def evaluate(
     commands = _training_commands()
     commands.run_evaluation(
         load_train_config(config or commands.DEMO_CONFIG),
-        artefact, mode, problems, seed, json_path, per_question, record, Console(),
+        artefact, mode, problems, seed, json_path, per_question, record, temperature, baseline, Console(),
     )  # fmt: skip
 
 

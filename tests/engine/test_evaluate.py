@@ -50,3 +50,21 @@ def test_modes_are_compared_on_the_same_problems(pair: Path, tmp_path: Path) -> 
     assert recorded.provenance.results["here"]["modes"].keys() == rows.keys()
     assert "## here (60 test problems of demo, seed 9, greedy)" in (arbiter / "README.md").read_text()
     assert (arbiter / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.engine
+def test_sampled_modes_are_compared_with_the_target_at_the_same_temperature(pair: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    command = [str(Path(sys.executable).with_name("cospec")), "evaluate", "--artefact", str(pair / "arbiter")]
+    command += ["--mode", "strict", "--mode", "learned", "--temperature", "1.0", "--baseline", "sampled"]
+    command += ["--problems", "60", "--seed", "9", "--json", str(figures)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(figures.read_text())
+    assert result["problems"] == "60 test problems of demo, seed 9, temperature 1"
+    target, strict, learned = result["modes"].values()
+    assert list(result["modes"]) == ["target, sampled", "strict", "learned"]
+    assert "paired_vs_target" not in target
+    assert abs(strict["paired_vs_target"]["difference"]) < 0.35  # other random numbers, the same distribution
+    low, high = learned["paired_vs_target"]["bootstrap_ci95"]
+    assert 0 < low < learned["paired_vs_target"]["difference"] < high

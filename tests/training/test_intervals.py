@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
-from vllm_cospec.training.intervals import mcnemar, paired_difference, wilson_interval
+from vllm_cospec.training.intervals import bootstrap_difference, mcnemar, paired_difference, wilson_interval
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 10), (10, 10), (3, 10), (812, 1000), (1, 1)])
@@ -36,3 +36,11 @@ def test_equal_answers_still_leave_an_interval() -> None:
     mean, (low, high) = paired_difference(np.ones(50), np.ones(50))
     assert mean == 0
     assert low < 0 < high
+
+
+def test_the_bootstrap_interval_is_scipys() -> None:
+    rng = np.random.default_rng(4)
+    ours, theirs = rng.choice([0.0, 0.5, 1.0], 300), rng.choice([0.0, 1.0], 300)
+    expected = bootstrap((ours - theirs,), np.mean, method="percentile", n_resamples=10_000, rng=rng)
+    assert bootstrap_difference(ours, theirs) == pytest.approx(tuple(expected.confidence_interval), abs=0.006)
+    assert bootstrap_difference(ours, ours) == (0.0, 0.0)
