@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 def test_fly_defers_where_vllms_own_does(window: int, sampled: float, regime: str) -> None:
     policy = Fly(entropy_top_k=3, entropy_threshold=0.2, window=window)
     overrides = 0
-    for seed in range(6):
+    for seed in range(6 * window):  # the longer the run that has to follow, the rarer it is
         case = cases.make_case(
             seed, requests=6, k=6, regime=regime, sampled=sampled, agreement=0.75, arbitrated=1.0, full=seed % 2 == 0
         )
