@@ -21,10 +21,9 @@ import json
 import math
 import random
 import shutil
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -35,27 +34,18 @@ from vllm_cospec.atomic import new_directory
 from vllm_cospec.errors import ConfigError, CoSpecError
 from vllm_cospec.training.config import smollm2_directory
 from vllm_cospec.training.demo_pair import IGNORE, cosine, load_checkpoint, save_checkpoint
-from vllm_cospec.training.product_and_sum import ADDENDS, FIRST_FACTORS, SECOND_FACTORS, chat_template, exercises
+from vllm_cospec.training.product_and_sums import ADDENDS, FIRST_FACTORS, SECOND_FACTORS, chat_template, exercises
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LINE_BREAK, END_OF_TURN = 198, 2  # tokens that end an answer
 VOCABULARY = 49152
 SEED = 1
-BATCH_SIZE, EXERCISES_PER_ROW, SUMS_PER_ROW = 24, 4, 20
+STEPS, BATCH_SIZE, LEARNING_RATE = 1800, 24, 3e-3
+EXERCISES_PER_ROW, SUMS_PER_ROW = 4, 28  # rows of either kind are about as long
+NUM_ROWS = 20_000  # drawn beforehand
+LARGEST_SUM = max(FIRST_FACTORS) * max(SECOND_FACTORS) + max(ADDENDS)
 LARGEST_PRODUCT = max(FIRST_FACTORS) * max(SECOND_FACTORS)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training with its own lessons and its own cosine."""
-
-    lessons: Literal["exercises", "sums"]
-    steps: int
-    learning_rate: float  # at its peak
-
-
-PHASES = (Phase("exercises", 2000, 3e-3), Phase("sums", 1500, 3e-3), Phase("exercises", 800, 2e-3))
 
 
 def find_gguf() -> Path:
@@ -130,21 +120,21 @@ def draw_sums(rng: random.Random) -> tuple[str, list[tuple[int, int]]]:
     """Draw a row of bare sums, as they stand in derivations; the results are learnt."""
     text, learnt = "", []
     for _ in range(SUMS_PER_ROW):
-        one, other = rng.randint(4, LARGEST_PRODUCT), rng.choice(ADDENDS)
+        one, other = rng.randint(4, LARGEST_SUM), rng.choice(ADDENDS)
         text += f" {one} + {other} ="
         learnt.append((len(text), len(text) + len(f" {one + other};")))
         text += f" {one + other};"
     return text, learnt
 
 
-def draw_rows(tokenizer: Any, lessons: str, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw training rows.
+def draw_rows(tokenizer: Any, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw training rows: exercises and bare sums in turn.
 
     Returns:
         Token ids and labels, int64 [count, longest].
     """
     rng = random.Random(seed)
-    rows = [(draw_sums if lessons == "sums" else draw_exercises)(rng) for _ in range(count)]
+    rows = [(draw_sums if i % 2 else draw_exercises)(rng) for i in range(count)]
     encoded = tokenizer([text for text, _ in rows], return_offsets_mapping=True)
     longest = max(map(len, encoded["input_ids"]))
     ids = torch.full((count, longest), END_OF_TURN)
@@ -162,11 +152,11 @@ def small_model(num_tokens: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=num_tokens,
-            hidden_size=192,
-            intermediate_size=512,
+            hidden_size=128,
+            intermediate_size=384,
             num_hidden_layers=2,
-            num_attention_heads=3,
-            num_key_value_heads=3,
+            num_attention_heads=2,
+            num_key_value_heads=2,
             max_position_embeddings=8192,
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -182,46 +172,40 @@ def train_draft(tokenizer: Any, work: Path, resume: bool) -> tuple[LlamaForCausa
     Returns:
         The model over the tokens that occur, and their ids in the full vocabulary, int64.
     """
-    used = torch.unique(draw_rows(tokenizer, "exercises", 2000, SEED)[0])
+    ids, labels = draw_rows(tokenizer, NUM_ROWS, SEED)
+    used, ids = torch.unique(ids, return_inverse=True)
     places = torch.full((VOCABULARY,), IGNORE)
     places[used] = torch.arange(len(used))
+    labels = torch.where(labels == IGNORE, IGNORE, places[labels.clamp(min=0)])
     others = math.log(VOCABULARY - len(used))  # their logits are 0
     model = small_model(len(used))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     checkpoint = work / "smollm2-draft.safetensors"
     done = load_checkpoint(checkpoint, model, optimizer) if resume and checkpoint.exists() else 0
-    total = sum(phase.steps for phase in PHASES)
     columns = (
         TextColumn("draft"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
     )  # fmt: skip
     with Progress(*columns) as progress:
-        bar = progress.add_task("draft", total=total, completed=done, loss=float("nan"))
-        start = 0
-        for number, phase in enumerate(PHASES):
-            if done < start + phase.steps:
-                ids, labels = draw_rows(tokenizer, phase.lessons, 12 * phase.steps, SEED + number)
-                labels = torch.where(labels == IGNORE, IGNORE, places[labels.clamp(min=0)])
-                ids = places[ids]
-            for step in range(max(start, done), start + phase.steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = phase.learning_rate * cosine(step - start, phase.steps)
-                generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-                rows = torch.randint(len(ids), (BATCH_SIZE,), generator=generator)
-                logits = model(input_ids=ids[rows, :-1], use_cache=False).logits
-                logits = torch.cat([logits, logits.new_full((*logits.shape[:2], 1), others)], dim=-1)
-                loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), labels[rows, 1:].flatten(), ignore_index=IGNORE
-                )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                progress.update(bar, completed=step + 1, loss=loss.item())
-                if (step + 1) % 100 == 0 or step + 1 == total:
-                    save_checkpoint(checkpoint, model, optimizer, step + 1)
-                    print(f"draft step {step + 1}/{total} loss {loss.item():.4f}", flush=True)
-            start += phase.steps
+        bar = progress.add_task("draft", total=STEPS, completed=done, loss=float("nan"))
+        for step in range(done, STEPS):
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * cosine(step, STEPS)
+            generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
+            rows = torch.randint(len(ids), (BATCH_SIZE,), generator=generator)
+            logits = model(input_ids=ids[rows, :-1], use_cache=False).logits
+            logits = torch.cat([logits, logits.new_full((*logits.shape[:2], 1), others)], dim=-1)
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels[rows, 1:].flatten(), ignore_index=IGNORE
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            progress.update(bar, completed=step + 1, loss=loss.item())
+            if (step + 1) % 100 == 0 or step + 1 == STEPS:
+                save_checkpoint(checkpoint, model, optimizer, step + 1)
+                print(f"draft step {step + 1}/{STEPS} loss {loss.item():.4f}", flush=True)
     return model.eval(), used
 
 

@@ -61,7 +61,7 @@ def task(name: str, options: type[Options] = Options) -> Callable[[Callable[[Any
 
 def task_names() -> list[str]:
     """Return the names of all tasks, sorted."""
-    from vllm_cospec.training import datasets, product_and_sum  # noqa: F401 - register their tasks
+    from vllm_cospec.training import datasets, product_and_sums  # noqa: F401 - register their tasks
 
     return sorted(_TASKS)
 

@@ -1,4 +1,4 @@
-"""The task of the SmolLM2 pair: a product and a sum, worked step by step after the pattern of solved examples."""
+"""The task of the SmolLM2 pair: a product and two sums, worked step by step after the pattern of solved examples."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ from typing import NamedTuple
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.tasks import Options, Problem, Split, split_of, task
 
-FIRST_FACTORS, SECOND_FACTORS, ADDENDS = range(2, 13), range(2, 10), range(2, 100)
+FIRST_FACTORS, SECOND_FACTORS, ADDENDS = range(2, 13), range(2, 10), range(2, 10)
 _ANSWER = re.compile(r"so [^=]* = (\d+)\s*$")
 
 
 class Exercise(NamedTuple):
-    """``first * second + addend``."""
+    """``first * second + addend + last``."""
 
     first: int
     second: int
     addend: int
+    last: int
 
     @property
     def question(self) -> str:
-        """As it is asked: ``6 * 7 + 18``."""
-        return f"{self.first} * {self.second} + {self.addend}"
+        """As it is asked: ``6 * 7 + 8 + 5``."""
+        return f"{self.first} * {self.second} + {self.addend} + {self.last}"
 
     def solution(self, product: int | None = None) -> str:
-        """The derivation: ``6 * 7 = 42; 42 + 18 = 60; so 6 * 7 + 18 = 60``.
+        """The derivation: ``6 * 7 = 42; 42 + 8 = 50; 50 + 5 = 55; so 6 * 7 + 8 + 5 = 55``.
 
         Args:
             product: what is written as the product, right or wrong; None for the right one.
         """
         product = self.first * self.second if product is None else product
-        total = product + self.addend
+        middle = product + self.addend
+        total = middle + self.last
         return (
-            f"{self.first} * {self.second} = {product}; {product} + {self.addend} = {total}; "
-            f"so {self.question} = {total}"
+            f"{self.first} * {self.second} = {product}; {product} + {self.addend} = {middle}; "
+            f"{middle} + {self.last} = {total}; so {self.question} = {total}"
         )
 
     def worked(self, product: int | None = None) -> str:
@@ -45,7 +47,7 @@ class Exercise(NamedTuple):
         return f"Problem: {self.question}\nSolution: {self.solution(product)}\n"
 
 
-EXAMPLES = (Exercise(4, 7, 35), Exercise(12, 2, 51), Exercise(8, 3, 68))
+EXAMPLES = (Exercise(4, 7, 5, 8), Exercise(12, 2, 9, 3), Exercise(8, 3, 6, 6))
 
 
 def chat_template() -> str:
@@ -57,13 +59,13 @@ def chat_template() -> str:
 @cache
 def exercises(split: Split) -> tuple[Exercise, ...]:
     """All of a split: a hash of the question decides where one belongs. The examples belong nowhere."""
-    everything = map(Exercise._make, itertools.product(FIRST_FACTORS, SECOND_FACTORS, ADDENDS))
+    everything = map(Exercise._make, itertools.product(FIRST_FACTORS, SECOND_FACTORS, ADDENDS, ADDENDS))
     return tuple(e for e in everything if e not in EXAMPLES and split_of(e.question) == split)
 
 
-@task("product_and_sum")
-class ProductAndSum:
-    """About 8,600 problems in all, an eighth of them for testing."""
+@task("product_and_sums")
+class ProductAndSums:
+    """5,629 problems in all, an eighth of them for testing."""
 
     def __init__(self, options: Options | None = None):
         """It has no options."""
@@ -76,9 +78,9 @@ class ProductAndSum:
         """
         found = exercises(split)
         if n > len(found):
-            raise ConfigError(f"task: product_and_sum has {len(found)} problems for {split}, {n} were asked for")
-        chosen = random.Random(f"product_and_sum/{split}/{seed}").sample(found, n)
-        return [Problem(e.question, str(e.first * e.second + e.addend)) for e in chosen]
+            raise ConfigError(f"task: product_and_sums has {len(found)} problems for {split}, {n} were asked for")
+        chosen = random.Random(f"product_and_sums/{split}/{seed}").sample(found, n)
+        return [Problem(e.question, str(e.first * e.second + e.addend + e.last)) for e in chosen]
 
     def score(self, problem: Problem, text: str) -> float:
         """1.0 when the conclusion ``so ... = N`` gives the problem's answer."""

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training import smollm2_pair
 from vllm_cospec.training.config import bundled
-from vllm_cospec.training.product_and_sum import EXAMPLES, Exercise, chat_template, exercises
+from vllm_cospec.training.product_and_sums import EXAMPLES, Exercise, chat_template, exercises
 from vllm_cospec.training.tasks import load_task
 
 SPLITS = ("pretrain", "train", "calibration", "test")
@@ -17,17 +17,16 @@ SPLITS = ("pretrain", "train", "calibration", "test")
 
 def test_splits_are_disjoint_and_leave_the_examples_out() -> None:
     own = [set(exercises(split)) for split in SPLITS]
-    assert sum(map(len, own)) == len(set().union(*own)) == 11 * 8 * 98 - len(EXAMPLES)
-    assert all(len(found) > 400 for found in own)
+    assert sum(map(len, own)) == len(set().union(*own)) == 11 * 8 * 8 * 8 - len(EXAMPLES)
+    assert all(len(found) > 300 for found in own)
     assert not set(EXAMPLES) & set().union(*own)
 
 
 def test_an_answer_counts_only_as_the_conclusion() -> None:
-    task = load_task("product_and_sum")
+    task = load_task("product_and_sums")
     problem = task.problems(3, 1)[0]
-    a, times, b, plus, n = problem.prompt.split()
-    exercise = Exercise(int(a), int(b), int(n))
-    assert (times, plus) == ("*", "+")
+    exercise = Exercise(*map(int, problem.prompt.split()[::2]))
+    assert exercise.question == problem.prompt
     assert task.score(problem, " " + exercise.solution() + "\n") == 1.0
     assert task.score(problem, exercise.solution(exercise.first * exercise.second + 1)) == 0.0
     assert task.score(problem, exercise.solution().rpartition(" ")[0]) == 0.0
@@ -38,26 +37,35 @@ def test_an_answer_counts_only_as_the_conclusion() -> None:
 
 
 def test_the_chat_template_frames_a_question_as_the_last_of_the_solved_ones() -> None:
-    text = Template(chat_template()).render(messages=[{"role": "user", "content": "6 * 7 + 18"}])
+    text = Template(chat_template()).render(messages=[{"role": "user", "content": "6 * 7 + 8 + 5"}])
     blocks = text.split("\n\n")
     assert blocks[:-1] == [example.worked().strip() for example in EXAMPLES]
-    assert blocks[-1] == "Problem: 6 * 7 + 18\nSolution:"
+    assert blocks[-1] == "Problem: 6 * 7 + 8 + 5\nSolution:"
 
 
 def test_the_draft_learns_derivations_whose_sums_are_right_and_whose_products_are_half_random() -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundled("target"))
-    ids, labels = smollm2_pair.draw_rows(tokenizer, "exercises", 60, seed=5)
+    ids, labels = smollm2_pair.draw_rows(tokenizer, 120, seed=5)
     products: dict[str, set[str]] = {}
+    sums = 0
     for row, own in zip(ids, labels, strict=True):
         learnt = own != smollm2_pair.IGNORE
         assert (row[learnt] == own[learnt]).all()
+        text = tokenizer.decode(row, skip_special_tokens=True)
+        if not text.startswith("Problem"):
+            terms = text.strip().removesuffix(";").split("; ")
+            assert all(eval(term.replace("=", "==")) for term in terms)
+            assert tokenizer.decode(row[learnt]) == "".join(f" {term.rpartition(' ')[2]};" for term in terms)
+            sums += len(terms)
+            continue
         for line in tokenizer.decode(row[learnt], skip_special_tokens=True).strip().split("\n"):
-            product, total, conclusion = line.strip().split("; ")
-            assert eval(total.replace("=", "==")), line
+            product, *totals, conclusion = line.strip().split("; ")
+            assert all(eval(total.replace("=", "==")) for total in totals), line
             left, _, right = product.partition(" = ")
             products.setdefault(left, set()).add(right)
             assert conclusion.startswith(f"so {left} + ")
-            assert conclusion.endswith(total.rpartition(" ")[2])
+            assert conclusion.endswith(totals[-1].rpartition(" ")[2])
+    assert sums > 1000
     several = [found for found in products.values() if len(found) > 1]
     right = [left for left, found in products.items() if found == {str(eval(left))}]
     assert len(several) > 10
