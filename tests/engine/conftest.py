@@ -43,7 +43,7 @@ def run_engine(pair: Path) -> RunEngine:
             input=json.dumps(job),
             capture_output=True,
             text=True,
-            timeout=420,
+            timeout=1200,  # minutes on a loaded machine
             check=False,
         )
         assert process.returncode == 0, process.stderr[-4000:]

