@@ -38,12 +38,12 @@ from vllm_cospec.errors import ConfigError, CoSpecError, first_sentence
 from vllm_cospec.policies import policy_names
 from vllm_cospec.server import Server, ServerError, interruptible
 from vllm_cospec.training.commands import DEMO_CONFIG, command_line, write_atomically
-from vllm_cospec.training.config import PairConfig, load_train_config, locate, require_models
+from vllm_cospec.training.config import PairConfig, bundled, load_train_config, locate, require_models
 from vllm_cospec.training.tasks import Problem, Task, load_task, task_names
 
 NAME = "model"
 WARM_UP = 16  # requests before the first round
-BUNDLED_ARBITER = DEMO_CONFIG.parents[2] / "vllm_cospec" / "demo" / "arbiter"
+BUNDLED_ARBITER = bundled("target").parent / "arbiter"
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ SEED = 1
 STEPS, BATCH_SIZE, LEARNING_RATE = 1800, 24, 3e-3
 EXERCISES_PER_ROW, SUMS_PER_ROW = 4, 28  # rows of either kind are about as long
 NUM_ROWS = 20_000  # drawn beforehand
-LARGEST_SUM = max(FIRST_FACTORS) * max(SECOND_FACTORS) + max(ADDENDS)
 LARGEST_PRODUCT = max(FIRST_FACTORS) * max(SECOND_FACTORS)
+LARGEST_SUM = LARGEST_PRODUCT + max(ADDENDS)
 
 
 def find_gguf() -> Path:
