@@ -68,19 +68,13 @@ def speculative_config(mode: str, pair: PairConfig, arbiter: str) -> dict[str, A
         ConfigError: no such mode, or no such arbiter.
         ArtefactError: the arbiter is damaged.
     """
-    drafter = {
-        **({"model": pair.draft} if pair.draft else {}),
-        "num_speculative_tokens": pair.num_speculative_tokens,
-        **pair.speculative,
-    }
     if mode == "target":
         return None
     if mode == "standard":
-        return {"method": pair.draft_method or "draft_model", **drafter}
-    drafter |= {"draft_method": pair.draft_method} if pair.draft_method else {}
+        return pair.speculative_config(None)
     if mode == "learned":
         load_artefact(locate_artefact(arbiter))  # a missing or damaged one is refused before servers start
-        return {"method": "cospec", "arbiter": arbiter, **drafter}
+        return pair.speculative_config(arbiter)
     try:
         policy = json.loads(mode) if mode.startswith("{") else {"policy": mode}
     except ValueError as error:
@@ -90,7 +84,7 @@ def speculative_config(mode: str, pair: PairConfig, arbiter: str) -> dict[str, A
             f"--modes: unknown mode {mode!r}; known are target, standard, {', '.join(policy_names())}, or a policy as "
             f'JSON: {{"policy": "cascade", "alpha": 0.95}}'
         )
-    return {"method": "cospec", "arbiter": policy, **drafter}
+    return pair.speculative_config(policy)
 
 
 def set_up(

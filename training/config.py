@@ -50,6 +50,22 @@ class PairConfig(Section):
             raise ValueError("draft: missing; name a draft model, or a draft_method that needs none (ngram)")
         return self
 
+    def speculative_config(self, arbiter: str | dict[str, Any] | None) -> dict[str, Any]:
+        """Return vLLM's speculative configuration for this pair.
+
+        Args:
+            arbiter: an artefact or a policy, as cospec's key of that name takes it; None for stock's strict
+                verification, without cospec.
+        """
+        drafter: dict[str, Any] = {"num_speculative_tokens": self.num_speculative_tokens, **self.speculative}
+        if self.draft:
+            drafter["model"] = self.draft
+        if arbiter is None:
+            return {"method": self.draft_method or "draft_model", **drafter}
+        if self.draft_method:
+            drafter["draft_method"] = self.draft_method
+        return {"method": "cospec", "arbiter": arbiter, **drafter}
+
 
 class TaskConfig(Section):
     """Where problems come from and what counts as right."""

@@ -106,15 +106,7 @@ class Engine:
                     network.load_state_dict(arbiter["state_dict"])
                     config = artefact_config(pair, network.hidden_sizes)
                     save_artefact(Path(policy), network, config, "An arbiter in training.\n")
-                speculative = {
-                    "method": "cospec",
-                    "arbiter": policy,
-                    "num_speculative_tokens": pair.num_speculative_tokens,
-                    "collect": True,
-                    **({"model": pair.draft} if pair.draft else {}),
-                    **({"draft_method": pair.draft_method} if pair.draft_method else {}),
-                    **pair.speculative,
-                }
+                speculative = {**pair.speculative_config(policy), "collect": True}
             self._llm: Any = LLM(
                 model=model, speculative_config=speculative, disable_log_stats=False, seed=0, **pair.engine
             )

@@ -1,8 +1,9 @@
-"""What both device runners share: a request's settings as the kernels take them, counters and traces on the device."""
+"""What both device runners share: settings as the kernels take them, the policy, counters and traces on the device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from vllm_cospec.config import Settings
+from vllm_cospec.kernels.decisions import compile_policy, flatten_weights
 from vllm_cospec.kernels.launch import UNLIMITED, Trace
 from vllm_cospec.metrics import Counters
+from vllm_cospec.policies import Learned, Policy
 from vllm_cospec.requests import served_settings
 from vllm_cospec.runners.decision import Decision
 
@@ -119,3 +122,40 @@ class TracedStep:
             )
             for row in np.flatnonzero(action >= 0)
         ]
+
+
+class DevicePolicy:
+    """Mixed into the samplers: the policy as the kernels take it, and what it decided, until somebody asks."""
+
+    def load_policy(self, settings: Settings, device: torch.device) -> None:
+        """Compile the settings' policy; called once, when the sampler is built.
+
+        Raises:
+            ArtefactError: the arbiter is damaged.
+        """
+        self._settings = settings
+        self._device = device
+        self._steps: list[TracedStep] = []
+        self.sample_actions = False
+        """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
+        arbiter = None
+        if isinstance(settings.policy, Learned):
+            from vllm_cospec.arbiter import load_artefact
+
+            arbiter, _ = load_artefact(Path(settings.policy.artefact))
+        self._program = compile_policy(settings.policy, device, arbiter, settings.collect)
+
+    def set_arbiter(self, state_dict: dict[str, Tensor]) -> None:
+        """Replace the arbiter's weights in memory; takes effect at the next step."""
+        assert self._program.weights is not None
+        self._program.weights.copy_(flatten_weights(state_dict))
+
+    def set_policy(self, policy: Policy) -> None:
+        """Replace a rule by another; takes effect at the next step, which may have to compile its kernels first."""
+        self._program = compile_policy(policy, self._device, None, self._settings.collect)
+
+    def take_decisions(self) -> list[Decision]:
+        """Return what was recorded since the last call, and forget it. Waits for the device."""
+        steps, self._steps = self._steps, []
+        has_probability = isinstance(self._settings.policy, Learned)
+        return [decision for step in steps for decision in step.decisions(has_probability)]

@@ -6,7 +6,6 @@ rows are verified, the processing of logits, logprobs, the grammar's invalid dra
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,9 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
-from vllm_cospec.kernels.decisions import compile_policy, flatten_weights
 from vllm_cospec.kernels.launch import Slots, arbitrate, warm_up
 from vllm_cospec.metrics import Counters
-from vllm_cospec.policies import Learned, Policy
-from vllm_cospec.runners.decision import Decision
-from vllm_cospec.runners.device import DeviceCounters, TracedStep, counters_of_this_rank, slot_entry
+from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, counters_of_this_rank, slot_entry
 
 logger = init_logger("vllm.cospec")
 
@@ -104,24 +100,15 @@ class SlotTable:
         )
 
 
-class CoSpecRejectionSampler(RejectionSampler):
+class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
     """Verifies drafts on the device with a policy at the mismatches."""
 
     def __init__(self, runner: Any, settings: Settings, counters: Counters | None):
         super().__init__(runner.sampler, runner.speculative_config, runner.device)
         self._runner = runner
-        self._settings = settings
         self._slots = SlotTable(runner, settings)
         self._counters = DeviceCounters(counters, settings.num_speculative_tokens, runner.device)
-        self._steps: list[TracedStep] = []
-        self.sample_actions = False
-        """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
-        arbiter = None
-        if isinstance(settings.policy, Learned):
-            from vllm_cospec.arbiter import load_artefact
-
-            arbiter, _ = load_artefact(Path(settings.policy.artefact))
-        self._program = compile_policy(settings.policy, runner.device, arbiter, settings.collect)
+        self.load_policy(settings, runner.device)
 
     def _verify(
         self,
@@ -181,21 +168,6 @@ class CoSpecRejectionSampler(RejectionSampler):
             self._settings.collect,
             self.sample_actions,
         )
-
-    def set_arbiter(self, state_dict: dict[str, Tensor]) -> None:
-        """Replace the arbiter's weights in memory; takes effect at the next step."""
-        assert self._program.weights is not None
-        self._program.weights.copy_(flatten_weights(state_dict))
-
-    def set_policy(self, policy: Policy) -> None:
-        """Replace a rule by another; takes effect at the next step, which may have to compile its kernels first."""
-        self._program = compile_policy(policy, self._runner.device, None, self._settings.collect)
-
-    def take_decisions(self) -> list[Decision]:
-        """Return what was recorded since the last call, and forget it. Waits for the device."""
-        steps, self._steps = self._steps, []
-        has_probability = isinstance(self._settings.policy, Learned)
-        return [decision for step in steps for decision in step.decisions(has_probability)]
 
 
 def check(runner: Any, settings: Settings) -> None:
