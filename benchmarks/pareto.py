@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import results
 import typer
 from rich.console import Console
 
@@ -96,6 +97,7 @@ def main(
     calibration: Annotated[int, typer.Option(help="Problems the rules are tuned on.")] = 500,
     problems: Annotated[int, typer.Option(help="Test problems.")] = 2000,
     seed: Annotated[int, typer.Option(help="Which test problems.")] = 2026,
+    coarse: Annotated[bool, typer.Option("--coarse", help="Every other setting of each rule's grid.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here, a plot beside it.")] = None,
 ) -> None:
     """Compare the learned arbiter with every rule."""
@@ -104,7 +106,15 @@ def main(
     task = load_task(run.task.name, **run.task.options)
     tune = task.problems(CALIBRATION_SEED, calibration, "calibration")
     test = task.problems(seed, problems, "test")
-    settings = grid(run.pair.num_speculative_tokens)
+    every = 2 if coarse else 1
+    settings = {family: own[::every] for family, own in grid(run.pair.num_speculative_tokens).items()}
+    result: dict[str, Any] = {"environment": results.environment(), "command": command_line(), "complete": False}
+
+    def publish(**figures: Any) -> None:
+        """Write what there is: what took long is not lost when the rest fails."""
+        result.update(figures)
+        if json_path is not None:
+            write_atomically(json_path, json.dumps(result, indent=1) + "\n")
 
     def measure(names: list[str], on: list[Any], title: str) -> dict[str, dict[str, Any]]:
         modes = [parse_mode(name, artefact=True) for name in names]
@@ -112,9 +122,12 @@ def main(
             return summaries(evaluate(run.pair, run.task, rollout, modes, on, artefact, tick))
 
     names = [name for family in settings.values() for name in family]
-    learned = ["learned", *(f"learned(threshold={t})" for t in THRESHOLDS)]
+    learned = ["learned", *(f"learned(threshold={t})" for t in THRESHOLDS[::every])]
     with ray_session(run.ray_address, rollout.actors * rollout.cpus_per_actor):
         tuned = measure(["strict", *learned, *names], tune, "calibration problems")
+        publish(calibration=tuned)
+        if json_path is not None:
+            plot(json_path.with_suffix(".png"), tuned, f"{calibration} calibration problems, greedy, 95 % intervals")
         chosen = {family: max(own, key=lambda name: tuned[name]["accuracy"]) for family, own in settings.items()}
         control = f"random(rate={round(tuned['learned']['override_rate'], 3)})"
         rows = measure(["target", "draft", "strict", *learned, *chosen.values(), control], test, "test problems")
@@ -128,13 +141,7 @@ def main(
             f"{where}: {len(own) - len(losing)} of {len(own)} settings lie below the learned curve"
             + (f"; not below it: {', '.join(losing)}" if losing else "")
         )
-    if json_path is not None:
-        result = {
-            "command": command_line(), "problems": title, "tuned": chosen, "modes": rows, "beaten_by": beaten,
-            "calibration": tuned,
-        }  # fmt: skip
-        write_atomically(json_path, json.dumps(result, indent=1) + "\n")
-        plot(json_path.with_suffix(".png"), tuned, f"{calibration} calibration problems, greedy, 95 % intervals")
+    publish(complete=True, problems=title, tuned=chosen, modes=rows, beaten_by=beaten)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import platform
 import statistics
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,14 +32,14 @@ class Tally:
     """What one mode has done so far, round by round."""
 
     replies: list[list[Reply]] = field(default_factory=list)
-    scores: list[list[float]] = field(default_factory=list)
+    scores: dict[int, float] = field(default_factory=dict)  # of each problem, the first time it was answered
     seconds: list[float] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
 
-    def add(self, replies: list[Reply], scores: list[float], seconds: float, counters: dict[str, float]) -> None:
-        """Add a finished round."""
+    def add(self, replies: list[Reply], scores: dict[int, float], seconds: float, counters: dict[str, float]) -> None:
+        """Add a finished round; scores by the problem's number."""
         self.replies.append(replies)
-        self.scores.append(scores)
+        self.scores = scores | self.scores
         self.seconds.append(seconds)
         for name, value in counters.items():
             self.counters[name] = self.counters.get(name, 0.0) + value
@@ -50,7 +51,7 @@ class Tally:
 
 
 def row(mode: str, tally: Tally, target: Tally | None) -> dict[str, Any]:
-    """Return a mode's figures. Accuracy counts each problem once, by its first round: rounds repeat the problems."""
+    """Return a mode's figures. Accuracy counts each problem once, however many rounds repeated it."""
     replies = [reply for own in tally.replies for reply in own]
     first = [reply.arrivals[0] for reply in replies if reply.arrivals]
     gaps = [gap for reply in replies for gap in np.diff(reply.arrivals)]
@@ -59,7 +60,7 @@ def row(mode: str, tally: Tally, target: Tally | None) -> dict[str, Any]:
         for reply in replies
         if len(reply.arrivals) > 1 and reply.output_tokens > 1
     ]
-    seconds, scores = sum(tally.seconds), tally.scores[0]
+    seconds, scores = sum(tally.seconds), list(tally.scores.values())
     drafts = tally.counters.get(DRAFTS, 0.0)
     positions = sorted(
         (int(name.removeprefix(PER_POSITION).strip("[]")), value)
@@ -86,7 +87,7 @@ def row(mode: str, tally: Tally, target: Tally | None) -> dict[str, Any]:
         "rounds_tokens_per_s": tally.speeds(),
     }
     if target is not None:
-        pairs = list(zip(scores, target.scores[0], strict=True))
+        pairs = [(tally.scores[number], target.scores[number]) for number in tally.scores.keys() & target.scores.keys()]
         gained, lost = sum(ours > theirs for ours, theirs in pairs), sum(ours < theirs for ours, theirs in pairs)
         found["paired_vs_target"] = {"gained": gained, "lost": lost, "p_value": mcnemar(gained, lost)}
     return found
@@ -147,9 +148,20 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _cpu_model() -> str | None:
+    """Return what Linux calls the processor; None elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _percentile(seconds: list[float], percent: float) -> float | None:

@@ -135,12 +135,13 @@ def arguments(options: dict[str, Any]) -> tuple[str, ...]:
     return tuple(flags)
 
 
-def run_mode(server: Server, tally: results.Tally, problems: list[Problem], task: Task, load_options: Any) -> None:
+def run_mode(server: Server, tally: results.Tally, problems: dict[int, Problem], task: Task, load_options: Any) -> None:
     """Ask one server for every problem once and add what it did to the tally."""
     before, began = server.counters(), time.perf_counter()
-    replies = asyncio.run(load.ask(server.url, NAME, [problem.prompt for problem in problems], *load_options))
+    replies = asyncio.run(load.ask(server.url, NAME, [problem.prompt for problem in problems.values()], *load_options))
     seconds, after = time.perf_counter() - began, server.counters()
-    scores = [task.score(problem, reply.text) for problem, reply in zip(problems, replies, strict=True)]
+    answered = zip(problems.items(), replies, strict=True)
+    scores = {number: task.score(problem, reply.text) for (number, problem), reply in answered}
     tally.add(replies, scores, seconds, {name: value - before.get(name, 0.0) for name, value in after.items()})
 
 
@@ -152,9 +153,11 @@ def wide_console() -> Console:
 
 def run_rounds(
     setup: Setup, configs: dict[str, dict[str, Any] | None], tallies: dict[str, results.Tally], rounds: int,
-    load_options: Any, one_server_at_a_time: bool,
+    load_options: Any, partition: bool, one_server_at_a_time: bool,
 ) -> Iterator[int]:  # fmt: skip
     """Start the servers, let every mode answer the problems in turns, yield the number of each finished round.
+
+    With ``partition`` a round has its share of the problems, else all of them.
 
     Raises:
         ServerError, openai.OpenAIError, OSError: a server did not come up or is gone.
@@ -181,11 +184,14 @@ def run_rounds(
         servers = {} if one_server_at_a_time else {name: start(name, alive) for name in names}
         for number in range(rounds):
             shift = number % len(names)
+            asked = dict(enumerate(setup.problems))
+            if partition:
+                asked = {index: problem for index, problem in asked.items() if index % rounds == number}
             for name in names[shift:] + names[:shift]:
                 progress.update(bar, description=f"round {number + 1}: {name[:30]}")
                 with contextlib.ExitStack() as brief:
                     server = servers.get(name) or start(name, brief)
-                    run_mode(server, tallies[name], setup.problems, setup.task, load_options)
+                    run_mode(server, tallies[name], asked, setup.task, load_options)
                 progress.advance(bar)
             yield number
 
@@ -200,6 +206,9 @@ def main(
     dataset: Annotated[Path | None, typer.Option(help="JSONL of problems instead; GSM8K's format too.")] = None,
     num_prompts: Annotated[int, typer.Option(min=2, help="Problems; every mode answers each once a round.")] = 200,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
+    partition: Annotated[
+        bool, typer.Option("--partition", help="Each round asks its own share of the problems.")
+    ] = False,
     max_concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
     num_speculative_tokens: Annotated[int | None, typer.Option(min=1, help="K.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
@@ -218,6 +227,8 @@ def main(
     except ValueError as error:
         raise ConfigError(f"--engine: not valid JSON ({error})") from None
     given = {"target": target, "draft": draft, "num_speculative_tokens": num_speculative_tokens, "engine": options}
+    if partition and num_prompts < rounds:
+        raise ConfigError(f"--partition: {num_prompts} problems are too few for {rounds} rounds; raise --num-prompts")
     setup = set_up(config, given, task, dataset, num_prompts, seed, max_tokens)
     configs = {name: speculative_config(name, setup.pair, arbiter) for name in names}
     tallies = {name: results.Tally() for name in names}
@@ -242,7 +253,7 @@ def main(
             plots.speed_and_quality(plot, rows)
 
     try:
-        for _ in run_rounds(setup, configs, tallies, rounds, load_options, one_server_at_a_time):
+        for _ in run_rounds(setup, configs, tallies, rounds, load_options, partition, one_server_at_a_time):
             publish(complete=False, show=False)
     except (ServerError, openai.OpenAIError, OSError, KeyboardInterrupt) as error:
         failure = error
