@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 TORCH := torch==2.13.0+cpu
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 PORT ?= 8000
 PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := vllm_cospec/demo
@@ -21,12 +21,13 @@ help: ## list the targets
 
 venv: $(STAMP) ## set up .venv with vLLM's CPU build and this project, editable
 
-# pip's own sources are asked for torch's CPU build first; PyTorch's index is for those whose pip knows none.
+# torch's CPU build comes from where pip looks anyway, or from TORCH_INDEX.
 $(STAMP): requirements/cpu.txt setup.py pyproject.toml
 	@test -x $(BIN)/python || { "$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
 	  || { echo "make: Python 3.11 or 3.12 is needed, found $(PYTHON); pass PYTHON=/path/to/python3.11" >&2; exit 1; }; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	$(PIP) install --quiet --no-deps '$(TORCH)' || $(PIP) install --no-deps '$(TORCH)' --index-url $(TORCH_INDEX)
+	$(PIP) install --quiet --no-deps '$(TORCH)' $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') || { echo \
+	  "make: pip does not find $(TORCH); pass TORCH_INDEX=URL, PyTorch's index of CPU wheels" >&2; exit 1; }
 	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation ./requirements/vllm-alias
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
