@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from vllm_cospec.errors import ConfigError, CoSpecError
+from vllm_cospec.server import interruptible
 from vllm_cospec.training.config import PairConfig, TrainConfig
 from vllm_cospec.training.rollout import Episodes, Unit
 
@@ -114,12 +115,25 @@ def ray_session(address: str | None, cpus: float) -> Iterator[None]:
     Args:
         address: of a cluster; None starts one that listens on this machine only.
         cpus: that the local one offers; it may be more than the machine has.
+
+    Raises:
+        ConfigError: Ray cannot be reached, or does not start.
+        KeyboardInterrupt: at SIGINT, SIGTERM and SIGHUP, so that the local one is stopped and leaves nothing behind.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None:  # Ray listens on every interface and asks for a token; else it would keep one in the home
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with tempfile.TemporaryDirectory(prefix="cospec-ray-") as scratch:
+    with interruptible(), tempfile.TemporaryDirectory(prefix="cospec-ray-", ignore_cleanup_errors=True) as scratch:
+        try:
+            _start_ray(address, cpus, scratch)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start_ray(address: str | None, cpus: float, scratch: str) -> None:
+    try:
         if address is not None:
             ray.init(address=address, log_to_driver=False)
         else:
@@ -132,7 +146,7 @@ def ray_session(address: str | None, cpus: float) -> Iterator[None]:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=scratch,
             )
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    except Exception as error:  # Ray raises bare Exceptions here
+        reason = " ".join(str(error).split())
+        what = f"ray_address: {address!r} cannot be used" if address else "ray_address: no Ray started on this machine"
+        raise ConfigError(f"{what} ({reason})") from None

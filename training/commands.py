@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.errors import ConfigError
-from vllm_cospec.server import interruptible
 from vllm_cospec.training.actors import ray_session
 from vllm_cospec.training.calibrate import calibrate, record_results, save_uncalibrated
 from vllm_cospec.training.config import TrainConfig, load_train_config, require_models
@@ -49,8 +48,7 @@ def train(config_file: Path, output: Path, resume: bool, console: Console) -> Pa
 def _train(trainer: Trainer, console: Console) -> Path:
     config, output = trainer.config, trainer.output
     try:
-        with interruptible():  # a script's background job starts with Ctrl-C's signal ignored
-            trainer.run()
+        trainer.run()
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped after update {trainer.updates} of {config.iterations}; continue with --resume (checkpoints are "
