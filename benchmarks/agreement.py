@@ -8,9 +8,8 @@ mismatches whose two answers differ say who was right; the oracle is the one tha
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -18,10 +17,11 @@ from rich.console import Console
 
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.training.actors import RolloutActor, ray_session, remote
-from vllm_cospec.training.commands import DEMO_CONFIG, command_line, progress_bar, write_atomically
+from vllm_cospec.training.commands import DEMO_CONFIG, progress_bar
 from vllm_cospec.training.config import load_train_config
 from vllm_cospec.training.intervals import wilson_interval
 from vllm_cospec.training.pool import Pool
+from vllm_cospec.training.provenance import write_result
 from vllm_cospec.training.rollout import Episodes, Unit
 from vllm_cospec.training.tasks import load_task
 
@@ -64,8 +64,7 @@ def main(
     chose_better = (episodes.kept[episodes.branch_decision] == (difference > 0))[telling]
     n, right = int(telling.sum()), int(chose_better.sum())
     low, high = wilson_interval(right, n)
-    result = {
-        "command": command_line(),
+    result: dict[str, Any] = {
         "num_problems": problems,
         "num_mismatches": len(episodes.kept),
         "num_branched": len(difference),
@@ -83,7 +82,7 @@ def main(
         f"{100 * result['always_target']:.1f} %"
     )
     if json_path is not None:
-        write_atomically(json_path, json.dumps(result, indent=2) + "\n")
+        write_result(json_path, result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ and bytes, and the floors are those bytes divided by a data sheet's bandwidth.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -126,7 +125,9 @@ def main() -> None:
     }
     print_tables(Console(width=180), report)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        from vllm_cospec.training.provenance import write_result
+
+        write_result(options.json, report)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ all on the same problems. ``random`` keeps as many mismatches as the arbiter doe
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import results
 import typer
 from rich.console import Console
 
 from vllm_cospec.training.actors import ray_session
 from vllm_cospec.training.calibrate import SEED as CALIBRATION_SEED
-from vllm_cospec.training.commands import DEMO_CONFIG, command_line, progress_bar, write_atomically
+from vllm_cospec.training.commands import DEMO_CONFIG, progress_bar
 from vllm_cospec.training.config import load_train_config
 from vllm_cospec.training.evaluate import comparison_table, evaluate, parse_mode, summaries
+from vllm_cospec.training.provenance import write_result
 from vllm_cospec.training.tasks import load_task
 
 THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99)
@@ -108,13 +107,13 @@ def main(
     test = task.problems(seed, problems, "test")
     every = 2 if coarse else 1
     settings = {family: own[::every] for family, own in grid(run.pair.num_speculative_tokens).items()}
-    result: dict[str, Any] = {"environment": results.environment(), "command": command_line(), "complete": False}
+    result: dict[str, Any] = {"complete": False}
 
     def publish(**figures: Any) -> None:
         """Write what there is: what took long is not lost when the rest fails."""
         result.update(figures)
         if json_path is not None:
-            write_atomically(json_path, json.dumps(result, indent=1) + "\n")
+            write_result(json_path, result)
 
     def measure(names: list[str], on: list[Any], title: str) -> dict[str, dict[str, Any]]:
         modes = [parse_mode(name, artefact=True) for name in names]

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from load import Reply
 from rich.table import Table
 
-from vllm_cospec.compat import vllm_version
 from vllm_cospec.training.intervals import mcnemar, wilson_interval
 
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"
@@ -138,30 +132,6 @@ def table(found: list[dict[str, Any]], title: str) -> Table:
             str(line["length_cap_hits"]),
         )
     return shown
-
-
-def environment() -> dict[str, Any]:
-    """Describe machine and versions."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "vllm": vllm_version(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpu": _cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _cpu_model() -> str | None:
-    """Return what Linux calls the processor; None elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _percentile(seconds: list[float], percent: float) -> float | None:

@@ -8,12 +8,9 @@ hits them alike. The order within a round alternates. Reported: the median over 
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import statistics
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import vllm_cospec.demo
-from vllm_cospec.compat import vllm_version
+from vllm_cospec.training.provenance import write_result
 from vllm_cospec.training.tasks import load_task
 
 BUNDLED = Path(vllm_cospec.demo.__file__).parent
@@ -77,8 +74,6 @@ def main(
     quartiles = statistics.quantiles(ratios, n=4)
     result = {
         "schema": 1,
-        "environment": {"vllm": vllm_version(), "python": platform.python_version(), "cpus": os.cpu_count(),
-                        "machine": platform.machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")},
         "rounds": rounds,
         "num_prompts": num_prompts,
         "max_concurrency": max_concurrency,
@@ -96,7 +91,7 @@ def main(
         f"outputs {'identical' if result['same_output'] else 'DIFFER'}"
     )
     if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(json_path, result)
     if not result["same_output"]:
         raise typer.Exit(1)
 

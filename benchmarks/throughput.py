@@ -37,8 +37,9 @@ from vllm_cospec.config import locate_artefact
 from vllm_cospec.errors import ConfigError, CoSpecError, first_sentence
 from vllm_cospec.policies import policy_names
 from vllm_cospec.server import Server, ServerError, interruptible
-from vllm_cospec.training.commands import DEMO_CONFIG, command_line, write_atomically
+from vllm_cospec.training.commands import DEMO_CONFIG
 from vllm_cospec.training.config import PairConfig, bundled, load_train_config, locate, require_models
+from vllm_cospec.training.provenance import write_result
 from vllm_cospec.training.tasks import Problem, Task, load_task, task_names
 
 NAME = "model"
@@ -145,6 +146,11 @@ def run_mode(server: Server, tally: results.Tally, problems: dict[int, Problem],
     tally.add(replies, scores, seconds, {name: value - before.get(name, 0.0) for name, value in after.items()})
 
 
+def share(problems: list[Problem], number: int, parts: int) -> dict[int, Problem]:
+    """Return one part of the problems, by their place among all: every ``parts``-th of them."""
+    return {index: problem for index, problem in enumerate(problems) if index % parts == number % parts}
+
+
 def wide_console() -> Console:
     """Return a console whose tables stay whole when they go to a file."""
     console = Console()
@@ -184,9 +190,7 @@ def run_rounds(
         servers = {} if one_server_at_a_time else {name: start(name, alive) for name in names}
         for number in range(rounds):
             shift = number % len(names)
-            asked = dict(enumerate(setup.problems))
-            if partition:
-                asked = {index: problem for index, problem in asked.items() if index % rounds == number}
+            asked = share(setup.problems, number, rounds if partition else 1)
             for name in names[shift:] + names[:shift]:
                 progress.update(bar, description=f"round {number + 1}: {name[:30]}")
                 with contextlib.ExitStack() as brief:
@@ -244,11 +248,8 @@ def main(
             for line in results.ratios(tallies):
                 console.print(line)
         if rows and json_path is not None:
-            document = {
-                "schema": 1, "environment": results.environment(), "command": command_line(), "complete": complete,
-                "modes": rows, "ratios": results.ratios(tallies),
-            }  # fmt: skip
-            write_atomically(json_path, json.dumps(document, indent=2) + "\n")
+            document = {"schema": 1, "complete": complete, "modes": rows, "ratios": results.ratios(tallies)}
+            write_result(json_path, document)
         if rows and plot is not None:
             plots.speed_and_quality(plot, rows)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_cospec.arbiter import load_artefact
+from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.actors import ray_session
 from vllm_cospec.training.calibrate import calibrate, record_results, save_uncalibrated
@@ -22,6 +20,7 @@ from vllm_cospec.training.config import TrainConfig, load_train_config, require_
 from vllm_cospec.training.engine import short_name
 from vllm_cospec.training.evaluate import Answers, comparison_table, evaluate, parse_mode, sampled_modes, summaries
 from vllm_cospec.training.learner import TrainingError
+from vllm_cospec.training.provenance import command_line, write_result
 from vllm_cospec.training.report import plot_learning, plot_thresholds
 from vllm_cospec.training.tasks import Problem, load_task
 from vllm_cospec.training.trainer import Trainer
@@ -129,25 +128,12 @@ def run_evaluation(
     console.print(comparison_table(rows, title))
     result = {"command": command_line(), "problems": title, "modes": rows}
     if json_path is not None:
-        write_atomically(json_path, json.dumps(result, indent=2) + "\n")
+        write_result(json_path, result)
     if per_question is not None:
-        write_atomically(per_question, "".join(_questions(problems, answers)))
+        write_text(per_question, "".join(_questions(problems, answers)))
     if record and artefact is not None:
         record_results(artefact, {record: result})
     return result
-
-
-def command_line() -> str:
-    """Return the command this process was started with, as one would type it."""
-    return " ".join([Path(sys.argv[0]).name, *map(shlex.quote, sys.argv[1:])])
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _questions(problems: Sequence[Problem], answers: dict[str, Answers]) -> Iterator[str]:

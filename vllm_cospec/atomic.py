@@ -1,4 +1,4 @@
-"""Replacing a directory so that a reader finds the old one or the new one at every moment."""
+"""Replacing a file or a directory so that a reader finds the old one or the new one at every moment."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from pathlib import Path
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and the directories above it where they are missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 @contextlib.contextmanager

@@ -92,20 +92,6 @@ def test_ctrl_c_during_the_start_leaves_no_server_behind() -> None:
     assert not [server for server in below if server.is_running()]
 
 
-@pytest.mark.timeout(300)
-def test_partitioned_rounds_answer_every_problem_once(tmp_path: Path) -> None:
-    whole, shared = tmp_path / "whole.json", tmp_path / "shared.json"
-    for path, options in ((whole, ("--rounds", "1")), (shared, ("--rounds", "2", "--partition"))):
-        process = start("--modes", "target", "--num-prompts", "25", "--json", str(path), *options)
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
-    (one,), (two,) = (json.loads(path.read_text())["modes"] for path in (whole, shared))
-    assert (len(one["rounds_tokens_per_s"]), len(two["rounds_tokens_per_s"])) == (1, 2)
-    assert one["num_problems"] == two["num_problems"] == 25
-    assert 0 < one["accuracy"] == two["accuracy"]
-    assert one["mean_output_tokens"] == two["mean_output_tokens"]
-
-
 def test_what_a_user_gets_wrong_is_one_sentence(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "1+1?", "answer": "2"}\n{"prompt": 3}\n')
