@@ -17,6 +17,7 @@ from vllm_cospec.server import interruptible
 from vllm_cospec.training.config import PairConfig, TrainConfig
 from vllm_cospec.training.rollout import Episodes, Unit
 
+START_ATTEMPTS = 3
 ACTOR_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -126,17 +127,20 @@ def ray_session(address: str | None, cpus: float) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with interruptible(), tempfile.TemporaryDirectory(prefix="cospec-ray-", ignore_cleanup_errors=True) as scratch:
         try:
-            _start_ray(address, cpus, scratch)
+            if address is None:
+                _start_ray(cpus, scratch)
+            else:
+                _join_ray(address)
             yield
         finally:
             ray.shutdown()
 
 
-def _start_ray(address: str | None, cpus: float, scratch: str) -> None:
-    try:
-        if address is not None:
-            ray.init(address=address, log_to_driver=False)
-        else:
+def _start_ray(cpus: float, scratch: str) -> None:
+    """Start Ray here; again, when its node did not answer within Ray's 30 seconds: the machine may be busy."""
+    reason = ""
+    for _ in range(START_ATTEMPTS):
+        try:
             ray.init(
                 num_cpus=max(1, int(-(-cpus // 1))),
                 include_dashboard=False,
@@ -146,7 +150,17 @@ def _start_ray(address: str | None, cpus: float, scratch: str) -> None:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=scratch,
             )
-    except Exception as error:  # Ray raises bare Exceptions here
+            return
+        except Exception as error:  # Ray raises bare Exceptions here
+            reason = " ".join(str(error).split())
+    raise ConfigError(
+        f"ray_address: Ray does not start on this machine ({reason}); name a running cluster, or try again"
+    )
+
+
+def _join_ray(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except Exception as error:
         reason = " ".join(str(error).split())
-        what = f"ray_address: {address!r} cannot be used" if address else "ray_address: no Ray started on this machine"
-        raise ConfigError(f"{what} ({reason})") from None
+        raise ConfigError(f"ray_address: {address!r} cannot be used ({reason}); is a cluster running there?") from None
