@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from console import wide_console
 
 from vllm_cospec.training.actors import ray_session
 from vllm_cospec.training.calibrate import SEED as CALIBRATION_SEED
@@ -130,7 +130,7 @@ def main(
         chosen = {family: max(own, key=lambda name: tuned[name]["accuracy"]) for family, own in settings.items()}
         control = f"random(rate={round(tuned['learned']['override_rate'], 3)})"
         rows = measure(["target", "draft", "strict", *learned, *chosen.values(), control], test, "test problems")
-    console = Console()
+    console = wide_console()
     title = f"{problems} test problems, seed {seed}, greedy; rules as tuned on {calibration} calibration problems"
     console.print(comparison_table(rows, title))
     beaten = {"test": beaten_by(rows), "calibration": beaten_by(tuned)}

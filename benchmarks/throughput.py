@@ -28,6 +28,7 @@ import openai
 import plots
 import results
 import typer
+from console import wide_console
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -149,12 +150,6 @@ def run_mode(server: Server, tally: results.Tally, problems: dict[int, Problem],
 def share(problems: list[Problem], number: int, parts: int) -> dict[int, Problem]:
     """Return one part of the problems, by their place among all: every ``parts``-th of them."""
     return {index: problem for index, problem in enumerate(problems) if index % parts == number % parts}
-
-
-def wide_console() -> Console:
-    """Return a console whose tables stay whole when they go to a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 150))
 
 
 def run_rounds(
