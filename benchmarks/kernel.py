@@ -17,6 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_cospec.training.provenance import write_result
+
 VOCAB_SIZE, NUM_DRAFT_TOKENS, AGREEMENT = 151_936, 5, 0.7
 BANDWIDTH_TB_PER_S = {"A100 80GB SXM": 2.039, "H100 SXM": 3.35, "B200": 8.0, "MI300X": 5.3, "MI355X": 8.0}
 """Peak memory bandwidth by the makers' data sheets."""
@@ -125,8 +127,6 @@ def main() -> None:
     }
     print_tables(Console(width=180), report)
     if options.json:
-        from vllm_cospec.training.provenance import write_result
-
         write_result(options.json, report)
 
 

@@ -96,8 +96,12 @@ def _raise_plainly(failure: Exception | None) -> None:
     if isinstance(failure, CoSpecError):
         raise failure
     if failure is not None:
-        reason = " ".join(str(failure).split()) or "no reason given"
+        reason = _one_line(failure) or "no reason given"
         raise ConfigError(f"the engine cannot be started: {type(failure).__name__}: {reason}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def remote(actor: type, cpus: float, gpus: float) -> Any:
@@ -119,12 +123,14 @@ def ray_session(address: str | None, cpus: float) -> Iterator[None]:
 
     Raises:
         ConfigError: Ray cannot be reached, or does not start.
-        KeyboardInterrupt: at SIGINT, SIGTERM and SIGHUP, so that the local one is stopped and leaves nothing behind.
+        KeyboardInterrupt: at SIGINT and SIGHUP, so that the local one is stopped and leaves nothing behind.
+        SystemExit: at SIGTERM, from the handler that Ray installs; it unwinds the stack as well.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None:  # Ray listens on every interface and asks for a token; else it would keep one in the home
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's processes may still be writing when they are told to end, hence ignore_cleanup_errors.
     with interruptible(), tempfile.TemporaryDirectory(prefix="cospec-ray-", ignore_cleanup_errors=True) as scratch:
         try:
             if address is None:
@@ -152,7 +158,7 @@ def _start_ray(cpus: float, scratch: str) -> None:
             )
             return
         except Exception as error:  # Ray raises bare Exceptions here
-            reason = " ".join(str(error).split())
+            reason = _one_line(error)
     raise ConfigError(
         f"ray_address: Ray does not start on this machine ({reason}); name a running cluster, or try again"
     )
@@ -162,5 +168,5 @@ def _join_ray(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False)
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = _one_line(error)
         raise ConfigError(f"ray_address: {address!r} cannot be used ({reason}); is a cluster running there?") from None
