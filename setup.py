@@ -9,7 +9,9 @@ setup(
         "vllm_cospec.runners",
         "vllm_cospec.workers",
         "vllm_cospec.kernels",
+        "vllm_cospec.kernels.triton",
         "vllm_cospec.training",
+        *(f"vllm_cospec.training.{room}" for room in ("learning", "measure", "pairs", "rollout", "tasks")),
     ],
     package_dir={
         "vllm_cospec": "vllm_cospec",

@@ -16,13 +16,13 @@ import typer
 from rich.console import Console
 
 from vllm_cospec.arbiter import load_artefact
-from vllm_cospec.training.actors import RolloutActor, ray_session, remote
 from vllm_cospec.training.commands import DEMO_CONFIG, progress_bar
 from vllm_cospec.training.config import load_train_config
-from vllm_cospec.training.intervals import wilson_interval
-from vllm_cospec.training.pool import Pool
-from vllm_cospec.training.provenance import write_result
-from vllm_cospec.training.rollout import Episodes, Unit
+from vllm_cospec.training.measure.intervals import wilson_interval
+from vllm_cospec.training.measure.provenance import write_result
+from vllm_cospec.training.rollout.actors import RolloutActor, ray_session, remote
+from vllm_cospec.training.rollout.episodes import Episodes, Unit
+from vllm_cospec.training.rollout.pool import Pool
 from vllm_cospec.training.tasks import load_task
 
 EVERY = 1000  # branches per response: more than there are mismatches

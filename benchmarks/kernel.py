@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_cospec.training.provenance import write_result
+from vllm_cospec.training.measure.provenance import write_result
 
 VOCAB_SIZE, NUM_DRAFT_TOKENS, AGREEMENT = 151_936, 5, 0.7
 BANDWIDTH_TB_PER_S = {"A100 80GB SXM": 2.039, "H100 SXM": 3.35, "B200": 8.0, "MI300X": 5.3, "MI355X": 8.0}
@@ -62,7 +62,7 @@ def floors(batch: int, bytes_per_logit: int = 2) -> list[dict[str, Any]]:
 
 
 def _offline(targets: list[str], only: list[str]) -> list[dict[str, Any]]:
-    from vllm_cospec.kernels.stand_in import install
+    from vllm_cospec.kernels.triton.stand_in import install
 
     install()  # before vLLM is imported, which is why this runs in a process of its own
     import variants

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from matplotlib.figure import Figure
 
-from vllm_cospec.training.report import read_log
+from vllm_cospec.training.measure.report import read_log
 
 
 def main(

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import typer
 from console import wide_console
 
-from vllm_cospec.training.actors import ray_session
-from vllm_cospec.training.calibrate import SEED as CALIBRATION_SEED
 from vllm_cospec.training.commands import DEMO_CONFIG, progress_bar
 from vllm_cospec.training.config import load_train_config
-from vllm_cospec.training.evaluate import comparison_table, evaluate, parse_mode, summaries
-from vllm_cospec.training.provenance import write_result
+from vllm_cospec.training.measure.calibrate import SEED as CALIBRATION_SEED
+from vllm_cospec.training.measure.evaluate import comparison_table, evaluate, parse_mode, summaries
+from vllm_cospec.training.measure.provenance import write_result
+from vllm_cospec.training.rollout.actors import ray_session
 from vllm_cospec.training.tasks import load_task
 
 THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99)

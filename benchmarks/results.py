@@ -10,7 +10,7 @@ import numpy as np
 from load import Reply
 from rich.table import Table
 
-from vllm_cospec.training.intervals import mcnemar, wilson_interval
+from vllm_cospec.training.measure.intervals import mcnemar, wilson_interval
 
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"
 TIMES = ("ttft_ms_p50", "tpot_ms_p50", "itl_ms_p99")

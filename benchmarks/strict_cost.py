@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import vllm_cospec.demo
-from vllm_cospec.training.provenance import write_result
+from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.tasks import load_task
 
 BUNDLED = Path(vllm_cospec.demo.__file__).parent

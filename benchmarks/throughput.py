@@ -36,11 +36,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.config import locate_artefact
 from vllm_cospec.errors import ConfigError, CoSpecError, first_sentence
-from vllm_cospec.policies import policy_names
+from vllm_cospec.kernels.policies import policy_names
 from vllm_cospec.server import Server, ServerError, interruptible
 from vllm_cospec.training.commands import DEMO_CONFIG
 from vllm_cospec.training.config import PairConfig, bundled, load_train_config, locate, require_models
-from vllm_cospec.training.provenance import write_result
+from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.tasks import Problem, Task, load_task, task_names
 
 NAME = "model"

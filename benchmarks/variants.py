@@ -10,9 +10,9 @@ from offline import Launch, compile_launch, recorded_launches
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils as stock
 
 from vllm_cospec.arbiter import Arbiter
-from vllm_cospec.kernels import arbitration, launch, scan, verdict
-from vllm_cospec.kernels.decisions import compile_policy
-from vllm_cospec.policies import Fly, Learned, Policy, policy_class, policy_names
+from vllm_cospec.kernels.policies import Fly, Learned, Policy, policy_class, policy_names
+from vllm_cospec.kernels.triton import launch, scan, target, verdict
+from vllm_cospec.kernels.triton.policies import compile_policy
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "cascade": {"alpha": 0.5},
@@ -48,7 +48,7 @@ def launches(vocab_size: int, num_draft_tokens: int) -> Iterator[tuple[str, Laun
                     continue
                 for collect in (False, True):
                     program = compile_policy(policy, cpu, arbiter, collect)
-                    with recorded_launches(arbitration, scan, verdict, stock) as recorded:
+                    with recorded_launches(target, scan, verdict, stock) as recorded:
                         for v1 in (False, True):
                             launch.warm_up(
                                 vocab_size, dtype, draft, num_draft_tokens, program, cpu, collect=collect,
@@ -141,13 +141,13 @@ def report(targets: list[str], vocab_size: int, num_draft_tokens: int, only: lis
     for variant, one in launches(vocab_size, num_draft_tokens):
         if not any(text in f"{one.name}: {variant}" for text in only):
             continue
-        for target in targets:
-            found = compile_launch(one, target)
+        for gpu in targets:
+            found = compile_launch(one, gpu)
             rows.append(
                 {
                     "kernel": one.name,
                     "variant": variant,
-                    "target": target,
+                    "target": gpu,
                     "registers": found.registers,
                     "spill_bytes": found.spill_bytes,
                     "shared_bytes": found.shared_bytes,

@@ -20,9 +20,9 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_schema, save_artefact
 from vllm_cospec.config import Settings
-from vllm_cospec.policies import Learned
-from vllm_cospec.runners import v1
-from vllm_cospec.runners.proposals import Proposals
+from vllm_cospec.kernels.policies import Learned
+from vllm_cospec.runners import v1_cpu
+from vllm_cospec.runners.recorder import Proposals
 
 BATCHES = (8, 32)
 OVERRIDE_RATE = 0.3  # that of the bundled arbiter
@@ -73,7 +73,7 @@ def arbitrating_sampler(stock: RejectionSampler, batch: int, vocab_size: int, k:
         policy=Learned(artefact=str(artefact)), threshold=0.5, max_overrides=None, exact_tokens=0, collect=False,
         draft_logits=True, num_speculative_tokens=k, counters=str(directory),
     )  # fmt: skip
-    return v1.install(runner, settings, 0)
+    return v1_cpu.install(runner, settings, 0)
 
 
 def compare(vocab_size: int, batch: int, k: int, agreement: float, rounds: int) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def compare(vocab_size: int, batch: int, k: int, agreement: float, rounds: int) 
         threshold = float(scores.quantile(1 - OVERRIDE_RATE))
         ours._settings = replace(ours._settings, collect=False, threshold=threshold)
         for request in ours._runner.requests.values():
-            delattr(request, v1.STATE)
+            delattr(request, v1_cpu.STATE)
         runs = {
             "stock": lambda: stock(metadata, None, logits, sampling),
             "ours": run_ours,

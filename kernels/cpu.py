@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_cospec.policies import Mismatches
-from vllm_cospec.statistics import LOGPROB_FLOOR, NUM_STATISTICS
+from vllm_cospec.kernels.policies import Mismatches
+from vllm_cospec.kernels.statistics import LOGPROB_FLOOR, NUM_STATISTICS
 
 CEILING = -LOGPROB_FLOOR
 PLACEHOLDER = -1  # pads the output, as vLLM's own rejection sampler does

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vllm_cospec.statistics import LOGPROB_FLOOR, NAMES
+from vllm_cospec.kernels.statistics import LOGPROB_FLOOR, NAMES
 
 CEILING = -LOGPROB_FLOOR
 

@@ -14,14 +14,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError
-from vllm_cospec.training.actors import ray_session
-from vllm_cospec.training.calibrate import calibrate, record_results, save_uncalibrated
 from vllm_cospec.training.config import TrainConfig, load_train_config, require_models
-from vllm_cospec.training.engine import short_name
-from vllm_cospec.training.evaluate import Answers, comparison_table, evaluate, parse_mode, sampled_modes, summaries
-from vllm_cospec.training.learner import TrainingError
-from vllm_cospec.training.provenance import command_line, write_result
-from vllm_cospec.training.report import plot_learning, plot_thresholds
+from vllm_cospec.training.learning.learner import TrainingError
+from vllm_cospec.training.measure.calibrate import calibrate, record_results, save_uncalibrated
+from vllm_cospec.training.measure.evaluate import (
+    Answers,
+    comparison_table,
+    evaluate,
+    parse_mode,
+    sampled_modes,
+    summaries,
+)
+from vllm_cospec.training.measure.provenance import command_line, write_result
+from vllm_cospec.training.measure.report import plot_learning, plot_thresholds
+from vllm_cospec.training.rollout.actors import ray_session
+from vllm_cospec.training.rollout.engine import short_name
 from vllm_cospec.training.tasks import Problem, load_task
 from vllm_cospec.training.trainer import Trainer
 

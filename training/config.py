@@ -2,7 +2,7 @@
 
 A configuration is a TOML file with a table for each part below. Paths in it are relative to the file;
 ``bundled:target`` and ``bundled:draft`` name the pair that comes with the package, ``smollm2:target`` and
-``smollm2:draft`` the one that ``training/smollm2_pair.py`` builds. Imports no torch.
+``smollm2:draft`` the one that ``training/pairs/smollm2.py`` builds. Imports no torch.
 """
 
 from __future__ import annotations

@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from vllm_cospec.errors import ConfigError
-from vllm_cospec.training.actors import RolloutActor, ray_session, remote
-from vllm_cospec.training.advantages import load_advantage
-from vllm_cospec.training.checkpoint import Checkpoint, load_latest, save_checkpoint
 from vllm_cospec.training.config import TrainConfig, require_models
-from vllm_cospec.training.learner import Learner
-from vllm_cospec.training.pool import Pool
-from vllm_cospec.training.report import Report
-from vllm_cospec.training.rewards import load_reward
-from vllm_cospec.training.rollout import Episodes, Unit
+from vllm_cospec.training.learning.advantages import load_advantage
+from vllm_cospec.training.learning.checkpoint import Checkpoint, load_latest, save_checkpoint
+from vllm_cospec.training.learning.learner import Learner
+from vllm_cospec.training.measure.report import Report
+from vllm_cospec.training.rollout.actors import RolloutActor, ray_session, remote
+from vllm_cospec.training.rollout.episodes import Episodes, Unit
+from vllm_cospec.training.rollout.pool import Pool
 from vllm_cospec.training.tasks import Problem, load_task
+from vllm_cospec.training.tasks.rewards import load_reward
 
 CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
 # What may differ between a run and its continuation: none of it changes a result.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vllm_cospec.atomic import new_directory
 from vllm_cospec.errors import ArtefactError, first_sentence
-from vllm_cospec.statistics import NUM_STATISTICS, SCHEMA_NAME, SCHEMA_VERSION, schema_hash
+from vllm_cospec.kernels.statistics import NUM_STATISTICS, SCHEMA_NAME, SCHEMA_VERSION, schema_hash
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"

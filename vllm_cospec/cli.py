@@ -69,7 +69,7 @@ def inspect(
         facts.add_row(name, value)
     console.print(facts)
     if made.results:
-        from vllm_cospec.training.evaluate import comparison_table
+        from vllm_cospec.training.measure.evaluate import comparison_table
 
         facts = Table("result", "value", title="measured")
         for name, value in made.results.items():
@@ -106,7 +106,7 @@ def demo(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the comparison to this file.")] = None,
 ) -> None:
     """Serve the bundled pair, ask it held-out problems strictly and with arbitration, and compare."""
-    from vllm_cospec.demonstration import run_demo, serve_demo
+    from vllm_cospec.training.measure.demonstration import run_demo, serve_demo
 
     if serve:
         raise typer.Exit(serve_demo(port))

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_cospec.errors import ConfigError, first_sentence, shorten
-from vllm_cospec.policies import AnyPolicy, Fly, Learned, Policy, policy_names
+from vllm_cospec.kernels.policies import AnyPolicy, Fly, Learned, Policy, policy_names
 
 METHOD = "cospec"
 RECIPE_FILE = "cospec.json"

@@ -21,8 +21,8 @@ import torch
 from transformers import AutoTokenizer
 
 from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_schema, save_artefact, tokenizer_hash
-from vllm_cospec.demonstration import SERVER_ARGUMENTS
 from vllm_cospec.server import Server
+from vllm_cospec.training.measure.demonstration import SERVER_ARGUMENTS
 
 NUM_CALLS = 300
 SCHEMA = {

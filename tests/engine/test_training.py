@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from vllm_cospec.arbiter import load_artefact
-from vllm_cospec.training.checkpoint import Checkpoint, load_latest
+from vllm_cospec.training.learning.checkpoint import Checkpoint, load_latest
 
 UPDATES = 9
 CONFIG = """

@@ -8,7 +8,7 @@ import torch
 
 from vllm_cospec.arbiter import Arbiter, ArtefactConfig, CurvePoint, Provenance, current_schema, tokenizer_hash
 from vllm_cospec.errors import ArtefactError
-from vllm_cospec.statistics import NUM_STATISTICS
+from vllm_cospec.kernels.statistics import NUM_STATISTICS
 
 VOCABULARY = {"a": 0, "b": 1, "<eos>": 2}
 

@@ -19,8 +19,8 @@ from vllm_cospec.arbiter import (
 )
 from vllm_cospec.config import resolve
 from vllm_cospec.errors import CoSpecError
-from vllm_cospec.policies import Learned, policy_names
-from vllm_cospec.training.demo_pair import RECIPES, build_model, build_tokenizer
+from vllm_cospec.kernels.policies import Learned, policy_names
+from vllm_cospec.training.pairs.demo import RECIPES, build_model, build_tokenizer
 
 NAN, INF = float("nan"), float("inf")
 LEFT_OUT = object()

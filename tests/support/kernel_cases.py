@@ -8,8 +8,8 @@ import torch
 
 from vllm_cospec.kernels import reference
 from vllm_cospec.kernels.cpu import PLACEHOLDER, UNLIMITED, Batch, BatchResult, Requests, verify_batch
+from vllm_cospec.kernels.policies import Mismatches
 from vllm_cospec.kernels.reference import Block, verify_block
-from vllm_cospec.policies import Mismatches
 
 INF = math.inf
 

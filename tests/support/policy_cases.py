@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from vllm_cospec.kernels.cpu import logit_statistics, top_k_entropy
-from vllm_cospec.policies import AnyPolicy, Mismatches, Policy
+from vllm_cospec.kernels.policies import AnyPolicy, Mismatches, Policy
 
 INF = math.inf
 MARGIN = 1e-4  # float32 probabilities are good to 1e-6, divergences of a few terms of up to 100 each to 3e-5

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from vllm_cospec.config import Settings
-from vllm_cospec.kernels.decisions import compile_policy, flatten_weights
-from vllm_cospec.kernels.launch import UNLIMITED, Trace
+from vllm_cospec.kernels.policies import Learned, Policy
+from vllm_cospec.kernels.triton.launch import UNLIMITED, Trace
+from vllm_cospec.kernels.triton.policies import compile_policy, flatten_weights
 from vllm_cospec.metrics import Counters
-from vllm_cospec.policies import Learned, Policy
 from vllm_cospec.requests import served_settings
-from vllm_cospec.runners.decision import Decision
+from vllm_cospec.runners.trace import Decision
 
 
 @dataclass(frozen=True)
 class SlotEntry:
-    """One request's settings, in the numbers of :class:`vllm_cospec.kernels.launch.Slots`."""
+    """One request's settings, in the numbers of :class:`vllm_cospec.kernels.triton.launch.Slots`."""
 
     arbitrated: bool
     threshold: float

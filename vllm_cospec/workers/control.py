@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_cospec.policies import Policy
-    from vllm_cospec.runners.decision import Decision
+    from vllm_cospec.kernels.policies import Policy
+    from vllm_cospec.runners.trace import Decision
 
 
 class Control:

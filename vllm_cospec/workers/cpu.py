@@ -56,7 +56,7 @@ class CoSpecCPUWorker(Control, CPUWorker):
         if self.use_v2_model_runner:
             from vllm_cospec.runners.v2 import install
         else:
-            from vllm_cospec.runners.v1 import install  # type: ignore[assignment]
+            from vllm_cospec.runners.v1_cpu import install  # type: ignore[assignment]
 
         self.cospec: Any = install(
             self.model_runner,

@@ -22,7 +22,7 @@ class CoSpecGPUWorker(Control, Worker):
         if self.use_v2_model_runner:
             from vllm_cospec.runners.v2 import install
         else:
-            from vllm_cospec.runners.v1_device import install  # type: ignore[assignment]
+            from vllm_cospec.runners.v1_gpu import install  # type: ignore[assignment]
 
         self.cospec: Any = install(
             self.model_runner,

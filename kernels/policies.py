@@ -1,0 +1,275 @@
+"""Policies: the rules that decide at a mismatch whether the draft token is kept.
+
+A policy is a pydantic model of its parameters with one method, ``keep``, which maps :class:`Mismatches` to a mask.
+They are consulted only where strict verification would reject, and only where keeping the draft is legal. Like every
+configuration module this one imports no torch: the rules use methods of the tensors they are given.
+
+p, q, d and t* are defined in :mod:`vllm_cospec.kernels.statistics`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_cospec.kernels.statistics import INDEX
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mismatches:
+    """What is known about M mismatches at the moment they are decided. Every tensor has M rows."""
+
+    statistics: Tensor  # [M, 16] float32, see vllm_cospec.kernels.statistics
+    target_logit_draft: Tensor  # [M] float32, raw target logit of d
+    target_logit_top: Tensor  # [M] float32, raw target logit of t*
+    draft_token: Tensor  # [M] int64, d
+    target_token: Tensor  # [M] int64, t*
+    output_position: Tensor  # [M] int64, index of the token in the response
+    natively_accepted_after: Tensor  # [M] int64, consecutive following drafts strict verification accepts
+    block_remaining: Tensor  # [M] int64, draft tokens of the block after this one
+    acceptance_ratio: Tensor  # [M] float32, p(d) / q(d) of the processed distributions; 0 for greedy requests
+    uniform: Tensor  # [M] float32, the number strict verification compared it with; 1 for greedy requests
+    top_k_entropy: Callable[[int], Tensor]  # k -> [M] float32, -sum of p log p over the k most likely tokens
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return one statistic of every mismatch, float32 [M]."""
+        return self.statistics[:, INDEX[name]]
+
+
+class Policy(BaseModel):
+    """Base of all policies: immutable parameters, no unknown ones."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    needs_draft_logits: ClassVar[bool] = False
+    """Whether the rule is meaningless for drafters without logits."""
+
+    policy: str
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        """Return a bool tensor [M]: True where the draft token is kept."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Return the policy and its parameters in a few words, for logs and tables."""
+        parameters = ", ".join(f"{k}={v}" for k, v in self.model_dump(exclude={"policy"}).items())
+        return f"{self.policy}({parameters})" if parameters else self.policy
+
+
+_REGISTRY: dict[str, type[Policy]] = {}
+_P = TypeVar("_P", bound=type[Policy])
+
+
+def policy(name: str) -> Callable[[_P], _P]:
+    """Register a :class:`Policy` subclass under the name users write in ``{"policy": NAME}``."""
+
+    def register(cls: _P) -> _P:
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def policy_names() -> tuple[str, ...]:
+    """Return the names of all registered policies."""
+    return tuple(_REGISTRY)
+
+
+def policy_class(name: str) -> type[Policy]:
+    """Return the class registered under ``name``; raises KeyError."""
+    return _REGISTRY[name]
+
+
+@policy("strict")
+class Strict(Policy):
+    """Stock verification: every mismatch takes the target's token (arXiv 2211.17192)."""
+
+    policy: Literal["strict"] = "strict"
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        return rows["target_entropy"] < -1  # entropy is never negative: keeps nothing
+
+
+@policy("typical")
+class Typical(Policy):
+    """Keep d when p(d) > min(posterior_threshold, posterior_alpha * exp(-H(p))) (Medusa, arXiv 2401.10774)."""
+
+    policy: Literal["typical"] = "typical"
+    posterior_threshold: float = Field(0.09, ge=0, le=1)
+    """The probability that always suffices (epsilon)."""
+    posterior_alpha: float = Field(0.3, ge=0)
+    """Scale of the entropy-dependent threshold (delta)."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        threshold = (self.posterior_alpha * (-rows["target_entropy"]).exp()).clamp(max=self.posterior_threshold)
+        return rows["target_logprob_draft"].exp() > threshold
+
+
+@policy("relaxed_topk")
+class RelaxedTopK(Policy):
+    """Keep d when it is among the target's first ``top_n`` and p(d) >= p(t*) - delta (TensorRT-LLM)."""
+
+    policy: Literal["relaxed_topk"] = "relaxed_topk"
+    top_n: int = Field(10, ge=1, le=2**31 - 1)
+    """How many of the target's choices qualify; 1 is strict."""
+    delta: float = Field(0.6, ge=0, le=1)
+    """How far below the target's first choice the draft may lie; 0 is strict."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        if self.top_n == 1 or self.delta == 0:
+            return rows["target_entropy"] < -1
+        ranked = rows["target_rank_draft"] < math.log1p(self.top_n - 0.5)  # rank <= top_n - 1, safe from rounding
+        close = rows["target_logprob_draft"].exp() >= rows["target_logprob_top"].exp() - self.delta
+        return ranked & close
+
+
+@policy("threshold")
+class Threshold(Policy):
+    """Keep d when p(d) >= single or, for sampled requests, u <= min(1, p(d)/q(d)) / acc (SGLang)."""
+
+    policy: Literal["threshold"] = "threshold"
+    single: float = Field(1.0, gt=0, le=1)
+    """Target probability that suffices; 1 is strict."""
+    acc: float = Field(1.0, gt=0, le=1)
+    """Divisor of the acceptance probability of sampled requests; 1 is strict."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        keep = rows["target_logprob_draft"].exp() >= self.single
+        if self.single == 1:  # float32 rounds p(d) up to 1 on saturated rows
+            keep = keep & False
+        if self.acc < 1:
+            ratio = rows.acceptance_ratio.clamp(max=1)
+            keep = keep | ((rows.uniform <= ratio / self.acc) & (ratio > 0))
+        return keep
+
+
+@policy("cascade")
+class Cascade(Policy):
+    """Keep d when p(d) >= max p * (1 - alpha) (speculative cascades, TokenV3, arXiv 2405.19261)."""
+
+    policy: Literal["cascade"] = "cascade"
+    alpha: float = Field(ge=0, le=1)
+    """Share of the target's best probability that may be given up; 0 is strict but for ties, 1 keeps everything."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        floor = rows["target_logprob_top"].exp() * (1 - self.alpha)
+        return rows["target_logprob_draft"].exp() >= floor
+
+
+@policy("mars")
+class Mars(Policy):
+    """Keep d when it is the target's second choice and z(d) / z(t*) > ratio on raw logits (arXiv 2601.15498).
+
+    The ratio of logits has a meaning only above zero: a row whose best logit is not positive is strict.
+    """
+
+    policy: Literal["mars"] = "mars"
+    ratio: float = Field(0.9, ge=0, le=1)
+    """Ratio of logits that must be exceeded."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        rank = rows["target_rank_draft"]
+        second = (rank > math.log1p(0.5)) & (rank < math.log1p(1.5))
+        top = rows.target_logit_top
+        return second & (top > 0) & (rows.target_logit_draft > self.ratio * top)
+
+
+@policy("fly")
+class Fly(Policy):
+    """Keep d when the target is unsure and the next drafts are accepted natively (FLy, arXiv 2511.22972).
+
+    Unsure: entropy over the ``entropy_top_k`` most likely tokens >= ``entropy_threshold``. vLLM 0.33 offers the rule
+    as ``rejection_sample_method: "fly"``; here the entropy is that of the raw target distribution.
+    """
+
+    policy: Literal["fly"] = "fly"
+    entropy_top_k: int = Field(3, ge=1, le=64)
+    """Number of most likely tokens whose entropy is taken."""
+    entropy_threshold: float = Field(0.3, ge=0)
+    """Entropy in nats from which on the target counts as unsure."""
+    window: int | None = Field(None, ge=1, le=127)
+    """Following drafts that must be accepted natively; left out: min(6, K - 1)."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        if self.window is None:
+            raise ValueError("fly: window must be resolved against num_speculative_tokens first")
+        unsure = rows.top_k_entropy(self.entropy_top_k) >= self.entropy_threshold
+        deferred = (rows.block_remaining >= self.window) & (rows.natively_accepted_after >= self.window)
+        return unsure & deferred
+
+
+@policy("kl")
+class Kl(Policy):
+    """Keep d when KL(q || p) <= max_kl and p(t*) <= 0.9 (arXiv 2601.04766)."""
+
+    needs_draft_logits: ClassVar[bool] = True
+
+    policy: Literal["kl"] = "kl"
+    max_kl: float = Field(ge=0)
+    """Largest divergence, in nats, at which the draft is trusted."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        return (rows["kl_draft_target"] <= self.max_kl) & (rows["target_logprob_top"].exp() <= 0.9)
+
+
+@policy("random")
+class Random(Policy):
+    """Keep d with a fixed probability: the control that shows what noise at the same rate does.
+
+    The coin is a hash of (seed, output position, d, t*): it needs no state and is the same on every rank.
+    """
+
+    policy: Literal["random"] = "random"
+    rate: float = Field(ge=0, le=1)
+    """Probability of keeping a mismatched draft token."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the coins."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        return coin(self.seed, rows.output_position, rows.draft_token, rows.target_token) < self.rate
+
+
+@policy("learned")
+class Learned(Policy):
+    """Keep d when the arbiter's score exceeds the threshold (CoSpec, arXiv 2605.24793).
+
+    The network, its statistics and its training are this project's own design; the paper's are not public.
+    """
+
+    policy: Literal["learned"] = "learned"
+    artefact: str
+    """Directory or hub id of the arbiter."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        raise TypeError("learned: scored by the runner, which holds the network and the thresholds of the requests")
+
+
+AnyPolicy: Any = Annotated[Union[tuple(_REGISTRY.values())], Field(discriminator="policy")]  # noqa: UP007
+"""The discriminated union of all registered policies, for use as a pydantic field type."""
+
+
+def coin(seed: int, output_position: Tensor, draft_token: Tensor, target_token: Tensor) -> Tensor:
+    """Hash four integers to a float32 in [0, 1): murmur3's 32-bit finaliser over a weighted sum.
+
+    Shapes [M] int64 in, [M] float32 out. Int64 arithmetic wraps, and only the low 32 bits are kept at each step.
+    """
+    x = (
+        (seed * 0x9E3779B1 & 0xFFFFFFFF)
+        + output_position * 0x85EBCA77
+        + draft_token * 0xC2B2AE3D
+        + target_token * 0x27D4EB2F
+    )
+    x = x & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    return (x >> 8).float() / 2**24

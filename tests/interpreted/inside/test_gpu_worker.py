@@ -1,0 +1,175 @@
+"""What the GPU worker installs, and that neither runner's adapter waits for the device. There is no GPU here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import arbitration_cases as cases
+import numpy as np
+import pytest
+import torch
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_cospec import compat
+from vllm_cospec.config import Settings
+from vllm_cospec.kernels.policies import Kl
+from vllm_cospec.kernels.triton import launch, verdict
+from vllm_cospec.kernels.triton.policies import compile_policy
+from vllm_cospec.runners import v1_gpu, v2
+from vllm_cospec.workers.gpu import CoSpecGPUWorker
+
+META = torch.device("meta")
+K, VOCAB = 4, 111
+
+
+@pytest.mark.parametrize(("uses_v2", "module"), [(True, v2), (False, v1_gpu)], ids=["v2", "v1"])
+def test_the_worker_installs_and_warms_up_for_the_runner_vllm_chose(
+    uses_v2: bool, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def install(runner: Any, settings: Any, engine: int) -> Any:
+        calls.append((runner, settings, engine))
+        return SimpleNamespace(warm_up=lambda: calls.append("warm-up"))
+
+    monkeypatch.setattr(Worker, "load_model", lambda self, load_dummy_weights=False: calls.append("load"))
+    monkeypatch.setattr(module, "install", install)
+    worker = object.__new__(CoSpecGPUWorker)
+    worker.use_v2_model_runner = uses_v2
+    worker.model_runner = "runner"
+    worker.vllm_config = SimpleNamespace(
+        speculative_config=SimpleNamespace(cospec="settings"), parallel_config=SimpleNamespace(data_parallel_index=3)
+    )
+    worker.load_model()
+    assert calls == ["load", ("runner", "settings", 3), "warm-up"]
+
+
+@pytest.mark.parametrize("wanted", [None, True, False])
+def test_both_runners_are_served_on_a_gpu(wanted: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.envs
+    import vllm.platforms
+
+    platform = SimpleNamespace(device_type="cuda", is_cpu=lambda: False, is_cuda_alike=lambda: True)
+    monkeypatch.setattr(vllm.platforms, "_current_platform", platform)
+    monkeypatch.setattr(vllm.envs, "VLLM_USE_V2_MODEL_RUNNER", wanted, raising=False)
+    place = compat.placement()
+    assert place.problem is None
+    assert place.runner == ("v1" if wanted is False else "v2")
+    # vLLM may still fall back to V1, so the hooks of both have to be there
+    assert set(place.scopes) == {"config", "v1", "v2", "gpu"}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that were launched; none runs, so tensors need no memory."""
+    names: list[str] = []
+
+    class Recorder:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *args, **kwargs: names.append(self.name)
+
+    for module in (launch.target, launch.scan, launch.stock, verdict):
+        for name in list(vars(module)):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Recorder(name))
+    with pytest.raises(RuntimeError):
+        torch.zeros(1, device=META).item()  # the premise: on meta tensors every read of a value raises
+    return names
+
+
+def settings_of(directory: Path) -> Settings:
+    return Settings(
+        policy=Kl(max_kl=1.0), threshold=0.5, max_overrides=None, exact_tokens=0, collect=True, draft_logits=True,
+        num_speculative_tokens=K, counters=str(directory),
+    )  # fmt: skip
+
+
+def counters() -> Any:
+    return SimpleNamespace(on_device=torch.zeros(K + 1, dtype=torch.int64, device=META), export=lambda: None)
+
+
+def test_verification_on_v2_waits_for_nothing(launched: list[str], tmp_path: Path) -> None:
+    case = cases.make_case(1, requests=3, k=K, full=True)
+    cu, slot, expanded, local = (t.to(META) for t in case.layout())
+    logits = case.raw.to(META)
+    slots = launch.Slots(**{name: value.to(META) for name, value in vars(case.slots).items()})
+    sampler = object.__new__(v2.CoSpecRejectionSampler)
+    sampler._settings = settings_of(tmp_path)
+    sampler._slots = SimpleNamespace(arbitrated=SimpleNamespace(np=np.ones(99)), on_device=lambda: slots)
+    sampler._counters = counters()
+    sampler._program = compile_policy(sampler._settings.policy, META, collect=True)
+    sampler._steps, sampler.sample_actions, sampler.num_speculative_steps = [], False, K
+    sampler._runner = SimpleNamespace(req_states=SimpleNamespace(index_to_req_id={}))
+    states = SimpleNamespace(
+        temperature=SimpleNamespace(gpu=case.temperature.to(META)), seeds=SimpleNamespace(gpu=case.seed.to(META))
+    )
+    sampler.sampler = SimpleNamespace(
+        apply_sampling_params=lambda logits, *rest: logits.float().clone(), sampling_states=states,
+        use_fp64_gumbel=False,
+    )  # fmt: skip
+    drafts = case.draft_sampled.to(META)
+    processed, sampled, num_sampled = sampler._verify(
+        logits, case.draft.to(META), drafts, case.pos.to(META), cu, slot, np.array(case.slot), expanded, local,
+        np.zeros(3), drafts,
+    )  # fmt: skip
+    assert sampled.device == num_sampled.device == processed.device == META
+    assert launched == [
+        "target_statistics_kernel", "row_kernel", "draft_statistics_kernel", "scan_kernel", "_resample_kernel",
+        "_insert_resampled_kernel",
+    ]  # fmt: skip
+
+
+def test_drafting_and_verification_on_v1_wait_for_nothing(
+    launched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # stock draws these; its kernels cannot run on meta tensors
+    monkeypatch.setattr(
+        v1_gpu, "sample_recovered_tokens", lambda *args: torch.zeros(args[3].shape, dtype=torch.int32, device=META)
+    )
+    monkeypatch.setattr(v1_gpu, "DeviceCounters", lambda *args: counters())
+    ids, counts = ["a", "b", "c"], [K, 0, 2]
+    drafter = SimpleNamespace(model=SimpleNamespace(compute_logits=lambda hidden: torch.zeros(3, VOCAB, device=META)))
+    drafter._sample_from_logits = lambda logits, metadata: (logits.argmax(-1), None)
+    drafter.propose = lambda: torch.stack([drafter._sample_draft_tokens(None, None)[0] for _ in range(K)], 1)
+    runner = SimpleNamespace(
+        device=META, max_num_reqs=4, drafter=drafter, input_batch=SimpleNamespace(req_ids=ids),
+        rejection_sampler=SimpleNamespace(sampler=SimpleNamespace(logprobs_mode="raw_logprobs")),
+        speculative_config=None, positions=torch.zeros(64, dtype=torch.int64, device=META),
+        model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, head_dtype=torch.bfloat16),
+        requests={name: Request() for name in ids},
+    )  # fmt: skip
+    sampler = v1_gpu.CoSpecRejectionSampler(runner, settings_of(tmp_path), None)
+    drafter.propose()
+
+    def on_device(size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, device=META)
+
+    rows = sum(counts) + len(counts)
+    metadata = SimpleNamespace(
+        num_draft_tokens=counts, max_spec_len=K, draft_token_ids=on_device(sum(counts), torch.int32),
+        cu_num_draft_tokens=on_device(3, torch.int32), target_logits_indices=on_device(sum(counts), torch.int32),
+        logits_indices=on_device(rows, torch.int32),
+    )  # fmt: skip
+    sampling = SimpleNamespace(all_greedy=False, generators={}, temperature=on_device(3, torch.float32))
+    output = sampler._arbitrate(
+        metadata, None, torch.zeros(rows, VOCAB, dtype=torch.bfloat16, device=META),
+        torch.zeros(sum(counts), VOCAB, device=META), on_device(3, torch.int64), sampler._table.place(), sampling,
+    )  # fmt: skip
+    assert output.device == META
+    assert output.shape == (3, K + 1)
+    assert output.dtype == torch.int32
+    assert launched == [
+        "target_statistics_kernel", "row_kernel", "given_verdict_kernel", "draft_statistics_kernel", "scan_kernel"
+    ]  # fmt: skip
+
+
+class Request:
+    """As much of vLLM's CachedRequestState as the adapter touches."""
+
+    num_prompt_tokens = 3
+    sampling_params = None

@@ -1,0 +1,60 @@
+"""Rollouts on Model Runner V2, its Triton kernels interpreted: weights pushed in memory, actions sampled, branches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_cospec.training.config import LearnerConfig, PairConfig, RolloutConfig, TrainConfig, bundled
+from vllm_cospec.training.learning.learner import Learner
+from vllm_cospec.training.rollout.engine import Engine
+from vllm_cospec.training.rollout.episodes import Episodes, Unit, roll_out
+from vllm_cospec.training.tasks import load_task
+
+pytestmark = pytest.mark.engine
+
+CONFIG = TrainConfig(
+    pair=PairConfig(
+        target=str(bundled("target")), draft=str(bundled("draft")), num_speculative_tokens=3,
+        engine={"dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "kv_cache_memory_bytes": 2**25,
+                "enforce_eager": True},
+    ),
+    rollout=RolloutConfig(max_tokens=14, branches_per_response=1),
+    learner=LearnerConfig(hidden_sizes=(8,)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    weights = Learner(CONFIG.learner, seed=1, updates=1).weights()
+    return Engine(CONFIG.pair, {"hidden_sizes": (8,), "state_dict": weights})
+
+
+def rolled_out(engine: Engine, initial_keep: float) -> Episodes:
+    task = load_task("demo")
+    problems = tuple(task.problems(seed=4, n=4, split="train"))
+    learner = Learner(CONFIG.learner.model_copy(update={"initial_keep": initial_keep}), seed=1, updates=1)
+    engine.set_arbiter(learner.weights(), sample_actions=True)
+    return roll_out(engine, Unit(0, 0, problems, 0, seed=2), CONFIG, task.score)
+
+
+def test_v2_collects_decisions_of_the_weights_it_was_given(engine: Engine) -> None:
+    sampler = engine._llm.llm_engine.model_executor.driver_worker.worker.cospec
+    assert type(sampler).__module__ == "vllm_cospec.runners.v2"
+    some = rolled_out(engine, 0.4)
+    assert len(some.kept) > 3
+    assert some.probability == pytest.approx(np.full(len(some.kept), 0.4), abs=1e-5)
+    assert np.isfinite(some.statistics).all()
+    always = rolled_out(engine, 1 - 1e-6)
+    assert always.kept.all()
+    assert always.accepted / always.drafts > some.accepted / some.drafts
+
+
+def test_v2_branches_take_the_other_road_and_repeat_themselves(engine: Engine) -> None:
+    first, second = rolled_out(engine, 0.4), rolled_out(engine, 0.4)
+    # a branch is left out when it does not reproduce the response up to its mismatch, decision included
+    assert len(first.branch_decision) >= 3
+    for name in ("tokens", "steps", "kept", "output_position", "branch_decision", "branch_keep", "branch_drop"):
+        assert (getattr(first, name) == getattr(second, name)).all(), name
+    assert torch.equal(torch.from_numpy(first.statistics), torch.from_numpy(second.statistics))

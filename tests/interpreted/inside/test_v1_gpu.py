@@ -1,0 +1,371 @@
+"""Model Runner V1's adapter to the fused path, on interpreted kernels: against stock V1 and against our CPU path."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_schema, save_artefact
+from vllm_cospec.config import Settings
+from vllm_cospec.kernels.policies import (
+    Cascade,
+    Fly,
+    Kl,
+    Learned,
+    Mars,
+    Policy,
+    Random,
+    RelaxedTopK,
+    Threshold,
+    Typical,
+)
+from vllm_cospec.kernels.triton import target
+from vllm_cospec.kernels.triton.verdict import Verdict
+from vllm_cospec.runners import v1_cpu, v1_gpu
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+CPU = torch.device("cpu")
+K, VOCAB = 4, 111
+NEVER = Random(rate=0.0)
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    network = Arbiter((16, 16))
+    network.mean.normal_()
+    torch.nn.init.normal_(network.layers[-1].weight)  # scores on both sides of the threshold
+    config = ArtefactConfig(
+        schema=current_schema(draft_logits=True), hidden_sizes=(16, 16), threshold=0.5,
+        provenance=Provenance(vocab_size=VOCAB, tokenizer_hash="0" * 16),
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("arbiter") / "arbiter"
+    save_artefact(directory, network, config, "untrained")
+    return str(directory)
+
+
+class Drafter:
+    """Proposes what it is told, through the methods the adapters wrap."""
+
+    def __init__(self) -> None:
+        self.model = SimpleNamespace(compute_logits=lambda step: self.logits[:, step].clone())
+
+    def propose(self) -> Tensor:
+        steps = [self._sample_draft_tokens(step, self.metadata)[0] for step in range(K)]
+        return torch.stack(steps, dim=1)
+
+    def _sample_draft_tokens(self, step: int, metadata: Any) -> tuple[Tensor, None]:
+        return self._sample_from_logits(self.model.compute_logits(step), metadata, step)
+
+    def _sample_from_logits(self, logits: Tensor, metadata: Any, step: int | None = None) -> tuple[Tensor, None]:
+        if not metadata.all_greedy:
+            logits.div_(0.5)  # as stock: in place
+        step, self.step = self.step, self.step + 1
+        return self.tokens[:, step], None
+
+
+class Step:
+    """One step of a V1 batch: B requests with up to K drafts, greedy and sampled, some with a restricted vocabulary."""
+
+    def __init__(self, seed: int, ids: list[str], sampled: float = 0.5, probabilities: bool = True, junk: bool = True):
+        self.seed, self.ids = seed, ids
+        g = np.random.default_rng(seed)
+        batch = len(ids)
+        self.num_drafts = g.integers(0, K + 1, batch).tolist()
+        self.num_drafts[0] = K
+        self.draft_logits = torch.tensor(g.normal(0, 2, (batch, K, VOCAB)), dtype=torch.float32)
+        self.proposed = torch.tensor(g.integers(0, VOCAB, (batch, K)))
+        rows = sum(self.num_drafts) + batch
+        self.logits = torch.tensor(g.normal(0, 3, (rows, VOCAB)), dtype=torch.float32)
+        row, drafts = 0, []
+        for i, n in enumerate(self.num_drafts):
+            for j in range(n):
+                rival = self.logits[row + j].topk(3).indices[int(g.choice([0, 0, 0, 1, 2]))]
+                self.proposed[i, j] = rival
+                self.draft_logits[i, j, rival] = 5.0
+            own = self.proposed[i, :n].clone()
+            if junk and i == batch - 1:
+                own.zero_()  # vLLM's filling where the drafter had no room
+            drafts += own.tolist()
+            row += n + 1
+        self.drafts = torch.tensor(drafts, dtype=torch.int32)
+        self.temperature = torch.where(torch.tensor(g.random(batch) < sampled), 0.8, 0.0).float()
+        self.draft_probabilities = None
+        if probabilities and sampled:
+            flat = [self.draft_logits[i, j] for i, n in enumerate(self.num_drafts) for j in range(n)]
+            self.draft_probabilities = torch.stack(flat).softmax(-1).contiguous()
+        # what is illegal; vLLM's kernel for top-k and top-p cannot be interpreted
+        self.mask = torch.tensor(g.random((batch, VOCAB)) < 0.2) if seed % 2 else None
+
+    def metadata(self) -> SpecDecodeMetadata:
+        counts = np.array(self.num_drafts)
+        ends = np.cumsum(counts + 1)
+        bonus = ends - 1
+        return SpecDecodeMetadata(
+            draft_token_ids=self.drafts,
+            num_draft_tokens=self.num_drafts,
+            cu_num_draft_tokens=torch.tensor(np.cumsum(counts), dtype=torch.int32),
+            cu_num_sampled_tokens=torch.tensor(ends, dtype=torch.int32),
+            target_logits_indices=torch.tensor(np.setdiff1d(np.arange(ends[-1]), bonus), dtype=torch.int32),
+            bonus_logits_indices=torch.tensor(bonus, dtype=torch.int32),
+            logits_indices=torch.arange(int(ends[-1]), dtype=torch.int32),
+        )
+
+    def sampling(self) -> SamplingMetadata:
+        greedy = bool((self.temperature == 0).all())
+        empty = torch.empty(0)
+        return SamplingMetadata(
+            temperature=None if greedy else self.temperature, all_greedy=greedy,
+            all_random=bool((self.temperature != 0).all()), top_p=None, top_k=None,
+            generators={} if greedy else {1: torch.Generator().manual_seed(self.seed)},
+            max_num_logprobs=None, no_penalties=True, prompt_token_ids=None, frequency_penalties=empty,
+            presence_penalties=empty, repetition_penalties=empty, output_token_ids=[[] for _ in self.ids],
+            allowed_token_ids_mask=self.mask, bad_words_token_ids={}, logitsprocs=LogitsProcessors(),
+        )  # fmt: skip
+
+
+class Runner:
+    """As much of a V1 runner as the adapters touch."""
+
+    def __init__(self, ids: list[str], extra: dict[str, dict[str, Any]], size: int = 8):
+        self.device = CPU
+        self.max_num_reqs = size
+        self.rejection_sampler = RejectionSampler(Sampler())
+        self.speculative_config = SimpleNamespace(rejection_sample_method="standard")
+        self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCAB, head_dtype=torch.float32)
+        self.drafter = Drafter()
+        self.requests = {}
+        self.input_batch = SimpleNamespace(req_ids=[])
+        for i, name in enumerate(ids):
+            self.add(name, 3 + i, extra.get(name))
+
+    def add(self, name: str, prompt: int, extra: dict[str, Any] | None = None) -> None:
+        self.requests[name] = CachedRequestState(
+            name, [0] * prompt, [], SamplingParams(extra_args=extra), None, ([],), 0, output_token_ids=[]
+        )
+
+    def run(self, sampler: Any, step: Step) -> Tensor:
+        """Draft and verify, then append what came out to the requests."""
+        self.input_batch.req_ids = step.ids
+        drafter = self.drafter
+        drafter.logits, drafter.tokens, drafter.metadata, drafter.step = (
+            step.draft_logits, step.proposed, step.sampling(), 0
+        )  # fmt: skip
+        drafter.propose()
+        requests = [self.requests[name] for name in step.ids]
+        starts = [r.num_prompt_tokens + len(r.output_token_ids) - 1 for r in requests]
+        self.positions = torch.cat(
+            [torch.arange(s, s + n + 1) for s, n in zip(starts, step.num_drafts, strict=True)]
+        ).long()
+        torch.manual_seed(step.seed)
+        out = sampler(step.metadata(), step.draft_probabilities, step.logits.clone(), step.sampling())
+        for request, row in zip(requests, out.sampled_token_ids.tolist(), strict=True):
+            request.output_token_ids += [token for token in row if token >= 0]
+        return out.sampled_token_ids
+
+
+def installed(
+    module: Any, policy: Policy, directory: Path, ids: list[str], extra: dict[str, dict[str, Any]] | None = None,
+    size: int = 8, **changes: Any,
+) -> tuple[Runner, Any]:  # fmt: skip
+    settings = Settings(
+        policy=policy, threshold=0.5, max_overrides=None, exact_tokens=0, collect=True, draft_logits=True,
+        num_speculative_tokens=K, counters=str(directory / module.__name__),
+    )  # fmt: skip
+    runner = Runner(ids, extra or {}, size)
+    return runner, module.install(runner, replace(settings, **changes), 0)
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.distributed import parallel_state
+
+    monkeypatch.setattr(parallel_state, "get_tp_group", lambda: SimpleNamespace(is_first_rank=True))
+
+
+POLICIES: dict[str, Policy | None] = {
+    "typical": Typical(posterior_threshold=0.1),
+    "relaxed_topk": RelaxedTopK(top_n=3, delta=0.6),
+    "threshold": Threshold(single=0.05, acc=0.3),
+    "cascade": Cascade(alpha=0.9),
+    "mars": Mars(ratio=0.1),
+    "fly": Fly(entropy_top_k=3, entropy_threshold=0.2, window=1),
+    "kl": Kl(max_kl=9.0),
+    "random": Random(rate=0.6, seed=5),
+    "learned": None,
+}
+THRESHOLD = 0.5
+IDS = ["a", "b", "c", "d", "e"]
+EXTRA = {
+    "b": {"cospec_policy": "strict"},
+    "c": {"cospec_max_overrides": 2},
+    "d": {"cospec_exact_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_decisions_are_those_of_the_cpu_path(name: str, artefact: str, tmp_path: Path) -> None:
+    policy = POLICIES[name] or Learned(artefact=artefact)
+    overrides = 0
+    for sampled in (0.0, 0.6):
+        (theirs, cpu), (ours, device) = (
+            installed(module, policy, tmp_path / str(sampled), IDS, EXTRA) for module in (v1_cpu, v1_gpu)
+        )
+        for seed in range(4):
+            # requests change places between the steps; what is counted for them must not
+            ids = [IDS[(i + seed) % len(IDS)] for i in range(len(IDS))]
+            step = Step(10 * seed + int(10 * sampled), ids, sampled)
+            assert torch.equal(ours.run(device, step), theirs.run(cpu, step)), seed
+            want, got = (
+                sorted(s.take_decisions(), key=lambda d: (d.request_id, d.output_position)) for s in (cpu, device)
+            )
+            for a, b in zip(want, got, strict=True):
+                assert (a.request_id, a.output_position, a.block_position, a.kept) == (
+                    b.request_id, b.output_position, b.block_position, b.kept
+                )  # fmt: skip
+                # float32 sums of 111 terms in another order
+                torch.testing.assert_close(b.statistics, a.statistics, rtol=1e-4, atol=1e-4)
+            overrides += sum(d.kept for d in got)
+        counted = device._counters._counters.totals()
+        assert counted[0] == cpu._counters.totals()[0]
+        assert counted[1].tolist() == cpu._counters.totals()[1].tolist()
+    assert overrides > 1, "nothing was overridden: the test shows nothing"
+
+
+@pytest.mark.parametrize("probabilities", [True, False])
+@pytest.mark.parametrize("sampled", [0.0, 0.5, 1.0])
+def test_a_policy_that_keeps_nothing_emits_what_stock_v1_emits(
+    sampled: float, probabilities: bool, tmp_path: Path
+) -> None:
+    runner, sampler = installed(v1_gpu, NEVER, tmp_path, IDS)
+    stock = RejectionSampler(Sampler())
+    for seed in range(12):
+        step = Step(seed, IDS, sampled, probabilities)
+        torch.manual_seed(seed)
+        want = stock(step.metadata(), step.draft_probabilities, step.logits.clone(), step.sampling())
+        assert torch.equal(runner.run(sampler, step), want.sampled_token_ids), seed
+    assert sampler._counters.on_device[-1] > 5, "the fused path was not taken"
+
+
+def test_strict_requests_beside_arbitrated_ones_emit_what_stock_v1_emits(tmp_path: Path) -> None:
+    extra = {name: {"cospec_policy": "strict"} for name in ("b", "d")}
+    runner, sampler = installed(v1_gpu, Random(rate=1.0), tmp_path, IDS, extra)
+    stock, changed = RejectionSampler(Sampler()), 0
+    for seed in range(8):
+        step = Step(seed, IDS)
+        torch.manual_seed(seed)
+        want = stock(step.metadata(), step.draft_probabilities, step.logits.clone(), step.sampling())
+        got = runner.run(sampler, step)
+        assert torch.equal(got[[1, 3]], want.sampled_token_ids[[1, 3]]), seed
+        changed += int((got != want.sampled_token_ids).any())
+    assert changed > 4
+
+
+def test_logprobs_are_those_of_the_tokens_emitted(tmp_path: Path) -> None:
+    runner, sampler = installed(v1_gpu, Random(rate=1.0), tmp_path, IDS)
+    step = Step(2, IDS, sampled=0.0, junk=False)
+    sampling = replace(step.sampling(), max_num_logprobs=1)
+    step.sampling = lambda: sampling  # type: ignore[method-assign]
+    runner.input_batch.req_ids = IDS
+    outputs = []
+    forward = sampler.forward
+    sampler.forward = lambda *args: outputs.append(forward(*args)) or outputs[-1]
+    tokens = runner.run(sampler, step)
+    logprobs = outputs[0].logprobs_tensors
+    starts = np.cumsum([0] + [n + 1 for n in step.num_drafts[:-1]])
+    for request, start in enumerate(starts):
+        for i, token in enumerate(t for t in tokens[request].tolist() if t >= 0):
+            place = request * tokens.shape[1] + i
+            want = step.logits[start + i].log_softmax(-1)[token]
+            assert int(logprobs.logprob_token_ids[place, 0]) == token
+            torch.testing.assert_close(logprobs.logprobs[place, 0], want)
+
+
+def test_a_preempted_request_takes_its_budget_along(tmp_path: Path) -> None:
+    """Two slots for three requests: one leaves the batch, another takes its slot, then the first comes back."""
+    extra = {"a": {"cospec_max_overrides": 3}}
+    runner, sampler = installed(v1_gpu, Random(rate=1.0), tmp_path, ["a", "b", "c"], extra, size=2)
+    kept = 0
+    for seed in range(12):
+        ids = [["a", "b"], ["c", "b"], ["c", "b"]][seed % 3]
+        runner.run(sampler, Step(seed, ids, sampled=0.0, junk=False))
+        kept += sum(d.kept for d in sampler.take_decisions() if d.request_id == "a")
+    assert kept == 3
+
+
+def test_a_finished_request_leaves_its_slot_to_the_next(tmp_path: Path) -> None:
+    runner, sampler = installed(v1_gpu, Random(rate=1.0), tmp_path, [], size=2, max_overrides=1)
+    for n in range(6):
+        name = f"r{n}"
+        runner.add(name, 4)
+        for seed in range(4):
+            runner.run(sampler, Step(seed, [name], sampled=0.0, junk=False))
+        assert sum(d.kept for d in sampler.take_decisions()) == 1  # a budget of its own, not its predecessor's
+        del runner.requests[name]
+
+
+def test_drafters_on_the_host_have_no_logits_and_ragged_drafts(tmp_path: Path) -> None:
+    for module in (v1_cpu, v1_gpu):
+        (tmp_path / module.__name__).mkdir()
+    outputs = []
+    for module in (v1_cpu, v1_gpu):
+        runner, sampler = installed(module, Typical(posterior_threshold=0.1), tmp_path, IDS, draft_logits=False)
+        step = Step(4, IDS, sampled=0.0)
+        ragged = [row[:n] for row, n in zip(step.proposed.tolist(), step.num_drafts, strict=True)]
+        recorder = sampler._recorder if module is v1_cpu else sampler.recorder
+        recorder._propose = lambda ragged=ragged: ragged
+        outputs.append(runner.run(sampler, step))
+        decisions = sampler.take_decisions()
+        assert decisions
+        assert all((d.statistics[5:10] == 0).all() for d in decisions)
+    assert torch.equal(*outputs)
+
+
+def test_dummy_batches_and_steps_without_drafts_go_to_stock(tmp_path: Path) -> None:
+    runner, sampler = installed(v1_gpu, Random(rate=1.0), tmp_path, IDS)
+    step = Step(1, IDS)
+    runner.input_batch.req_ids = []  # vLLM's profiling run
+    out = sampler(step.metadata(), step.draft_probabilities, step.logits.clone(), step.sampling())
+    assert out.sampled_token_ids.shape == (len(IDS), max(step.num_drafts) + 1)
+    assert int(sampler._counters.on_device.sum()) == 0
+
+
+def test_other_rejection_methods_are_refused(tmp_path: Path) -> None:
+    settings = Settings(
+        policy=NEVER, threshold=0.5, max_overrides=None, exact_tokens=0, collect=False, draft_logits=False,
+        num_speculative_tokens=K, counters=str(tmp_path),
+    )  # fmt: skip
+    runner = Runner(IDS, {})
+    runner.speculative_config.rejection_sample_method = "synthetic"
+    with pytest.raises(v1_gpu.CompatibilityError, match="rejection_sample_method: 'synthetic'"):
+        v1_gpu.install(runner, settings, 0)
+
+
+def test_the_verdict_reaches_logits_beyond_two_to_the_31_elements() -> None:
+    """Strides, not allocations: memory between the rows is never touched."""
+    stride, drafts = 2**30, torch.tensor([3, 4, 5, 6], dtype=torch.int32)
+    processed = torch.empty(3 * stride + VOCAB).as_strided((4, VOCAB), (stride, 1))
+    processed.zero_()
+    processed[3, 6] = -torch.inf
+    row_ints, row_floats = torch.ones(5, 6, dtype=torch.int32), torch.zeros(5, 12)
+    argmax = torch.tensor([3, 9, 9, 9])
+    verdict = Verdict(drafts, torch.zeros(4, dtype=torch.int64), drafts.view(1, 4), processed, argmax)
+    verdict.write(row_ints, row_floats, torch.tensor([0, 5]), torch.tensor([0]), 8)
+    assert row_ints[:4, target.ACCEPTED.value].tolist() == [1, 0, 0, 0]
+    assert row_ints[:4, target.STRICT_TOKEN.value].tolist() == argmax.tolist()
+    assert row_ints[:4, target.OPEN.value].tolist() == [1, 1, 1, 0]

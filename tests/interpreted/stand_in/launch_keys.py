@@ -1,0 +1,115 @@
+"""Prints which compiled programs ``warm_up`` covers and which a server's steps reach: ``python -m launch_keys JOB``.
+
+A program is identified as Triton's own just-in-time compiler identifies it: argument types, alignment, constants and
+options, on an NVIDIA target. Nothing is compiled and nothing runs: launches are recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_cospec.kernels.triton.stand_in import install
+
+install()
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+
+import torch  # noqa: E402
+import variants  # noqa: E402
+from offline import TARGETS, Launch, recorded_launches  # noqa: E402
+from triton.compiler import make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from vllm_cospec.kernels.triton import launch, scan, target, verdict  # noqa: E402
+from vllm_cospec.kernels.triton.policies import Program, compile_policy  # noqa: E402
+
+CPU = torch.device("cpu")
+SLOTS = 9
+
+
+def key(one: Launch) -> str:
+    """What Triton looks a compiled program up by."""
+    binder = create_function_from_signature(one.kernel.signature, one.kernel.params, make_backend(TARGETS["sm_90"]))
+    options: dict[str, Any] = {"num_warps": one.num_warps, "maxnreg": one.maxnreg}
+    _, specialization, _ = binder(**one.arguments, **options)
+    return f"{one.name} {specialization} {options}"
+
+
+def ours(launches: list[Launch]) -> set[str]:
+    """Keys of the launches of our kernels; stock's are stock's affair."""
+    return {key(one) for one in launches if not one.name.startswith("_")}
+
+
+def step(
+    program: Program, vocab: int, dtype: torch.dtype, draft: torch.Tensor | None, k: int, counts: list[int],
+    first_row: int, separate: bool, given: int | None, collect: bool,
+) -> None:  # fmt: skip
+    """Launch one step of a batch that is a chunk, from ``first_row`` on, of a larger one, as the runners do."""
+    rows, batch = sum(counts), len(counts)
+    total = first_row + rows
+
+    def chunk(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(total, *shape, dtype=dtype)[first_row:]
+
+    logits = chunk(vocab, dtype=dtype)
+    cu = torch.cat([torch.zeros(1), torch.tensor(counts).cumsum(0)]).to(torch.int32)
+    given_verdict = None
+    if given is not None:
+        drafts = rows - batch
+        form = launch._verdicts(k, vocab, SLOTS, CPU)[given]
+        given_verdict = verdict.Verdict(
+            torch.ones(drafts, dtype=torch.int32),
+            torch.zeros(drafts + 3, dtype=torch.int64)[3:],  # part of a larger tensor
+            torch.ones(SLOTS, k, dtype=torch.int32),
+            torch.zeros(drafts, vocab),
+            torch.zeros(drafts, dtype=torch.int64),
+            None if form.temperature is None else torch.ones(batch),
+            None if form.probabilities is None else torch.zeros(drafts, vocab),
+            None if form.draft_probabilities is None else torch.zeros(drafts, vocab),
+            None if form.recovered is None else torch.zeros(drafts, dtype=torch.int32),
+            None if form.uniform is None else torch.zeros(drafts, dtype=torch.float64),
+        )
+    slots = launch.Slots(
+        **{
+            name: torch.zeros(SLOTS, dtype=torch.float32 if name == "threshold" else torch.int32)
+            for name in launch.Slots.__dataclass_fields__
+        }
+    )
+    launch.arbitrate(
+        logits, torch.zeros(rows, vocab) if separate else logits, draft, chunk(dtype=torch.int32), cu,
+        chunk(dtype=torch.int64), torch.zeros(batch + 1, dtype=torch.int64)[1:], chunk(dtype=torch.int64),
+        chunk(dtype=torch.int32), torch.zeros(SLOTS), torch.zeros(SLOTS, dtype=torch.int64), k, slots, program,
+        torch.zeros(k + 1, dtype=torch.int64), collect=collect, verdict=given_verdict,
+    )  # fmt: skip
+
+
+def missed(vocab: int, k: int, dtype: torch.dtype, has_draft: bool, v1: bool) -> tuple[int, list[str]]:
+    """Return how many programs the steps of a server reach, and those among them that ``warm_up`` left out."""
+    reached, left_out = set(), set()
+    for policy, arbiter in variants.policies(k):
+        if policy.needs_draft_logits and not has_draft:
+            continue
+        draft = torch.zeros(SLOTS, k, vocab, dtype=dtype) if has_draft else None
+        for collect in (False, True):
+            program = compile_policy(policy, CPU, arbiter, collect)
+            with recorded_launches(target, scan, verdict, launch.stock) as warm:
+                launch.warm_up(vocab, dtype, draft, k, program, CPU, collect=collect, given_verdict=v1)
+            with recorded_launches(target, scan, verdict, launch.stock) as served:
+                for counts in ([1], [k + 1], [2, 1, k + 1], [k + 1] * 16):
+                    for first_row in (0,) if v1 else (0, 1, 3, 8):
+                        for variant in range(3 if v1 else 2):
+                            if v1 and sum(counts) == len(counts):
+                                continue  # without a draft the runner asks stock
+                            step(program, vocab, dtype, draft, k, counts, first_row, not v1 and variant == 1,
+                                 variant if v1 else None, collect)  # fmt: skip
+            now = ours(served)
+            reached |= now
+            left_out |= now - ours(warm)
+    return len(reached), sorted(left_out)
+
+
+if __name__ == "__main__":
+    vocab, k, dtype, has_draft, v1 = json.loads(sys.argv[1])
+    print(json.dumps(missed(vocab, k, getattr(torch, dtype), has_draft, v1)))

@@ -1,0 +1,246 @@
+"""What vLLM's own ``create_engine_config`` makes of the flag, with the plugin and without it."""
+
+import copy
+import json
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from configurations import (
+    LEFT_OUT,
+    PARAMETERS,
+    build,
+    engine_args,
+    learned,
+    refused,
+    settings_of,
+    user_config,
+    without_counters,
+    write_recipe,
+)
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+from vllm_cospec import compat, plugin
+from vllm_cospec.config import Settings
+from vllm_cospec.errors import CompatibilityError, CoSpecError
+from vllm_cospec.kernels.policies import Fly, Random, Typical, policy_class, policy_names
+
+
+def test_vllm_gets_the_inner_method_our_worker_and_the_settings(pair):
+    config = build(pair.target, user_config(pair, draft_tensor_parallel_size=1, max_model_len=48))
+    speculative = config.speculative_config
+    assert speculative.method == "draft_model"
+    assert speculative.num_speculative_tokens == 3
+    assert speculative.draft_model_config.model == str(pair.draft)
+    assert speculative.draft_model_config.max_model_len == 48
+    assert speculative.draft_sample_method == "probabilistic"
+    assert config.parallel_config.worker_cls == "vllm_cospec.workers.cpu.CoSpecCPUWorker"
+    assert without_counters(speculative.cospec) == Settings(
+        policy=Typical(),
+        threshold=0.5,
+        max_overrides=None,
+        exact_tokens=0,
+        collect=False,
+        draft_logits=True,
+        num_speculative_tokens=3,
+        counters="",
+    )
+    assert Path(speculative.cospec.counters).is_dir()
+
+
+def test_ngram_drafts_without_a_model(pair):
+    config = build(pair.target, user_config(pair, draft_method="ngram", model=LEFT_OUT, prompt_lookup_max=4))
+    assert config.speculative_config.method == "ngram"
+    assert config.speculative_config.prompt_lookup_max == 4
+    assert not config.speculative_config.cospec.draft_logits
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_every_policy_gets_through_vllm(pair, name):
+    parameters = {"artefact": str(pair.artefact)} if name == "learned" else PARAMETERS[name]
+    settings = settings_of(pair, arbiter={"policy": name, **parameters})
+    expected = policy_class(name)(**parameters)
+    assert settings.policy == (Fly(window=2) if name == "fly" else expected)
+
+
+def test_an_explicit_way_of_drafting_stays(pair):
+    config = build(pair.target, user_config(pair, draft_sample_method="greedy"))
+    assert config.speculative_config.draft_sample_method == "greedy"
+
+
+def test_a_trained_arbiter_is_checked_against_the_real_tokenizer(pair):
+    settings = settings_of(pair, arbiter=str(pair.artefact), max_accuracy_loss=0.1)
+    assert settings.policy == learned(pair.artefact)
+    assert settings.threshold == 0.6
+
+
+def test_the_method_alone_is_enough_beside_a_recipe(pair, tmp_path):
+    shutil.copytree(pair.target, tmp_path / "target")
+    write_recipe(
+        tmp_path / "target", {"model": str(pair.draft), "num_speculative_tokens": 4, "arbiter": str(pair.artefact)}
+    )
+    settings = build(tmp_path / "target", {"method": "cospec"}).speculative_config.cospec
+    assert (settings.policy, settings.num_speculative_tokens) == (learned(pair.artefact), 4)
+
+
+def test_vllms_short_flags_mean_the_same(pair):
+    args = engine_args(
+        pair.target,
+        {"arbiter": {"policy": "random", "rate": 0.5}},
+        spec_method="cospec",
+        spec_model=str(pair.draft),
+        spec_tokens=4,
+    )
+    settings = args.create_engine_config().speculative_config.cospec
+    assert (settings.policy, settings.num_speculative_tokens) == (Random(rate=0.5), 4)
+    assert (args.spec_method, args.spec_model, args.spec_tokens) == ("cospec", str(pair.draft), 4)
+
+
+def test_the_users_arguments_are_not_changed_and_give_the_same_twice(pair):
+    raw = user_config(pair, arbiter={"policy": "typical", "posterior_alpha": 0.4})
+    before = copy.deepcopy(raw)
+    args = engine_args(pair.target, raw)
+    first = args.create_engine_config().speculative_config
+    assert raw == before
+    assert args.speculative_config == before
+    second = args.create_engine_config().speculative_config
+    assert raw == before
+    third = build(pair.target, raw).speculative_config
+    assert without_counters(first.cospec) == without_counters(second.cospec) == without_counters(third.cospec)
+    assert first.num_speculative_tokens == second.num_speculative_tokens == third.num_speculative_tokens
+    assert first.compute_hash() == second.compute_hash() == third.compute_hash()
+
+
+def test_a_refusal_changes_the_users_arguments_as_little(pair):
+    for changes in ({"exact_tokens": -1}, {"arbiter": {"policy": "fly", "window": 3}}, {"quantization": "made-up"}):
+        raw = user_config(pair, changes)
+        before = copy.deepcopy(raw)
+        args = engine_args(pair.target, raw)
+        with pytest.raises(CoSpecError):
+            args.create_engine_config()
+        assert raw == before
+        assert args.speculative_config == before
+
+
+def test_a_second_engine_is_not_refused_for_the_environment_the_first_one_left(pair):
+    for _ in range(2):
+        build(pair.target, user_config(pair), fail_on_environ_validation=True)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, copy.copy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_the_settings_travel_with_vllms_configuration(pair, way):
+    config = build(pair.target, user_config(pair, arbiter=str(pair.artefact), threshold=0.25, max_overrides=3))
+    expected = config.speculative_config.cospec
+    assert way(config.speculative_config).cospec == expected
+    assert way(config).speculative_config.cospec == expected
+
+
+def test_the_settings_leave_vllms_hash_alone(pair):
+    stock = build(pair.target, {"model": str(pair.draft), "num_speculative_tokens": 3}).speculative_config
+    assert build(pair.target, user_config(pair)).speculative_config.compute_hash() == stock.compute_hash()
+
+
+def test_lossy_verification_is_warned_of_once(pair):
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    plugin.logger.addHandler(handler)
+    try:
+        for _ in range(2):
+            settings_of(pair, arbiter={"policy": "typical", "posterior_threshold": 0.012345})
+    finally:
+        plugin.logger.removeHandler(handler)
+    lines = [record for record in records if "0.012345" in record.getMessage()]
+    assert [(line.levelname, "LOSSY" in line.getMessage()) for line in lines] == [("WARNING", True)]
+
+
+def test_an_untested_version_is_served_when_every_hook_is_there(pair, monkeypatch):
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.99.0")
+    assert settings_of(pair).policy == Typical()
+
+
+def test_a_vllm_that_lost_a_hook_is_refused_before_an_engine_starts(pair, monkeypatch):
+    monkeypatch.delattr(RejectionSampler, "apply_logits_processors")
+    error = refused(pair.target, user_config(pair), "RejectionSampler.apply_logits_processors")
+    assert isinstance(error, CompatibilityError)
+    build(pair.target, {"model": str(pair.draft), "num_speculative_tokens": 3})  # without cospec it still serves
+
+
+STOCK = """
+import dataclasses, re, sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm_cospec import compat, plugin
+
+stock = EngineArgs.create_speculative_config
+plugin.register()
+ours = EngineArgs.create_speculative_config
+assert ours is not stock
+target, draft = sys.argv[1:]
+
+def outcome(create, config, **flags):
+    EngineArgs.create_speculative_config = create
+    args = EngineArgs(model=target, max_model_len=64, enforce_eager=True, speculative_config=config, **flags)
+    try:
+        built = args.create_engine_config()
+        made = built.speculative_config
+        assert not hasattr(made, "cospec")
+        fields = [] if made is None else [(f.name, repr(getattr(made, f.name))) for f in dataclasses.fields(made)]
+        result = (type(made), fields, built.parallel_config.worker_cls, sorted(args.speculative_config or ()))
+    except Exception as error:
+        result = (type(error), str(error))
+    return re.sub("0x[0-9a-f]+", "", repr(result))
+
+cases = [
+    lambda: (None, {}),
+    lambda: ({"model": draft, "num_speculative_tokens": 3}, {}),
+    lambda: ({"model": draft, "num-speculative-tokens": 3, "method": "draft_model"}, {}),
+    lambda: ({"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}, {}),
+    lambda: (None, {"spec_method": "ngram", "spec_tokens": 2}),
+    lambda: ({"method": "ngram"}, {"spec_method": "ngram"}),
+    lambda: ({"model": draft, "num_speculative_tokens": 3, "max_overrides": 1}, {}),
+    lambda: ({"method": "cospecc", "model": draft, "num_speculative_tokens": 3}, {}),
+    lambda: ({"method": ["cospec"], "model": draft, "num_speculative_tokens": 3}, {}),
+    lambda: ({"model": draft, "num_speculative_tokens": 0}, {}),
+]
+for case in cases:
+    (config, flags), (again, _) = case(), case()
+    expected, got = outcome(stock, config, **flags), outcome(ours, again, **flags)
+    assert got == expected, (got, expected)
+for patch in compat.PATCHES:
+    assert patch.when == "always" or compat.MARK not in vars(compat.find(patch.symbol)), patch.symbol
+print("SAME", len(cases))
+"""
+
+
+def test_without_cospec_everything_is_as_without_the_plugin(pair):
+    result = subprocess.run(
+        [sys.executable, "-c", STOCK, pair.target, pair.draft],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "VLLM_PLUGINS": ""},  # the script registers by itself, after a look at the original
+        check=False,
+    )
+    assert "SAME 10" in result.stdout, result.stderr[-3000:]
+
+
+def test_vllms_own_command_ends_with_the_sentence_alone(pair):
+    """No traceback of vLLM's above it, and no engine process."""
+    module = "vllm.entrypoints.openai.api_server"
+    config = json.dumps(user_config(pair, exact_tokens=-1))
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--model", pair.target, "--max-model-len", "64", "--speculative-config", config],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("cospec: speculative_config.exact_tokens: ")

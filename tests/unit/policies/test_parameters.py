@@ -1,0 +1,161 @@
+"""What holds for all policies, and which parameters they refuse."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from policy_cases import INF, TYPE_ADAPTER, mismatch_rows, mismatches, one, quick
+from pydantic import ValidationError
+
+from vllm_cospec.kernels import policies
+from vllm_cospec.kernels.policies import (
+    Cascade,
+    Fly,
+    Kl,
+    Learned,
+    Mars,
+    Policy,
+    Random,
+    RelaxedTopK,
+    Strict,
+    Threshold,
+    Typical,
+)
+
+# learned
+
+
+def test_learned_is_left_to_the_runner():
+    with pytest.raises(TypeError, match="learned"):
+        Learned(artefact="somewhere").keep(one([0.0, 0.0], 1))
+
+
+# What holds for all of them
+
+
+def every_rule() -> list[Policy]:
+    return [
+        Strict(),
+        Typical(),
+        RelaxedTopK(),
+        Threshold(single=0.5, acc=0.5),
+        Cascade(alpha=0.5),
+        Mars(),
+        Fly(window=1),
+        Kl(max_kl=0.5),
+        Random(rate=0.5),
+    ]
+
+
+@settings(quick, max_examples=15)  # nine rules on every row
+@given(mismatch_rows())
+def test_rules_decide_each_row_by_itself_and_change_nothing(rows):
+    together = mismatches(rows)
+    before = together.statistics.clone()
+    for rule in every_rule():
+        kept = rule.keep(together)
+        assert kept.tolist() == [rule.keep(mismatches([row])).item() for row in rows]
+    assert torch.equal(together.statistics, before)
+
+
+def test_every_registered_policy_is_covered_and_named_as_users_write_it():
+    names = [rule.policy for rule in every_rule()] + ["learned"]
+    assert names == list(policies.policy_names())
+    for rule in every_rule():
+        assert policies.policy_class(rule.policy) is type(rule)
+        assert TYPE_ADAPTER.validate_python(rule.model_dump()) == rule
+        assert rule.describe().startswith(rule.policy)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"policy": "typical", "posterior_threshold": -0.1},
+        {"policy": "typical", "posterior_threshold": 1.1},
+        {"policy": "typical", "posterior_alpha": -1},
+        {"policy": "typical", "posterior_alpha": INF},
+        {"policy": "relaxed_topk", "top_n": 0},
+        {"policy": "relaxed_topk", "top_n": 2.5},
+        {"policy": "relaxed_topk", "delta": -0.1},
+        {"policy": "relaxed_topk", "delta": 1.5},
+        {"policy": "threshold", "single": 0},
+        {"policy": "threshold", "single": 1.01},
+        {"policy": "threshold", "acc": 0},
+        {"policy": "threshold", "acc": 2},
+        {"policy": "cascade", "alpha": -0.5},
+        {"policy": "cascade", "alpha": 1.5},
+        {"policy": "cascade", "alpha": math.nan},
+        {"policy": "mars", "ratio": -0.1},
+        {"policy": "mars", "ratio": 1.1},
+        {"policy": "fly", "entropy_top_k": 0},
+        {"policy": "fly", "entropy_top_k": 65},
+        {"policy": "fly", "entropy_threshold": -1},
+        {"policy": "fly", "window": 0},
+        {"policy": "fly", "window": 128},
+        {"policy": "kl", "max_kl": -1},
+        {"policy": "kl", "max_kl": math.nan},
+        {"policy": "random", "rate": -0.01},
+        {"policy": "random", "rate": 1.01},
+        {"policy": "random", "rate": 0.5, "seed": -1},
+        {"policy": "random", "rate": 0.5, "seed": 2**31},
+    ],
+    ids=str,
+)
+def test_parameters_out_of_range_are_refused(parameters):
+    with pytest.raises(ValidationError):
+        TYPE_ADAPTER.validate_python(parameters)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "missing"),
+    [
+        ({"policy": "cascade"}, "alpha"),
+        ({"policy": "kl"}, "max_kl"),
+        ({"policy": "random"}, "rate"),
+        ({"policy": "learned"}, "artefact"),
+    ],
+)
+def test_parameters_without_a_safe_default_must_be_given(parameters, missing):
+    with pytest.raises(ValidationError, match=missing):
+        TYPE_ADAPTER.validate_python(parameters)
+
+
+@pytest.mark.parametrize("rule", [*every_rule(), Learned(artefact="somewhere")], ids=lambda rule: rule.policy)
+def test_unknown_keys_are_refused(rule):
+    with pytest.raises(ValidationError, match="treshold"):
+        TYPE_ADAPTER.validate_python({**rule.model_dump(), "treshold": 0.5})
+
+
+@pytest.mark.parametrize("value", [{"policy": "tipical"}, {"policy": None}, {"policy": ["strict"]}, {}, "strict", 3])
+def test_what_names_no_policy_is_refused(value):
+    with pytest.raises(ValidationError):
+        TYPE_ADAPTER.validate_python(value)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"policy": "typical", "posterior_threshold": "0.09"},
+        {"policy": "typical", "posterior_threshold": None},
+        {"policy": "relaxed_topk", "top_n": "3"},
+        {"policy": "relaxed_topk", "top_n": True},
+        {"policy": "cascade", "alpha": [0.5]},
+        {"policy": "fly", "window": True},
+        {"policy": "random", "rate": True},
+        {"policy": "random", "rate": "1"},
+        {"policy": "learned", "artefact": 3},
+    ],
+    ids=str,
+)
+def test_parameters_of_the_wrong_type_are_refused(parameters):
+    # JSON knows numbers from strings and booleans; {"rate": true} is a mistake, not a request to keep everything.
+    with pytest.raises(ValidationError):
+        TYPE_ADAPTER.validate_python(parameters)
+
+
+@pytest.mark.parametrize("rule", every_rule()[1:], ids=lambda rule: rule.policy)
+def test_parameters_cannot_be_changed(rule):
+    name = next(name for name in type(rule).model_fields if name != "policy")
+    with pytest.raises(ValidationError):
+        setattr(rule, name, 1)

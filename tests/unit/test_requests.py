@@ -1,0 +1,310 @@
+"""What a request may set through ``vllm_xargs``, and that nothing it sends can reach the engine unchecked."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+from vllm_cospec import plugin
+from vllm_cospec.config import Settings
+from vllm_cospec.errors import ConfigError
+from vllm_cospec.kernels.policies import Learned, Strict, Typical
+from vllm_cospec.requests import Branch, RequestSettings, action_coin, request_settings
+
+NAN, INF = float("nan"), float("inf")
+MAX_INT64 = 2**63 - 1
+
+
+def server(policy, **changes):
+    values = {
+        "policy": policy,
+        "threshold": 0.6,
+        "max_overrides": 7,
+        "exact_tokens": 2,
+        "collect": False,
+        "draft_logits": True,
+        "num_speculative_tokens": 5,
+        "counters": "",
+    }
+    return Settings(**values | changes)
+
+
+LEARNED = server(Learned(artefact="arbiter"))
+TYPICAL = server(Typical())
+STRICT = server(Strict())
+
+
+def asked(settings=LEARNED, structured=False, **extra_args):
+    structured_outputs = StructuredOutputsParams(json={"type": "object"}) if structured else None
+    return request_settings(SamplingParams(extra_args=extra_args, structured_outputs=structured_outputs), settings)
+
+
+def assert_one_sentence(message):
+    assert message.isprintable(), f"not one line: {message!r}"
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize("params", [None, SamplingParams(), SamplingParams(extra_args={})])
+def test_a_request_that_asks_for_nothing_gets_the_servers_settings(params):
+    assert request_settings(params, LEARNED) == RequestSettings(
+        arbitrated=True, threshold=0.6, max_overrides=7, exact_tokens=2
+    )
+
+
+BRANCH = {"written": 4, "overrides": 1, "decided_at": 6, "keep": True}
+
+
+def test_a_branch_is_taken_where_decisions_are_collected_and_refused_elsewhere():
+    collecting = server(Learned(artefact="arbiter"), collect=True)
+    assert asked(collecting, cospec_branch=BRANCH).branch == Branch(**BRANCH)
+    with pytest.raises(ConfigError, match="cospec_branch: is for training"):
+        asked(cospec_branch=BRANCH)
+    for bad in ({"written": -1}, {"keep": 1}, {"decided_at": 2**31}, {"more": 1}):
+        with pytest.raises(ConfigError, match=r"vllm_xargs\.cospec_branch\."):
+            asked(collecting, cospec_branch={**BRANCH, **bad})
+
+
+def test_the_coin_of_an_action_depends_on_seed_and_place_alone_and_is_uniform():
+    coins = np.array([[action_coin(seed, place) for place in range(100)] for seed in range(100)])
+    assert action_coin(7, 3) == coins[7, 3]
+    assert len(np.unique(coins)) == coins.size
+    assert ((coins >= 0) & (coins < 1)).all()
+    for axis in (0, 1):
+        assert abs(np.corrcoef(coins.mean(axis), np.arange(100))[0, 1]) < 0.35
+    counts, _ = np.histogram(coins, 10, (0, 1))
+    assert ((counts - 1000) ** 2 / 1000).sum() < 35  # chi-square, 9 degrees of freedom: p = 6e-5
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "field", "value"),
+    [
+        ({"cospec_policy": "strict"}, "arbitrated", False),
+        ({"cospec_policy": "learned"}, "arbitrated", True),
+        ({"cospec_threshold": 0.25}, "threshold", 0.25),
+        ({"cospec_threshold": 0.0}, "threshold", 0.0),
+        ({"cospec_threshold": 1.0}, "threshold", 1.0),
+        ({"cospec_threshold": 0}, "threshold", 0.0),
+        ({"cospec_threshold": 1}, "threshold", 1.0),
+        ({"cospec_max_overrides": 3}, "max_overrides", 3),
+        ({"cospec_max_overrides": 0}, "max_overrides", 0),
+        ({"cospec_max_overrides": 1}, "max_overrides", 1),
+        ({"cospec_exact_tokens": 40}, "exact_tokens", 40),
+        ({"cospec_exact_tokens": 0}, "exact_tokens", 0),
+        ({"cospec_exact_tokens": 1}, "exact_tokens", 1),
+    ],
+)
+def test_each_key_overrides_the_server_and_leaves_the_rest(extra_args, field, value):
+    result = asked(**extra_args)
+    expected = {"arbitrated": True, "threshold": 0.6, "max_overrides": 7, "exact_tokens": 2} | {field: value}
+    assert result == RequestSettings(**expected)
+
+
+def test_all_keys_together():
+    result = asked(cospec_policy="learned", cospec_threshold=0.1, cospec_max_overrides=1, cospec_exact_tokens=9)
+    assert result == RequestSettings(arbitrated=True, threshold=0.1, max_overrides=1, exact_tokens=9)
+
+
+def test_a_null_leaves_the_servers_setting():
+    nulls = dict.fromkeys(("cospec_policy", "cospec_threshold", "cospec_max_overrides", "cospec_exact_tokens"))
+    assert asked(**nulls) == asked()
+
+
+def test_a_request_may_limit_overrides_where_the_server_does_not():
+    unlimited = server(Typical(), max_overrides=None)
+    assert asked(unlimited).max_overrides is None
+    assert asked(unlimited, cospec_max_overrides=0).max_overrides == 0
+
+
+BAD_NUMBERS = {
+    "text": "0",
+    "empty text": "",
+    "word": "none",
+    "true": True,
+    "false": False,
+    "list": [1],
+    "empty list": [],
+    "object": {"value": 1},
+    "nan": NAN,
+    "inf": INF,
+    "minus inf": -INF,
+    "negative": -1,
+}
+
+
+@pytest.mark.parametrize("value", BAD_NUMBERS.values(), ids=BAD_NUMBERS)
+@pytest.mark.parametrize("key", ["cospec_threshold", "cospec_max_overrides", "cospec_exact_tokens"])
+def test_a_bad_number_is_refused_in_one_sentence_that_names_the_key(key, value):
+    with pytest.raises(ConfigError) as caught:
+        asked(**{key: value})
+    assert f"vllm_xargs.{key}" in str(caught.value)
+    assert_one_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("cospec_threshold", 1.0000001),
+        ("cospec_threshold", -1e-9),
+        ("cospec_threshold", 2),
+        ("cospec_threshold", 10**18),
+        ("cospec_max_overrides", 1.5),
+        ("cospec_max_overrides", 1.0),
+        ("cospec_exact_tokens", 0.5),
+        ("cospec_exact_tokens", 2.0),
+    ],
+)
+def test_a_number_out_of_range_or_not_whole_is_refused(key, value):
+    with pytest.raises(ConfigError, match=f"vllm_xargs.{key}: .*{value}"):
+        asked(**{key: value})
+
+
+@pytest.mark.parametrize("key", ["cospec_max_overrides", "cospec_exact_tokens"])
+@pytest.mark.parametrize("value", [MAX_INT64 + 1, 2**64 - 1])  # the largest vLLM lets through in extra_args
+def test_an_integer_the_engine_cannot_hold_is_refused(key, value):
+    with pytest.raises(ConfigError, match=f"vllm_xargs.{key}"):
+        asked(**{key: value})
+
+
+@pytest.mark.parametrize("key", ["max_overrides", "exact_tokens"])
+def test_the_largest_integer_that_is_taken_fits_the_engines_arrays(key):
+    accepted = []
+    for bits in (31, 32, 48, 62, 63, 64):
+        try:
+            accepted.append(getattr(asked(**{f"cospec_{key}": 2**bits - 1}), key))
+        except ConfigError:
+            break
+    assert accepted, "not even 2**31 - 1 is accepted"
+    assert np.array(accepted, np.int64).tolist() == accepted
+
+
+BAD_POLICIES = {
+    "unknown": "typicl",
+    "another rule": "typical",
+    "wrong case": "Strict",
+    "empty": "",
+    "blank": " strict",
+    "number": 1,
+    "zero for false": 0,
+    "true": True,
+    "list": ["strict"],
+    "object": {"policy": "strict"},
+    "line break": "strict\n",
+    "null byte": "strict\0",
+    "5000 characters": "x" * 5000,
+}
+
+
+@pytest.mark.parametrize("value", BAD_POLICIES.values(), ids=BAD_POLICIES)
+def test_a_policy_that_is_not_served_is_refused_in_one_sentence(value):
+    with pytest.raises(ConfigError) as caught:
+        asked(cospec_policy=value)
+    assert "vllm_xargs.cospec_policy" in str(caught.value)
+    assert_one_sentence(str(caught.value))
+
+
+def test_the_refusal_of_a_policy_says_what_is_served():
+    with pytest.raises(ConfigError, match=r"'fly'.*'strict' or 'learned'"):
+        asked(cospec_policy="fly")
+    with pytest.raises(ConfigError, match=r"'typical'.*pass 'strict'$"):
+        asked(STRICT, cospec_policy="typical")
+
+
+UNKNOWN_KEYS = {
+    "near miss": "cospec_treshold",
+    "server's key": "cospec_collect",
+    "prefix alone": "cospec_",
+    "line break": "cospec_\nthreshold",
+    "5000 characters": "cospec_" + "x" * 5000,
+}
+
+
+@pytest.mark.parametrize("key", UNKNOWN_KEYS.values(), ids=UNKNOWN_KEYS)
+def test_an_unknown_key_of_ours_is_refused_and_the_known_ones_are_listed(key):
+    with pytest.raises(ConfigError, match="unknown key") as caught:
+        asked(**{key: 1})
+    for known in ("cospec_policy", "cospec_threshold", "cospec_max_overrides", "cospec_exact_tokens"):
+        assert known in str(caught.value)
+    assert_one_sentence(str(caught.value))
+
+
+def test_the_unknown_key_is_named():
+    with pytest.raises(ConfigError, match=r"vllm_xargs\.cospec_treshold"):
+        asked(cospec_treshold=0.5)
+
+
+@pytest.mark.parametrize(
+    "key", ["threshold", "policy", "cospec", "cospecpolicy", "Cospec_policy", "other_cospec_policy"]
+)
+def test_keys_of_other_extensions_are_ignored(key):
+    assert asked(**{key: object()}) == asked()
+
+
+@pytest.mark.parametrize("settings", [LEARNED, TYPICAL], ids=["learned", "typical"])
+def test_structured_output_is_strict_unless_the_request_asks_otherwise(settings):
+    assert not asked(settings, structured=True).arbitrated
+    assert asked(settings, structured=True, cospec_policy=settings.policy.policy).arbitrated
+    assert not asked(settings, structured=True, cospec_policy="strict").arbitrated
+    assert not asked(settings, structured=True, cospec_max_overrides=5).arbitrated
+
+
+def test_a_threshold_alone_does_not_arbitrate_structured_output():
+    result = asked(structured=True, cospec_threshold=0.1)
+    assert (result.arbitrated, result.threshold) == (False, 0.1)
+
+
+def test_a_strict_server_arbitrates_nothing():
+    assert not asked(STRICT).arbitrated
+    assert not asked(STRICT, cospec_policy="strict").arbitrated
+    assert not asked(STRICT, structured=True).arbitrated
+    assert not asked(STRICT, cospec_max_overrides=100, cospec_exact_tokens=0).arbitrated
+
+
+@pytest.mark.parametrize("policy", ["learned", "typical"])
+def test_a_strict_server_cannot_be_talked_into_arbitration(policy):
+    with pytest.raises(ConfigError, match=r"vllm_xargs\.cospec_policy"):
+        asked(STRICT, cospec_policy=policy)
+
+
+@pytest.mark.parametrize("settings", [TYPICAL, STRICT], ids=["typical", "strict"])
+def test_a_threshold_is_refused_where_no_trained_arbiter_serves(settings):
+    with pytest.raises(ConfigError, match=rf"vllm_xargs\.cospec_threshold: 0\.5 .*{settings.policy.policy}"):
+        asked(settings, cospec_threshold=0.5)
+
+
+def test_a_strict_request_may_carry_a_threshold():
+    assert not asked(cospec_policy="strict", cospec_threshold=0.5).arbitrated
+
+
+def test_a_requests_extra_args_are_not_changed():
+    extra_args = {"cospec_policy": "strict", "cospec_exact_tokens": 4, "other": [1]}
+    params = SamplingParams(extra_args=dict(extra_args))
+    request_settings(params, LEARNED)
+    assert params.extra_args == extra_args
+
+
+def validate(params, cospec=LEARNED):
+    """Run the check the way vLLM's input processor does."""
+    seen = []
+    check = plugin._make_validate_params(lambda self, params, supported_tasks: seen.append(params))
+    config = SimpleNamespace() if cospec is None else SimpleNamespace(cospec=cospec)
+    check(SimpleNamespace(speculative_config=config), params, ())
+    return seen
+
+
+def test_the_server_answers_a_bad_value_with_the_error_it_turns_into_a_400():
+    with pytest.raises(VLLMValidationError, match=r"vllm_xargs\.cospec_threshold") as caught:
+        validate(SamplingParams(extra_args={"cospec_threshold": "high"}))
+    assert caught.value.parameter == "vllm_xargs"
+
+
+def test_the_server_lets_good_requests_and_other_kinds_pass_and_vllm_checks_first():
+    for params in (SamplingParams(extra_args={"cospec_policy": "strict"}), SamplingParams(), PoolingParams()):
+        assert validate(params) == [params]
+
+
+def test_without_cospec_the_keys_mean_nothing():
+    params = SamplingParams(extra_args={"cospec_threshold": "high"})
+    assert validate(params, cospec=None) == [params]

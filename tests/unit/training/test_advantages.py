@@ -1,0 +1,84 @@
+"""Advantages against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_cospec.errors import ConfigError
+from vllm_cospec.training.learning.advantages import (
+    branch_advantages,
+    episode_returns,
+    group_advantages,
+    load_advantage,
+)
+from vllm_cospec.training.rollout.episodes import Episodes
+
+
+def episodes(**changes: object) -> Episodes:
+    """Four episodes of two problems, a decision in each, two in the first."""
+    arrays: dict[str, object] = {
+        "problem": np.array([0, 0, 1, 1]),
+        "reward": np.array([1.0, 0.0, 1.0, 1.0]),
+        "tokens": np.array([10, 10, 20, 10]),
+        "steps": np.array([5, 10, 5, 5]),
+        "capped": np.zeros(4, bool),
+        "texts": ["a", "b", "c", "d"],
+        "episode": np.array([0, 0, 1, 2, 3]),
+        "statistics": np.arange(80, dtype=np.float32).reshape(5, 16),
+        "kept": np.array([True, False, True, False, True]),
+        "probability": np.array([0.25, 0.25, 0.5, 0.75, 0.9]),
+        "output_position": np.array([3, 6, 2, 4, 5]),
+        "branch_decision": np.array([1, 3]),
+        "branch_keep": np.array([1.0, 0.0]),
+        "branch_drop": np.array([0.0, 1.0]),
+    }
+    return Episodes(**{**arrays, **changes})  # type: ignore[arg-type]
+
+
+def test_a_return_is_the_reward_plus_the_weighted_share_of_steps_saved() -> None:
+    assert episode_returns(episodes(), 0.1) == pytest.approx([1.05, 0.0, 1.075, 1.05])
+
+
+def test_group_advantages_compare_with_the_other_responses_to_the_prompt() -> None:
+    samples = group_advantages(episodes(), 0.1)
+    # problem 0: 1.05 against 0.0; problem 1: 1.075 against 1.05
+    assert samples.advantage == pytest.approx([1.05, 1.05, -1.05, 0.025, -0.025])
+    assert samples.probability == pytest.approx([0.25, 0.75, 0.5, 0.25, 0.9])  # of the action that was taken
+    assert (samples.keep == [True, False, True, False, True]).all()
+    assert (samples.weight == 1).all()
+
+
+def test_group_of_three_leaves_its_own_out() -> None:
+    three = episodes(problem=np.array([7, 7, 7, 8]), reward=np.array([1.0, 0.0, 0.5, 1.0]))
+    samples = group_advantages(three, 0.0)
+    assert samples.advantage == pytest.approx([0.75, 0.75, -0.75, 0.0, 0.0])  # the last is alone: nothing to learn
+
+
+def test_branch_advantages_are_the_returns_less_their_mean_under_the_policy() -> None:
+    samples = branch_advantages(episodes(), 0.1)
+    # decision 1: keep 0.25, returns 1 and 0: mean 0.25; decision 3: keep 0.75, returns 0 and 1: mean 0.25
+    assert samples.advantage == pytest.approx([0.75, -0.25, -0.25, 0.75])
+    assert samples.weight == pytest.approx([0.25, 0.75, 0.75, 0.25])
+    assert samples.probability == pytest.approx(samples.weight)
+    assert (samples.keep == [True, True, False, False]).all()
+    assert (samples.statistics == episodes().statistics[[1, 3, 1, 3]]).all()
+    assert (samples.weight * samples.advantage).sum() == pytest.approx(0)
+
+
+def test_merging_moves_indices_along() -> None:
+    both = Episodes.merge([episodes(), episodes()])
+    assert list(both.episode) == [0, 0, 1, 2, 3, 4, 4, 5, 6, 7]
+    assert list(both.branch_decision) == [1, 3, 6, 8]
+    assert both.texts == ["a", "b", "c", "d"] * 2
+    assert len(Episodes.merge([]).reward) == 0
+
+
+def test_no_episode_gives_no_sample() -> None:
+    for name in ("group", "branch"):
+        assert len(load_advantage(name)(Episodes.merge([]), 0.1).keep) == 0
+
+
+def test_an_unknown_advantage_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"learner.advantage: unknown 'gae'; known are branch, group"):
+        load_advantage("gae")

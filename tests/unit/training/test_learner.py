@@ -1,0 +1,149 @@
+"""The learner: its loss against hand-worked numbers, and a problem whose best policy is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_cospec.kernels.statistics import INDEX
+from vllm_cospec.training.config import LearnerConfig
+from vllm_cospec.training.learning.advantages import Samples, branch_advantages, group_advantages
+from vllm_cospec.training.learning.learner import (
+    Learner,
+    TrainingError,
+    bernoulli_entropy,
+    bernoulli_kl,
+    initial_arbiter,
+    policy_loss,
+)
+from vllm_cospec.training.rollout.episodes import Episodes
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_loss_of_unchanged_probabilities_is_minus_the_mean_advantage() -> None:
+    logit = tensor(0.0, math.log(3))  # keep 0.5 and 0.75
+    loss = policy_loss(logit, torch.tensor([True, False]), tensor(0.5, 0.25), tensor(2.0, -1.0), tensor(1, 1), 0.2)
+    assert loss.item() == pytest.approx(-0.5)
+
+
+def test_ratios_are_clipped_only_where_that_lowers_the_gain() -> None:
+    logit = tensor(math.log(3)).expand(4)  # keep 0.75
+    keep = torch.tensor([True, True, False, False])
+    old = tensor(0.5, 0.5, 0.5, 0.5)  # ratios 1.5, 1.5, 0.5, 0.5
+    loss = policy_loss(logit, keep, old, tensor(1, -1, 1, -1), tensor(1, 1, 1, 1), 0.2)
+    # 1.2 (clipped), -1.5, 0.5, -0.8 (clipped)
+    assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8) / 4)
+
+
+def test_weights_decide_how_much_a_sample_counts() -> None:
+    logit = tensor(0.0, 0.0)
+    loss = policy_loss(logit, torch.tensor([True, True]), tensor(0.5, 0.5), tensor(1, 0), tensor(3, 1), 0.2)
+    assert loss.item() == pytest.approx(-0.75)
+
+
+def test_entropy_and_divergence_of_coins() -> None:
+    p, q = 0.75, 0.5
+    entropy = -(p * math.log(p) + (1 - p) * math.log(1 - p))
+    divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert bernoulli_entropy(tensor(math.log(3))).item() == pytest.approx(entropy)
+    assert bernoulli_kl(tensor(math.log(3)), tensor(0.0)).item() == pytest.approx(divergence)
+    assert bernoulli_kl(tensor(100.0), tensor(-100.0)).isfinite().all()
+
+
+def test_the_initial_policy_keeps_with_the_configured_probability_everywhere() -> None:
+    arbiter = initial_arbiter(LearnerConfig(initial_keep=0.3), seed=4)
+    assert arbiter(torch.randn(50, 16) * 10).tolist() == pytest.approx([0.3] * 50, rel=1e-5)
+
+
+def world(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mismatches whose draft token is right where the draft is surer than the target, and what keeping is worth."""
+    x = generator.normal(size=(count, 16)).astype(np.float32)
+    better = x[:, INDEX["draft_logprob_draft"]] > x[:, INDEX["target_logprob_top"]]
+    return x, np.where(better, 1.0, 0.0)
+
+
+def play(learner: Learner, generator: np.random.Generator, count: int) -> Episodes:
+    """Episodes of one decision, two per problem, and a branch at each."""
+    x, right = world(generator, count)
+    x, right = np.repeat(x, 2, axis=0), np.repeat(right, 2)
+    with torch.no_grad():
+        probability = learner.arbiter(torch.from_numpy(x)).double().numpy()
+    kept = generator.random(2 * count) < probability
+    every = np.arange(2 * count)
+    steps = np.full(2 * count, 5)
+    return Episodes(
+        every // 2, np.where(kept, right, 1 - right), 2 * steps, steps, np.zeros(2 * count, bool), [""] * (2 * count),
+        every, x, kept, probability, every, every, right, 1 - right,
+    )  # fmt: skip
+
+
+def accuracy(learner: Learner) -> float:
+    x, right = world(np.random.default_rng(99), 4000)
+    with torch.no_grad():
+        return float(((learner.arbiter(torch.from_numpy(x)).numpy() > 0.5) == (right > 0.5)).mean())
+
+
+@pytest.mark.parametrize("advantages", [branch_advantages, group_advantages])
+def test_the_learner_reaches_the_known_best_policy(advantages) -> None:
+    learner = Learner(LearnerConfig(initial_keep=0.4, entropy_bonus=1e-3), seed=1, updates=40)
+    generator = np.random.default_rng(1)
+    learner.normalise(play(learner, generator, 500).statistics)
+    before = accuracy(learner)
+    for _ in range(40):
+        learner.update(advantages(play(learner, generator, 500), 0.0))
+    assert before < 0.6
+    assert accuracy(learner) > 0.95
+
+
+def test_the_warm_start_learns_from_labels_alone_and_ignores_ties() -> None:
+    learner = Learner(LearnerConfig(warm_start_epochs=20, minibatch_size=64), seed=1, updates=1)
+    generator = np.random.default_rng(2)
+    x, right = world(generator, 2000)
+    difference = np.where(right > 0.5, 1.0, -1.0) * (generator.random(2000) < 0.4)
+    learner.normalise(x)
+    metrics = learner.warm_start(x, difference)
+    assert metrics["warm_start_labels"] == (difference != 0).sum()
+    assert accuracy(learner) > 0.95
+    with pytest.raises(TrainingError, match="no branch changed its answer"):
+        learner.warm_start(x, np.zeros(2000))
+
+
+def samples(advantage: float) -> Samples:
+    x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    return Samples(x, np.ones(64, bool), np.full(64, 0.1), np.full(64, advantage), np.ones(64))
+
+
+def test_a_loss_that_is_not_finite_is_named_and_changes_nothing() -> None:
+    learner = Learner(LearnerConfig(), seed=1, updates=5)
+    before = learner.weights()
+    with pytest.raises(TrainingError, match="not finite"):
+        learner.update(samples(math.nan))
+    assert all(torch.equal(before[name], tensor) for name, tensor in learner.weights().items())
+
+
+def test_a_restored_learner_goes_on_bit_for_bit() -> None:
+    straight = Learner(LearnerConfig(minibatch_size=16, kl_penalty=0.01), seed=1, updates=6)
+    straight.normalise(samples(1.0).statistics)
+    for _ in range(3):
+        straight.update(samples(1.0))
+    resumed = Learner(LearnerConfig(minibatch_size=16, kl_penalty=0.01), seed=1, updates=6)
+    resumed.load_state(straight.state())
+    for learner in (straight, resumed):
+        for _ in range(3):
+            learner.update(samples(-0.5))
+    assert all(torch.equal(tensor, resumed.state()[name]) for name, tensor in straight.state().items())
+
+
+def test_a_constant_statistic_keeps_its_scale() -> None:
+    learner = Learner(LearnerConfig(), seed=1, updates=1)
+    x = np.zeros((10, 16), np.float32)
+    x[:, 0] = np.arange(10)
+    learner.normalise(x)
+    assert (learner.arbiter.scale > 0).all()
+    assert learner.arbiter.scale[1] == 1

@@ -1,0 +1,69 @@
+"""What a person sees of a run."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vllm_cospec.training.measure.report import TENSORBOARD, Report, plot_learning, plot_thresholds, read_log
+
+METRICS = {
+    "accuracy": 0.625, "acceptance_length": 5.25, "override_rate": 0.31, "loss": -0.0123, "rollouts_per_s": 87.4,
+    "entropy": 0.4, "keep_was_better": math.nan,
+}  # fmt: skip
+
+
+def run(output: Path, first: int, last: int, updates: int = 5) -> str:
+    """Report updates first to last - 1; returns what was shown."""
+    shown = io.StringIO()
+    with Report(output, updates, first, Console(file=shown, width=200)) as report:
+        report.progress(64)
+        for iteration in range(first, last):
+            report.update(iteration, METRICS | {"accuracy": iteration / 10})
+    return shown.getvalue()
+
+
+def test_each_update_is_shown_with_its_figures(tmp_path: Path) -> None:
+    shown = run(tmp_path, 0, 2)
+    assert (
+        "update 2/5  accuracy 0.100  acceptance length 5.25  override rate 0.31  loss -0.0123  87 rollouts/s" in shown
+    )
+    assert "2/5" in shown.splitlines()[-1]  # the bar
+
+
+def test_the_log_and_tensorboard_hold_every_update_once_after_a_resumption(tmp_path: Path) -> None:
+    run(tmp_path, 0, 4)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 5, "accur')  # killed in the middle of a line
+    run(tmp_path, 2, 5)  # the checkpoint was that of update 2
+    lines = read_log(tmp_path)
+    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["accuracy"] for line in lines] == [0.0, 0.1, 0.2, 0.3, 0.4]
+    assert lines[0]["keep_was_better"] is None  # JSON knows no NaN
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    events = EventAccumulator(str(tmp_path / TENSORBOARD)).Reload()
+    assert [event.step for event in events.Scalars("accuracy")] == [1, 2, 3, 4, 5]
+    assert events.Scalars("acceptance_length")[0].value == pytest.approx(5.25)
+
+
+def test_plots_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, 0, 5)
+    assert plot_learning(tmp_path).stat().st_size > 5000
+    drawn: list[str] = []
+    from matplotlib.axes import Axes
+
+    errorbar, axhline = Axes.errorbar, Axes.axhline
+    monkeypatch.setattr(Axes, "errorbar", lambda *a, **k: (drawn.append(k["label"]), errorbar(*a, **k))[1])
+    monkeypatch.setattr(Axes, "axhline", lambda *a, **k: (drawn.append(k["label"]), axhline(*a, **k))[1])
+    point = {"threshold": 0.5, "accuracy": 0.8, "low": 0.7, "high": 0.9, "acceptance_length": 5.5}
+    path = plot_thresholds(
+        tmp_path, [point, point | {"threshold": 0.6}], point | {"accuracy": 0.4, "low": 0.3, "high": 0.5}
+    )
+    assert path.stat().st_size > 5000
+    assert drawn == ["arbiter, by threshold (95 %)", "strict (95 %)", "target only"]

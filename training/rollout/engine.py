@@ -1,0 +1,184 @@
+"""A vLLM engine in this process, as rollouts and evaluation use it: requests in, responses with their decisions out.
+
+Everything a response depends on stands in its request: actions are drawn from the request's seed, the prefix cache is
+emptied before each run, and one run is scheduled like any other with the same requests. So the same run gives the same
+responses on whichever actor it happens.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_schema, save_artefact, tokenizer_hash
+from vllm_cospec.config import DRAFT_METHODS
+from vllm_cospec.training.config import PairConfig
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # decisions are taken from the worker in this process
+os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"  # they carry the ids that requests were given
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that is wanted."""
+
+    prompt: list[int]  # token ids
+    max_tokens: int
+    seed: int
+    temperature: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)  # cospec_* keys
+
+
+@dataclass
+class Response:
+    """One response."""
+
+    tokens: list[int]
+    text: str
+    emitted: list[int]  # tokens of each target step; the first is the prompt's own
+    capped: bool  # ended by max_tokens
+    decisions: list[Any] = field(default_factory=list)  # vllm_cospec.runners.trace.Decision, in order
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """vLLM's counts of a run, summed over its requests."""
+
+    drafts: int = 0  # target steps that verified a block
+    accepted: int = 0  # draft tokens kept
+
+    def __add__(self, other: Blocks) -> Blocks:
+        return Blocks(self.drafts + other.drafts, self.accepted + other.accepted)
+
+    @property
+    def acceptance_length(self) -> float:
+        """1 + accepted / drafts; 1 where nothing was drafted."""
+        return 1 + self.accepted / self.drafts if self.drafts else 1.0
+
+
+def artefact_config(pair: PairConfig, hidden_sizes: tuple[int, ...], **provenance: Any) -> ArtefactConfig:
+    """Describe an arbiter of this shape that fits the pair, with a threshold of 0.5 and no curve."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    made = Provenance(
+        target=short_name(pair.target),
+        draft=short_name(pair.draft or pair.draft_method or ""),
+        vocab_size=AutoConfig.from_pretrained(pair.target).get_text_config().vocab_size,
+        tokenizer_hash=tokenizer_hash(AutoTokenizer.from_pretrained(pair.target).get_vocab()),
+        **provenance,
+    )
+    schema = current_schema(draft_logits=DRAFT_METHODS.get(pair.draft_method or "", True))
+    return ArtefactConfig(schema=schema, hidden_sizes=hidden_sizes, threshold=0.5, provenance=made)
+
+
+def short_name(reference: str) -> str:
+    """A hub id as it is, a path by its last two parts: where it lay on one machine says nothing on another."""
+    path = Path(reference)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else reference
+
+
+class Engine:
+    """vLLM with or without speculation, one run at a time."""
+
+    def __init__(self, pair: PairConfig, arbiter: dict[str, Any] | None, role: str = "target"):
+        """Start the engine.
+
+        Args:
+            pair: the models.
+            arbiter: the policy, ``{"policy": NAME, ...}`` or ``{"hidden_sizes": ..., "state_dict": ...}`` for one in
+                training; None for no speculation.
+            role: which model answers: target or draft (then without speculation).
+        """
+        from vllm import LLM
+
+        model = pair.target if role == "target" else pair.draft
+        speculative = None
+        with tempfile.TemporaryDirectory(prefix="cospec-arbiter-") as scratch:
+            if arbiter is not None:
+                policy: Any = arbiter
+                if "state_dict" in arbiter:
+                    policy = str(Path(scratch) / "arbiter")
+                    network = Arbiter(arbiter["hidden_sizes"])
+                    network.load_state_dict(arbiter["state_dict"])
+                    config = artefact_config(pair, network.hidden_sizes)
+                    save_artefact(Path(policy), network, config, "An arbiter in training.\n")
+                speculative = {**pair.speculative_config(policy), "collect": True}
+            self._llm: Any = LLM(
+                model=model, speculative_config=speculative, disable_log_stats=False, seed=0, **pair.engine
+            )
+        self._speculative = speculative is not None
+        self._engine: Any = self._llm.llm_engine
+        self._tokenizer: Any = self._llm.get_tokenizer()
+        self._runs = 0
+        self.max_model_len = self._llm.model_config.max_model_len
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the token ids of a problem, through the chat template where the tokenizer has one."""
+        if self._tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            return self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        return self._tokenizer.encode(prompt)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of a response."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def set_arbiter(self, state_dict: dict[str, Any], sample_actions: bool) -> None:
+        """Replace the arbiter's weights; nothing is written or restarted."""
+        self._llm.collective_rpc("cospec_set_arbiter", args=(state_dict, sample_actions))
+
+    def set_policy(self, policy: Any) -> None:
+        """Replace a rule by another one."""
+        self._llm.collective_rpc("cospec_set_policy", args=(policy,))
+
+    def start_afresh(self) -> None:
+        """Forget all prompts, so that what follows does not depend on what came before."""
+        self._llm.reset_prefix_cache()
+
+    def run(self, requests: list[Request]) -> list[Response]:
+        """Generate one response per request, in their order."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._runs += 1
+        responses = {f"{self._runs}-{i}": Response([], "", [], False) for i in range(len(requests))}
+        for request_id, request in zip(responses, requests, strict=True):
+            params = SamplingParams(
+                max_tokens=request.max_tokens,
+                temperature=request.temperature,
+                seed=request.seed,
+                output_kind=RequestOutputKind.DELTA,
+                extra_args=request.extra,
+            )
+            self._engine.add_request(request_id, {"prompt_token_ids": request.prompt}, params)
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                response, completion = responses[output.request_id], output.outputs[0]
+                if completion.token_ids:
+                    response.emitted.append(len(completion.token_ids))
+                response.tokens.extend(completion.token_ids)
+                response.text += completion.text
+                response.capped = completion.finish_reason == "length"
+        if self._speculative:
+            for decision in self._llm.collective_rpc("cospec_take_decisions")[0]:
+                if decision.request_id in responses:
+                    responses[decision.request_id].decisions.append(decision)
+        for response, request in zip(responses.values(), requests, strict=True):
+            # tokens of a block beyond the end of the response were never emitted
+            end = len(response.tokens) + request.extra.get("cospec_branch", {}).get("written", 0)
+            response.decisions = [d for d in response.decisions if d.output_position < end]
+        return list(responses.values())
+
+    def blocks(self) -> Blocks:
+        """Return vLLM's counts since the engine started."""
+        counts = {metric.name: metric.value for metric in self._llm.get_metrics() if hasattr(metric, "value")}
+        return Blocks(
+            int(counts.get("vllm:spec_decode_num_drafts", 0)),
+            int(counts.get("vllm:spec_decode_num_accepted_tokens", 0)),
+        )
