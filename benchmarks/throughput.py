@@ -35,9 +35,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.config import locate_artefact
-from vllm_cospec.errors import ConfigError, CoSpecError, first_sentence
+from vllm_cospec.errors import ConfigError, CoSpecError, ServerError, first_sentence
 from vllm_cospec.kernels.policies import policy_names
-from vllm_cospec.server import Server, ServerError, interruptible
+from vllm_cospec.server import Server, interruptible
 from vllm_cospec.training.commands import DEMO_CONFIG
 from vllm_cospec.training.config import PairConfig, bundled, load_train_config, locate, require_models
 from vllm_cospec.training.measure.provenance import write_result
@@ -264,7 +264,7 @@ def run() -> None:
     """Run the command; what a user got wrong is one line, not a traceback."""
     try:
         typer.run(main)
-    except (CoSpecError, ServerError) as error:
+    except CoSpecError as error:
         Console(stderr=True).print(f"throughput: {error}", style="red", markup=False, soft_wrap=True)
         raise SystemExit(1) from None
 

@@ -13,9 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.atomic import write_text
-from vllm_cospec.errors import ConfigError
+from vllm_cospec.errors import ConfigError, TrainingError
 from vllm_cospec.training.config import TrainConfig, load_train_config, require_models
-from vllm_cospec.training.learning.learner import TrainingError
 from vllm_cospec.training.measure.calibrate import calibrate, record_results, save_uncalibrated
 from vllm_cospec.training.measure.evaluate import (
     Answers,

@@ -186,11 +186,9 @@ def _training_commands() -> Any:
 
 def main() -> None:
     """Run the command; what a user got wrong is one line, not a traceback."""
-    from vllm_cospec.server import ServerError
-
     try:
         app()
-    except (CoSpecError, ServerError, OSError) as error:
+    except (CoSpecError, OSError) as error:
         Console(stderr=True).print(f"cospec: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -33,6 +33,18 @@ class CompatibilityError(CoSpecError):
     """This vLLM, runner or drafter lacks something arbitration stands on."""
 
 
+class ServerError(CoSpecError):
+    """The server did not come up, or died."""
+
+
+class TrainingError(CoSpecError):
+    """Training cannot go on; the last checkpoint is intact."""
+
+
+class RewardError(CoSpecError):
+    """A reward function threw, hung, or returned no number."""
+
+
 def shorten(value: object, limit: int = 80) -> str:
     """Return ``repr(value)`` in at most ``limit`` characters, whatever the value is."""
     try:

@@ -19,6 +19,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_cospec.errors import ServerError
+
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 10.0
@@ -39,10 +41,6 @@ if not sys.stdin.buffer.read(1):
     except ProcessLookupError:
         pass
 """
-
-
-class ServerError(RuntimeError):
-    """The server did not come up, or died."""
 
 
 def free_port() -> int:

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from vllm_cospec.arbiter import Arbiter
+from vllm_cospec.errors import RewardError
 from vllm_cospec.training.config import RolloutConfig, load_train_config
 from vllm_cospec.training.learning.advantages import group_advantages
 from vllm_cospec.training.learning.learner import initial_arbiter
 from vllm_cospec.training.rollout.engine import Engine, Request
 from vllm_cospec.training.rollout.episodes import Episodes, Unit, _branch, _joined, roll_out
 from vllm_cospec.training.tasks import load_task
-from vllm_cospec.training.tasks.rewards import RewardError
 
 TIMES = {"generating_s", "busy_s"}
 

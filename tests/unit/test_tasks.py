@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_cospec.training.tasks import DemoTask, Problem, load_task, split_of
+from vllm_cospec.training.tasks import Problem, load_task, split_of
+from vllm_cospec.training.tasks.demo import DemoTask
 
 
 def test_an_unknown_task_lists_the_known_ones() -> None:

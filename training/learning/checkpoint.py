@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_cospec.errors import ConfigError
-from vllm_cospec.training.learning.learner import TrainingError
+from vllm_cospec.errors import ConfigError, TrainingError
 
 KEPT = 2
 _NAME = re.compile(r"update-(\d{6})\.safetensors")

@@ -16,15 +16,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from vllm_cospec.arbiter import Arbiter
-from vllm_cospec.errors import CoSpecError
+from vllm_cospec.errors import TrainingError
 from vllm_cospec.training.config import LearnerConfig
 from vllm_cospec.training.learning.advantages import Samples
 
 SMALLEST_SCALE = 1e-3  # a statistic that hardly varies is not blown up
-
-
-class TrainingError(CoSpecError):
-    """Training cannot go on; the last checkpoint is intact."""
 
 
 def initial_arbiter(config: LearnerConfig, seed: int) -> Arbiter:

@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_cospec.training.tasks import DemoTask
+from vllm_cospec.training.tasks.demo import DemoTask
 
 BATCH = 100
 

@@ -27,7 +27,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vllm_cospec.atomic import new_directory
-from vllm_cospec.training.tasks import draw_expression, split_of
+from vllm_cospec.training.tasks.demo import draw_expression
+from vllm_cospec.training.tasks.splits import split_of
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))

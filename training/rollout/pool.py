@@ -18,8 +18,7 @@ from typing import Any, Protocol
 
 import ray
 
-from vllm_cospec.errors import CoSpecError
-from vllm_cospec.training.learning.learner import TrainingError
+from vllm_cospec.errors import CoSpecError, TrainingError
 
 POLL_S = 1.0
 

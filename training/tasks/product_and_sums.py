@@ -9,7 +9,8 @@ from functools import cache
 from typing import NamedTuple
 
 from vllm_cospec.errors import ConfigError
-from vllm_cospec.training.tasks import Options, Problem, Split, split_of, task
+from vllm_cospec.training.tasks.protocol import Options, Problem, task
+from vllm_cospec.training.tasks.splits import Split, split_of
 
 FIRST_FACTORS, SECOND_FACTORS, ADDENDS = range(2, 13), range(2, 10), range(2, 10)
 _ANSWER = re.compile(r"so [^=]* = (\d+)\s*$")

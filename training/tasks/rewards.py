@@ -10,16 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_cospec.errors import ConfigError, CoSpecError, shorten
-from vllm_cospec.training.tasks import Problem, Task
+from vllm_cospec.errors import ConfigError, RewardError, shorten
+from vllm_cospec.training.tasks.protocol import Problem, Task
 
 Reward = Callable[[Problem, str], float]
 
 _REWARDS: dict[str, Reward] = {}
-
-
-class RewardError(CoSpecError):
-    """A reward function threw, hung, or returned no number."""
 
 
 def reward(name: str) -> Callable[[Reward], Reward]:

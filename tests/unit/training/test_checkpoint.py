@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_cospec.errors import ConfigError
+from vllm_cospec.errors import ConfigError, TrainingError
 from vllm_cospec.training.learning.checkpoint import Checkpoint, load_latest, save_checkpoint
-from vllm_cospec.training.learning.learner import TrainingError
 
 
 def checkpoint(updates: int) -> Checkpoint:

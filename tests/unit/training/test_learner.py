@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_cospec.errors import TrainingError
 from vllm_cospec.kernels.statistics import INDEX
 from vllm_cospec.training.config import LearnerConfig
 from vllm_cospec.training.learning.advantages import Samples, branch_advantages, group_advantages
 from vllm_cospec.training.learning.learner import (
     Learner,
-    TrainingError,
     bernoulli_entropy,
     bernoulli_kl,
     initial_arbiter,

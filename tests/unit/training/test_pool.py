@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import ray
 
-from vllm_cospec.training.learning.learner import TrainingError
+from vllm_cospec.errors import RewardError, TrainingError
 from vllm_cospec.training.rollout.pool import Pool
-from vllm_cospec.training.tasks.rewards import RewardError
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from vllm_cospec.errors import ConfigError
+from vllm_cospec.errors import ConfigError, RewardError
 from vllm_cospec.training.tasks import Problem, load_task
-from vllm_cospec.training.tasks.rewards import RewardError, guarded, load_reward
+from vllm_cospec.training.tasks.rewards import guarded, load_reward
 
 PROBLEM = Problem("1/2+1/4?", "3/4")
 
