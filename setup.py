@@ -12,6 +12,7 @@ setup(
         "vllm_cospec.kernels.triton",
         "vllm_cospec.training",
         *(f"vllm_cospec.training.{room}" for room in ("learning", "measure", "pairs", "rollout", "tasks")),
+        "vllm_cospec.training.pairs.code",
     ],
     package_dir={
         "vllm_cospec": "vllm_cospec",

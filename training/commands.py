@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,7 +28,7 @@ from vllm_cospec.training.measure.provenance import command_line, write_result
 from vllm_cospec.training.measure.report import plot_learning, plot_thresholds
 from vllm_cospec.training.rollout.actors import ray_session
 from vllm_cospec.training.rollout.engine import short_name
-from vllm_cospec.training.tasks import Problem, load_task
+from vllm_cospec.training.tasks import FurtherFigures, Problem, Split, load_task
 from vllm_cospec.training.trainer import Trainer
 
 ARBITER = "arbiter"
@@ -108,20 +108,24 @@ def run_evaluation(
     record: str | None,
     temperature: float,
     baseline: str,
+    split: Split,
     console: Console,
 ) -> dict[str, Any]:
-    """Evaluate modes on test problems; prints a table, returns the figures."""
+    """Evaluate modes on problems of a split; prints a table, returns the figures."""
     require_models(config.pair)
     if artefact is not None:
         load_artefact(artefact)  # a damaged one is refused before engines start
     for path in (json_path, per_question):  # hours later would be too late
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+    if split not in get_args(Split):
+        raise ConfigError(f"--split: {split!r} is none of {', '.join(get_args(Split))}")
     if record and artefact is None:
         raise ConfigError("--record: needs the artefact to write to; pass --artefact")
     parsed = [parse_mode(text, artefact is not None) for text in dict.fromkeys(modes)]
     parsed = sampled_modes(parsed, temperature, baseline)
-    problems = load_task(config.task.name, **config.task.options).problems(seed=seed, n=num_problems, split="test")
+    task = load_task(config.task.name, **config.task.options)
+    problems = task.problems(seed=seed, n=num_problems, split=split)
     rollout = config.rollout
     with (
         ray_session(config.ray_address, rollout.actors * rollout.cpus_per_actor),
@@ -129,8 +133,11 @@ def run_evaluation(
     ):
         answers = evaluate(config.pair, config.task, rollout, parsed, problems, artefact, tick)
     rows = summaries(answers)
+    if isinstance(task, FurtherFigures):
+        for mode, row in rows.items():
+            row.update(task.figures(problems, answers[mode].texts))
     how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-    title = f"{num_problems} test problems of {config.task.name}, seed {seed}, {how}"
+    title = f"{num_problems} {split} problems of {config.task.name}, seed {seed}, {how}"
     console.print(comparison_table(rows, title))
     result = {"command": command_line(), "problems": title, "modes": rows}
     if json_path is not None:

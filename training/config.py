@@ -1,8 +1,8 @@
 """The configuration of a training run: the only source of its settings' names, types, defaults and help.
 
 A configuration is a TOML file with a table for each part below. Paths in it are relative to the file;
-``bundled:target`` and ``bundled:draft`` name the pair that comes with the package, ``smollm2:target`` and
-``smollm2:draft`` the one that ``training/pairs/smollm2.py`` builds. Imports no torch.
+``bundled:target`` and ``bundled:draft`` name the pair that comes with the package, ``smollm2:target``, ``code:target``
+and so on those that ``training/pairs/`` builds in the user's cache. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vllm_cospec.errors import ConfigError, first_sentence
 
-PAIR_NAMES = ("bundled:target", "bundled:draft", "smollm2:target", "smollm2:draft")
+PAIR_NAMES = tuple(f"{pair}:{role}" for pair in ("bundled", "smollm2", "code") for role in ("target", "draft"))
 
 
 class Section(BaseModel):
@@ -212,7 +212,8 @@ def load_train_config(path: Path) -> TrainConfig:
     pair = config.pair.model_copy(
         update={"target": locate(config.pair.target, path), "draft": locate(config.pair.draft, path)}
     )
-    options = {k: locate(v, path) if k in ("path", "test_path") else v for k, v in config.task.options.items()}
+    paths = "path", "test_path", "tokenizer"
+    options = {k: locate(v, path) if k in paths else v for k, v in config.task.options.items()}
     task = config.task.model_copy(update={"options": options})
     return config.model_copy(update={"pair": pair, "task": task})
 
@@ -236,17 +237,17 @@ def bundled(role: Literal["target", "draft"]) -> Path:
     return Path(str(files("vllm_cospec.demo"))) / role
 
 
-def smollm2_directory() -> Path:
-    """Return where the SmolLM2 pair is kept: in the user's cache."""
+def cached_pair(name: str) -> Path:
+    """Return where a pair that is built on this machine is kept: in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "vllm-cospec" / "smollm2"
+    return (Path(cache) if cache else Path.home() / ".cache") / "vllm-cospec" / name
 
 
 def locate(value: Any, config: Path) -> Any:
     """Make a path that is relative to the configuration absolute, and a known pair's name a path; hub ids stay."""
     if value in PAIR_NAMES:
         pair, _, role = value.partition(":")
-        return str((bundled("target").parent if pair == "bundled" else smollm2_directory()) / role)
+        return str((bundled("target").parent if pair == "bundled" else cached_pair(pair)) / role)
     if isinstance(value, str) and (value.startswith(".") or (config.parent / value).exists()):
         return str((config.parent / value).resolve())
     return value

@@ -154,8 +154,8 @@ def evaluate(
     ],
     config: ConfigOption = None,
     artefact: Annotated[Path | None, typer.Option(help="Directory of a trained arbiter, for learned.")] = None,
-    problems: Annotated[int, typer.Option(min=2, help="Number of test problems.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Which test problems.")] = 2026,
+    problems: Annotated[int, typer.Option(min=2, help="Number of problems.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Which of the split's problems.")] = 2026,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     per_question: Annotated[Path | None, typer.Option(help="Write every answer to this JSONL file.")] = None,
     record: Annotated[str | None, typer.Option(help="Write the table into the artefact under this name.")] = None,
@@ -163,6 +163,7 @@ def evaluate(
     baseline: Annotated[
         str, typer.Option(help="What is compared with at a temperature: the target's greedy or sampled answers.")
     ] = "greedy",
+    split: Annotated[str, typer.Option(help="Which problems: test, or calibration to choose among rules.")] = "test",
 ) -> None:
     """Compare modes on the same problems: accuracy with intervals, paired with the target, acceptance length."""
     from vllm_cospec.training.config import load_train_config
@@ -170,7 +171,7 @@ def evaluate(
     commands = _training_commands()
     commands.run_evaluation(
         load_train_config(config or commands.DEMO_CONFIG),
-        artefact, mode, problems, seed, json_path, per_question, record, temperature, baseline, Console(),
+        artefact, mode, problems, seed, json_path, per_question, record, temperature, baseline, split, Console(),
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaC
 
 from vllm_cospec.atomic import new_directory
 from vllm_cospec.errors import ConfigError, CoSpecError
-from vllm_cospec.training.config import smollm2_directory
+from vllm_cospec.training.config import cached_pair
 from vllm_cospec.training.pairs.demo import IGNORE, cosine, load_checkpoint, save_checkpoint
 from vllm_cospec.training.tasks.product_and_sums import ADDENDS, FIRST_FACTORS, SECOND_FACTORS, chat_template, exercises
 
@@ -234,7 +234,7 @@ def main(
 ) -> None:
     """Build target and draft of the SmolLM2 pair."""
     torch.set_num_threads(threads)
-    output = output or smollm2_directory()
+    output = output or cached_pair("smollm2")
     convert_target(find_gguf(), output / "target")
     tokenizer = AutoTokenizer.from_pretrained(output / "target")
     if draft is None:

@@ -5,9 +5,9 @@ A task yields :class:`Problem` objects and scores response texts. ``load_task(na
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -32,6 +32,14 @@ class Task(Protocol):
 
     def score(self, problem: Problem, text: str) -> float:
         """Return the score of a response ``text``: 1.0 right, 0.0 wrong."""
+
+
+@runtime_checkable
+class FurtherFigures(Protocol):
+    """A task with more to say about a mode's answers than their mean score."""
+
+    def figures(self, problems: Sequence[Problem], texts: Sequence[str]) -> dict[str, float]:
+        """Return figures by name for one response text per problem."""
 
 
 class Options(BaseModel):

@@ -97,7 +97,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_tasks_and_options_are_refused() -> None:
-    with pytest.raises(ConfigError, match="known tasks: demo, jsonl, product_and_sums, reasoning_gym"):
+    with pytest.raises(ConfigError, match="known tasks: code_lines, demo, jsonl, product_and_sums, reasoning_gym"):
         load_task("gsm")
     with pytest.raises(ConfigError, match=r"task.options.level: unknown key"):
         load_task("demo", level=3)
