@@ -139,7 +139,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "vllm.v1.metrics.loggers:PrometheusStatLogger._spec_decoding_cls",
         why="counters need the labels of vLLM's own, which stat-logger plugins do not get in offline mode",
-        how="a subclass that adds three counters",
+        how="a subclass that adds four counters",
         remove_when="stat-logger plugins load with LLM too and are not global",
         when="cospec is asked for",
     ),

@@ -1,4 +1,4 @@
-"""Counters: mismatches, overrides, overrides per position, from the worker to ``/metrics``.
+"""Counters: mismatches, overrides, overrides per position, unhealthy positions, from the worker to ``/metrics``.
 
 The worker counts in a small memory-mapped file, the API server reads it when vLLM reports its own speculative-decoding
 counters. So the path has no lock on the worker's side, no message per step, and survives several API servers: what one
@@ -16,12 +16,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingProm
+
+from vllm_cospec.config import Settings
+from vllm_cospec.health import REASONS
 
 logger = init_logger("vllm.cospec.metrics")
 
@@ -49,16 +52,33 @@ def counters_directory() -> str:
     return directory
 
 
+class Counts(NamedTuple):
+    """What the workers of an engine have counted."""
+
+    mismatches: int
+    overrides: np.ndarray  # [K] int64, at each position of a block
+    unhealthy: np.ndarray  # [R] int64, in the order of REASONS
+
+    @classmethod
+    def of(cls, row: np.ndarray) -> Counts:
+        """Read a row of a file, int64 [K + 1 + R]."""
+        k = len(row) - 1 - len(REASONS)
+        return cls(int(row[k]), row[:k], row[k + 1 :])
+
+
 class Counters:
     """The counters of one engine, shared between processes.
 
-    Layout, int64: overrides at each of K positions, mismatches; then the same K + 1 numbers as already exported.
-    Mismatches stand last and are written first, so a reader never sees more overrides than mismatches.
+    Layout, int64: overrides at each of K positions, mismatches, positions verified strictly for each of R reasons; then
+    the same K + 1 + R numbers as already exported. Of the tensor-parallel ranks, which all decide alike, one writes;
+    data-parallel ranks are engines with files of their own. Mismatches stand after the overrides and are written first,
+    so a reader never sees more overrides than mismatches.
     """
 
     def __init__(self, directory: str, engine: int, num_positions: int):
         self.num_positions = num_positions
         self.path = Path(directory) / f"engine-{engine}"
+        self._length = num_positions + 1 + len(REASONS)
         self._values: np.memmap | None = None
         self._file: Any = None
 
@@ -66,7 +86,7 @@ class Counters:
         """Map the file; returns False when it does not exist and ``create`` is False."""
         if self._values is not None:
             return True
-        size = 2 * (self.num_positions + 1)
+        size = 2 * self._length
         if create:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
@@ -77,39 +97,46 @@ class Counters:
         self._values = np.memmap(self._file, np.int64, "r+", shape=(size,))
         return True
 
-    def add(self, num_mismatches: int, overrides_per_position: np.ndarray) -> None:
-        """Count; called by the one worker that owns the file."""
+    def add(self, num_mismatches: int, overrides: np.ndarray, unhealthy: np.ndarray | None = None) -> None:
+        """Count; called by the one worker that owns the file.
+
+        Args:
+            num_mismatches: of arbitrated requests.
+            overrides: int [K], or less, at each position of a block.
+            unhealthy: int [R], positions verified strictly for each of ``REASONS``; None for none.
+        """
         values = self._values
         assert values is not None
         values[self.num_positions] += num_mismatches
-        values[: len(overrides_per_position)] += overrides_per_position
+        values[: len(overrides)] += overrides
+        if unhealthy is not None:
+            values[self.num_positions + 1 : self._length] += unhealthy
 
-    def totals(self) -> tuple[int, np.ndarray]:
-        """Return (mismatches, overrides per position) since the engine started."""
+    def totals(self) -> Counts:
+        """Return what was counted since the engine started."""
         if not self.open(create=False):
-            return 0, np.zeros(self.num_positions, np.int64)
-        now = self._snapshot()
-        return int(now[-1]), now[:-1]
+            return Counts.of(np.zeros(self._length, np.int64))
+        return Counts.of(self._snapshot())
 
-    def take_unexported(self) -> tuple[int, np.ndarray]:
-        """Return (mismatches, overrides per position) that no process has taken yet, and mark them taken."""
+    def take_unexported(self) -> Counts:
+        """Return what no process has taken yet, and mark it taken."""
         if not self.open(create=False):
-            return 0, np.zeros(self.num_positions, np.int64)
+            return Counts.of(np.zeros(self._length, np.int64))
         with self._locked():
             values = self._values
             assert values is not None
             now = self._snapshot()
-            new = now - values[self.num_positions + 1 :]
-            values[self.num_positions + 1 :] = now
-        return int(new[-1]), new[:-1]
+            new = now - values[self._length :]
+            values[self._length :] = now
+        return Counts.of(new)
 
     def _snapshot(self) -> np.ndarray:
-        """Copy overrides, then mismatches: one copy of both may read its tail first."""
+        """Copy overrides, then the rest: one copy of both may read its tail first."""
         values = self._values
         assert values is not None
-        now = np.empty(self.num_positions + 1, np.int64)
-        now[:-1] = values[: self.num_positions]
-        now[-1] = values[self.num_positions]
+        now = np.empty(self._length, np.int64)
+        now[: self.num_positions] = values[: self.num_positions]
+        now[self.num_positions :] = values[self.num_positions : self._length]
         return now
 
     @contextlib.contextmanager
@@ -119,6 +146,17 @@ class Counters:
             yield
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+def counters_of_this_rank(settings: Settings, engine: int) -> Counters | None:
+    """Open an engine's counters on one of its tensor-parallel ranks: all decide alike, one of them counts."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    if not get_tp_group().is_first_rank:
+        return None
+    counters = Counters(settings.counters, engine, settings.num_speculative_tokens)
+    counters.open(create=True)
+    return counters
 
 
 class CoSpecDecodingProm(SpecDecodingProm):
@@ -159,6 +197,15 @@ class CoSpecDecodingProm(SpecDecodingProm):
             engine: [per_position.labels(*values, str(position)) for position in range(k)]
             for engine, values in per_engine_labelvalues.items()
         }
+        unhealthy = self._counter_cls(
+            name="vllm:cospec_num_unhealthy",
+            documentation="Draft positions of arbitrated requests verified strictly because the draft was not whole.",
+            labelnames=[*labelnames, "reason"],
+        )
+        self.cospec_unhealthy = {
+            engine: [unhealthy.labels(*values, reason.value) for reason in REASONS]
+            for engine, values in per_engine_labelvalues.items()
+        }
 
     def _counters(self, name: str, text: str, labelnames: list[str], values: dict[int, list[object]]) -> dict[int, Any]:
         counter = self._counter_cls(name=name, documentation=text, labelnames=labelnames)
@@ -169,11 +216,15 @@ class CoSpecDecodingProm(SpecDecodingProm):
         super().observe(spec_decoding_stats, engine_idx)
         if engine_idx not in self.cospec:
             return
-        mismatches, per_position = self.cospec[engine_idx].take_unexported()
-        self.cospec_mismatches[engine_idx].inc(mismatches)
-        self.cospec_overrides[engine_idx].inc(int(per_position.sum()))
-        for counter, value in zip(self.cospec_per_position[engine_idx], per_position, strict=True):
-            counter.inc(int(value))
+        new = self.cospec[engine_idx].take_unexported()
+        self.cospec_mismatches[engine_idx].inc(new.mismatches)
+        self.cospec_overrides[engine_idx].inc(int(new.overrides.sum()))
+        for counters, values in (
+            (self.cospec_per_position[engine_idx], new.overrides),
+            (self.cospec_unhealthy[engine_idx], new.unhealthy),
+        ):
+            for counter, value in zip(counters, values, strict=True):
+                counter.inc(int(value))
 
 
 def log_line(stat_logger: Any) -> str | None:
@@ -186,14 +237,17 @@ def log_line(stat_logger: Any) -> str | None:
     engine = stat_logger.engine_index
     if settings is None or engine < 0:
         return None
-    mismatches, per_position = Counters(settings.counters, engine, settings.num_speculative_tokens).totals()
-    overrides = int(per_position.sum())
-    mismatches_before, overrides_before = getattr(stat_logger, "cospec_logged", (0, 0))
-    stat_logger.cospec_logged = (mismatches, overrides)
-    new_mismatches, new_overrides = mismatches - mismatches_before, overrides - overrides_before
-    if not new_mismatches:
+    totals = Counters(settings.counters, engine, settings.num_speculative_tokens).totals()
+    now = np.array([totals.mismatches, totals.overrides.sum(), *totals.unhealthy])
+    new = now - getattr(stat_logger, "cospec_logged", np.zeros_like(now))
+    stat_logger.cospec_logged = now
+    if not new.any():
         return None
-    return (
-        f"CoSpec metrics: Policy: {settings.policy.policy}, Mismatches: {new_mismatches}, Overrides: {new_overrides}, "
-        f"Override rate: {100 * new_overrides / new_mismatches:.1f}%"
-    )
+    mismatches, overrides, *unhealthy = new.tolist()
+    line = f"CoSpec metrics: Policy: {settings.policy.policy}, Mismatches: {mismatches}, Overrides: {overrides}"
+    if mismatches:
+        line += f", Override rate: {100 * overrides / mismatches:.1f}%"
+    reasons = ", ".join(f"{reason} {count}" for reason, count in zip(REASONS, unhealthy, strict=True) if count)
+    if reasons:
+        line += f", Strict for want of a whole draft: {sum(unhealthy)} positions ({reasons})"
+    return line

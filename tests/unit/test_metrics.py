@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_cospec.config import Settings
+from vllm_cospec.health import REASONS
 from vllm_cospec.kernels.policies import Typical
 from vllm_cospec.metrics import DIRECTORY_VARIABLE, CoSpecDecodingProm, Counters, counters_directory, log_line
 
@@ -52,14 +53,24 @@ def settings_for(directory):
 def test_totals_are_the_sum_of_what_was_added(writer):
     writer.add(5, np.array([2, 1, 0]))
     writer.add(4, np.array([0, 1, 1]))
-    mismatches, overrides = writer.totals()
+    mismatches, overrides, _ = writer.totals()
     assert mismatches == 9
     assert overrides.tolist() == [2, 2, 1]
 
 
 def test_a_block_shorter_than_k_counts_at_its_own_positions(writer):
     writer.add(1, np.array([1]))
-    assert writer.totals()[1].tolist() == [1, 0, 0]
+    assert writer.totals().overrides.tolist() == [1, 0, 0]
+
+
+def test_unhealthy_positions_are_counted_by_reason(writer):
+    writer.add(0, np.zeros(K, np.int64), np.arange(len(REASONS)))
+    writer.add(1, np.zeros(K, np.int64))
+    writer.add(0, np.zeros(K, np.int64), np.ones(len(REASONS), np.int64))
+    assert writer.take_unexported().unhealthy.tolist() == [1 + i for i in range(len(REASONS))]
+    mismatches, overrides, unhealthy = writer.take_unexported()
+    assert (mismatches, overrides.sum(), unhealthy.sum()) == (0, 0, 0)
+    assert writer.totals().unhealthy.tolist() == [1 + i for i in range(len(REASONS))]
 
 
 def test_totals_do_not_change_what_is_left_to_export(writer):
@@ -74,7 +85,7 @@ def test_what_one_reader_took_no_other_takes(tmp_path, writer):
     writer.add(3, np.array([1, 1, 0]))
     assert (first.take_unexported()[0], second.take_unexported()[0]) == (3, 0)
     writer.add(2, np.array([0, 0, 1]))
-    mismatches, overrides = second.take_unexported()
+    mismatches, overrides, _ = second.take_unexported()
     assert (mismatches, overrides.tolist()) == (2, [0, 0, 1])
     assert first.take_unexported()[0] == 0
 
@@ -92,19 +103,19 @@ def test_a_worker_that_starts_again_does_not_export_again(tmp_path, writer):
     restarted = Counters(str(tmp_path), 0, K)
     restarted.open(create=True)
     restarted.add(1, np.array([0, 0, 1]))
-    mismatches, overrides = Counters(str(tmp_path), 0, K).take_unexported()
+    mismatches, overrides, _ = Counters(str(tmp_path), 0, K).take_unexported()
     assert (mismatches, overrides.tolist()) == (1, [0, 0, 1])
 
 
 @pytest.mark.parametrize("read", ["totals", "take_unexported"])
 def test_a_reader_before_the_writer_sees_zeros_and_then_the_counts(tmp_path, read):
     reader = Counters(str(tmp_path / "later"), 0, K)
-    mismatches, overrides = getattr(reader, read)()
-    assert (mismatches, overrides.tolist()) == (0, [0] * K)
+    mismatches, overrides, unhealthy = getattr(reader, read)()
+    assert (mismatches, overrides.tolist(), unhealthy.tolist()) == (0, [0] * K, [0] * len(REASONS))
     writer = Counters(str(tmp_path / "later"), 0, K)
     writer.open(create=True)
     writer.add(2, np.array([1, 0, 0]))
-    mismatches, overrides = getattr(reader, read)()
+    mismatches, overrides, _ = getattr(reader, read)()
     assert (mismatches, overrides.tolist()) == (2, [1, 0, 0])
 
 
@@ -114,10 +125,10 @@ def test_a_reader_creates_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("read", ["totals", "take_unexported"])
-@pytest.mark.parametrize("size", [0, 1, 8 * K, 2 * 8 * (K + 2)])
+@pytest.mark.parametrize("size", [0, 1, 8 * K, 2 * 8 * (K + 1)])
 def test_a_file_of_another_size_reads_as_zeros(tmp_path, size, read):
     (tmp_path / "engine-0").write_bytes(b"\x01" * size)
-    mismatches, overrides = getattr(Counters(str(tmp_path), 0, K), read)()
+    mismatches, overrides, _ = getattr(Counters(str(tmp_path), 0, K), read)()
     assert (mismatches, overrides.tolist()) == (0, [0] * K)
     assert (tmp_path / "engine-0").read_bytes() == b"\x01" * size
 
@@ -149,7 +160,7 @@ def _take(directory, num_positions, stop, queue):
     finished = False
     while not finished:
         finished = stop.is_set()  # one more round after the writer has ended
-        more, per_position = counters.take_unexported()
+        more, per_position, _ = counters.take_unexported()
         assert more >= 0
         assert (per_position >= 0).all()
         mismatches += more
@@ -184,17 +195,17 @@ def test_a_reader_never_sees_more_overrides_than_mismatches(tmp_path, num_positi
     seen, enough = set(), time.monotonic() + 1
     while len(seen) < 2 or time.monotonic() < enough:  # at least two moments of the writer, on a busy machine too
         for _ in range(1000):
-            mismatches, overrides = reader.totals()
+            mismatches, overrides, _ = reader.totals()
             assert overrides.sum() <= mismatches
             seen.add(mismatches)
-        mismatches, overrides = reader.take_unexported()
+        mismatches, overrides, _ = reader.take_unexported()
         exported_mismatches += mismatches
         exported_overrides += int(overrides.sum())
         assert exported_overrides <= exported_mismatches
     stop.set()
     writer.join()
     assert writer.exitcode == 0
-    mismatches, overrides = reader.totals()
+    mismatches, overrides, _ = reader.totals()
     assert mismatches == overrides.sum() == num_positions * overrides[0]
 
 
@@ -258,13 +269,15 @@ def test_prometheus_gets_each_count_once_and_for_its_own_engine(tmp_path, writer
     prom = _prom(SimpleNamespace(num_speculative_tokens=K, cospec=settings_for(tmp_path)))
     stats = SpecDecodingStats.new(K)
     stats.observe_draft(num_draft_tokens=K, num_accepted_tokens=2)
-    writer.add(3, np.array([1, 0, 1]))
+    writer.add(3, np.array([1, 0, 1]), np.arange(len(REASONS)))
     prom.observe(stats, 0)
     prom.observe(stats, 0)
     prom.observe(stats, 1)
     assert [_value(prom.cospec_mismatches[engine]) for engine in (0, 1)] == [3, 0]
     assert [_value(prom.cospec_overrides[engine]) for engine in (0, 1)] == [2, 0]
     assert [_value(counter) for counter in prom.cospec_per_position[0]] == [1, 0, 1]
+    assert [_value(counter) for counter in prom.cospec_unhealthy[0]] == list(range(len(REASONS)))
+    assert sum(_value(counter) for counter in prom.cospec_unhealthy[1]) == 0
     assert _value(prom.counter_spec_decode_num_accepted_tokens[0]) == 4  # vLLM's own go on counting
 
 
@@ -284,6 +297,20 @@ def test_the_log_line_tells_what_was_counted_since_the_last_one(tmp_path, writer
     assert log_line(stat_logger) is None
     writer.add(2, np.array([1, 1, 0]))
     assert "Mismatches: 2, Overrides: 2, Override rate: 100.0%" in log_line(stat_logger)
+
+
+def test_the_log_line_tells_why_drafts_were_verified_strictly(tmp_path, writer):
+    vllm_config = SimpleNamespace(speculative_config=SimpleNamespace(cospec=settings_for(tmp_path)))
+    stat_logger = SimpleNamespace(vllm_config=vllm_config, engine_index=0)
+    unhealthy = np.zeros(len(REASONS), np.int64)
+    unhealthy[REASONS.index("context")], unhealthy[REASONS.index("cache")] = 10, 2
+    writer.add(0, np.zeros(K, np.int64), unhealthy)
+    line = log_line(stat_logger)
+    assert line.endswith("Strict for want of a whole draft: 12 positions (context 10, cache 2)")
+    assert "rate" not in line
+    assert log_line(stat_logger) is None
+    writer.add(1, np.zeros(K, np.int64))
+    assert log_line(stat_logger).endswith("Override rate: 0.0%")
 
 
 @pytest.mark.parametrize("speculative_config", [None, SimpleNamespace()])

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from vllm_cospec.config import Settings
+from vllm_cospec.health import REASONS
 from vllm_cospec.kernels.policies import Learned, Policy
 from vllm_cospec.kernels.triton.launch import UNLIMITED, Trace
 from vllm_cospec.kernels.triton.policies import compile_policy, flatten_weights
-from vllm_cospec.metrics import Counters
+from vllm_cospec.metrics import Counters, Counts
 from vllm_cospec.requests import served_settings
 from vllm_cospec.runners.trace import Decision
 
@@ -50,16 +51,19 @@ def slot_entry(sampling_params: Any, settings: Settings) -> SlotEntry:
 class DeviceCounters:
     """Counts on the device, carried to the shared file when a copy happens to have arrived.
 
-    On a GPU the file lags a step behind: the copy of one step is read at the next.
+    On a GPU the file lags a step behind: the copy of one step is read at the next. ``on_device`` has the layout of
+    :class:`vllm_cospec.metrics.Counters`; the kernels add to its first K + 1 entries, :attr:`unhealthy` is the rest.
     """
 
     def __init__(self, counters: Counters | None, num_positions: int, device: torch.device):
-        self.on_device = torch.zeros(num_positions + 1, dtype=torch.int64, device=device)
+        length = num_positions + 1 + len(REASONS)
+        self.on_device = torch.zeros(length, dtype=torch.int64, device=device)
+        self.unhealthy = self.on_device[num_positions + 1 :]  # [R], in the order of REASONS
         self._counters = counters
-        self._on_host = torch.zeros(num_positions + 1, dtype=torch.int64, pin_memory=device.type != "cpu")
+        self._on_host = torch.zeros(length, dtype=torch.int64, pin_memory=device.type != "cpu")
         self._copied = None if device.type == "cpu" else torch.Event(device)
         self._in_flight = False
-        self._exported = np.zeros(num_positions + 1, np.int64)
+        self._exported = np.zeros(length, np.int64)
 
     def export(self) -> None:
         """Hand over what has arrived and send the next copy; never waits."""
@@ -81,19 +85,8 @@ class DeviceCounters:
         new = self._on_host.numpy() - self._exported
         if new.any():
             assert self._counters is not None
-            self._counters.add(int(new[-1]), new[:-1])
+            self._counters.add(*Counts.of(new))
             self._exported += new
-
-
-def counters_of_this_rank(settings: Settings, engine_index: int) -> Counters | None:
-    """Open the engine's counters on one of the tensor-parallel ranks: all decide alike, one of them counts."""
-    from vllm.distributed.parallel_state import get_tp_group
-
-    if not get_tp_group().is_first_rank:
-        return None
-    counters = Counters(settings.counters, engine_index, settings.num_speculative_tokens)
-    counters.open(create=True)
-    return counters
 
 
 @dataclass(frozen=True)

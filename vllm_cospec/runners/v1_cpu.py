@@ -27,7 +27,7 @@ from vllm.v1.sample.rejection_sampler import (
 from vllm_cospec.config import Settings
 from vllm_cospec.kernels.cpu import UNLIMITED, Batch, BatchResult, Requests, argmax, verify_batch
 from vllm_cospec.kernels.policies import Learned, Mismatches, Policy
-from vllm_cospec.metrics import Counters
+from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.requests import RequestSettings, action_coin, served_settings
 from vllm_cospec.runners.recorder import ProposalRecorder, Proposals
 from vllm_cospec.runners.trace import Decision
@@ -58,7 +58,7 @@ class Verdict:
 class CoSpecRejectionSampler(RejectionSampler):
     """Verifies drafts on the CPU with a policy at the mismatches."""
 
-    def __init__(self, runner: Any, settings: Settings, counters: Counters):
+    def __init__(self, runner: Any, settings: Settings, counters: Counters | None):
         stock = runner.rejection_sampler
         super().__init__(stock.sampler, runner.speculative_config, runner.device)
         self._runner = runner
@@ -292,7 +292,7 @@ class CoSpecRejectionSampler(RejectionSampler):
         """Carry counts over to the requests, the counters and the record."""
         for index in np.flatnonzero(result.overrides):
             states[index].overrides += int(result.overrides[index])
-        if result.num_mismatches:
+        if result.num_mismatches and self._counters is not None:
             self._counters.add(result.num_mismatches, result.overrides_per_position)
         ids = self._runner.input_batch.req_ids
         for consulted in result.consulted:
@@ -337,7 +337,6 @@ def install(runner: Any, settings: Settings, engine_index: int) -> CoSpecRejecti
         settings: of the server.
         engine_index: which of the server's engines this is, for the counters.
     """
-    counters = Counters(settings.counters, engine_index, settings.num_speculative_tokens)
-    counters.open(create=True)
+    counters = counters_of_this_rank(settings, engine_index)
     runner.rejection_sampler = CoSpecRejectionSampler(runner, settings, counters)
     return runner.rejection_sampler

@@ -18,8 +18,8 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.kernels.triton.launch import Slots, arbitrate, warm_up
-from vllm_cospec.metrics import Counters
-from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, counters_of_this_rank, slot_entry
+from vllm_cospec.metrics import Counters, counters_of_this_rank
+from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, slot_entry
 
 logger = init_logger("vllm.cospec")
 
