@@ -95,7 +95,7 @@ def exact_p_value(gained: int, lost: int, n: int, margin: float) -> float:
     return float(min(1.0, max(tails.max(), _tails(top * np.sin(angles) ** 2, at_most, n, margin).max())))
 
 
-def score_statistic(gained: np.ndarray, lost: np.ndarray, n: int, margin: float) -> np.ndarray:
+def score_statistic(gained: np.ndarray | float, lost: np.ndarray | float, n: int, margin: float) -> np.ndarray:
     """Return Tango's statistic of counts of pairs; the smaller, the more it speaks against a loss of ``margin``.
 
     The share gained at which the variance is taken maximises the likelihood where lost - gained = margin.
@@ -141,7 +141,7 @@ def _rejection_region(gained: int, lost: int, n: int, margin: float) -> np.ndarr
 
     The statistic grows with the number lost, so that it can be bisected.
     """
-    found = score_statistic(np.float64(gained), np.float64(lost), n, margin) + 1e-9  # ties count, whatever the rounding
+    found = score_statistic(gained, lost, n, margin) + 1e-9  # ties count, whatever the rounding
     gains = np.arange(n + 1.0)
     low, high = np.full(n + 1, -1.0), n - gains
     while (low < high).any():

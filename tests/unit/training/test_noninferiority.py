@@ -21,7 +21,7 @@ def enumerated_p_value(gained: int, lost: int, n: int, margin: float) -> float:
     """The definition: every table that speaks as strongly, its probability at the worst share gained."""
     gains, losses = np.meshgrid(np.arange(n + 1.0), np.arange(n + 1.0), indexing="ij")
     equal = n - gains - losses
-    found = score_statistic(np.float64(gained), np.float64(lost), n, margin)
+    found = score_statistic(gained, lost, n, margin)
     region = (equal >= 0) & (score_statistic(gains, losses, n, margin) <= found + 1e-9)
     gains, losses, equal = gains[region], losses[region], equal[region]
     coefficient = gammaln(n + 1) - gammaln(gains + 1) - gammaln(losses + 1) - gammaln(equal + 1)
