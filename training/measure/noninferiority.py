@@ -114,14 +114,32 @@ def betting_p_value(differences: np.ndarray, margin: float, level: float = 0.95)
         differences: our score minus strict's, from -1 to 1, [n], in an order that does not depend on them.
         margin, level: see :func:`p_value`.
     """
-    y, null, n = (differences + 1) / 2, (1 - margin) / 2, len(differences)
+    return math.exp(-_gain((differences + 1) / 2, (1 - margin) / 2, level))
+
+
+def mean_bound(values: np.ndarray, level: float) -> float:
+    """Return the lower confidence bound of a mean, to 1e-4, by the same bets.
+
+    Args:
+        values: from 0 to 1, [n], in an order that does not depend on them.
+        level: of confidence, one-sided.
+    """
+    low, high, needed = 0, round(1 / RESOLUTION), -math.log(1 - level)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _gain(values, middle * RESOLUTION, level) >= needed else (low, middle - 1)
+    return low * RESOLUTION
+
+
+def _gain(values: np.ndarray, null: float, level: float) -> float:
+    """Logarithm of the largest capital on the way, at least 0, of bets that the mean of values exceeds ``null``."""
+    n = len(values)
     rounds = np.arange(1, n + 1)
-    mean = (0.5 + np.cumsum(y)) / (rounds + 1)
-    variance = (0.25 + np.cumsum((y - mean) ** 2)) / (rounds + 1)
+    mean = (0.5 + np.cumsum(values)) / (rounds + 1)
+    variance = (0.25 + np.cumsum((values - mean) ** 2)) / (rounds + 1)
     before = np.concatenate([[0.25], variance[:-1]])  # a stake may depend on what came before only
     stakes = np.minimum(np.sqrt(2 * math.log(1 / (1 - level)) / (n * before)), STAKE / null)
-    capital = np.cumsum(np.log1p(stakes * (y - null)))
-    return float(math.exp(-max(0.0, capital.max())))
+    return max(0.0, float(np.cumsum(np.log1p(stakes * (values - null))).max()))
 
 
 def _check(ours: np.ndarray, strict: np.ndarray) -> None:
