@@ -48,7 +48,8 @@ from vllm_cospec.training.tasks.code_lines import draw_problems
 
 STATE, HELD, LOG = "state.safetensors", "before_decay.safetensors", "log.jsonl"
 WARM_UP = 100
-DECAY_SHARE = 0.25  # steps of the decay for each step before it
+SETTLED = 30  # steps of an invocation after which its pace is known
+DECAY_SHARE = 2 / 3  # steps of the decay for each step before it
 MATRIX_RATE, OTHER_RATE, WEIGHT_DECAY = 0.02, 2e-3, 0.01
 
 
@@ -194,10 +195,12 @@ def training(run: Run, stream: torch.Tensor, work: Path, minutes: float, steps: 
     """
     begun = time.monotonic()
     progress = run.progress
-    before, elapsed, pace = progress.seconds, 0.0, 0.0  # pace: seconds per step, records and states included
+    first, before = progress.step, progress.seconds
+    elapsed = pace = 0.0  # pace: seconds per step, records and states included; the first ones are slower
     while not progress.finished:
         decay = max(1, round(DECAY_SHARE * progress.step))
-        if progress.decay_from < 0 and (progress.step >= steps or elapsed + decay * pace >= 60 * minutes):
+        late = progress.step >= first + SETTLED and elapsed + decay * pace >= 60 * minutes
+        if progress.decay_from < 0 and (progress.step >= steps or late):
             run.save(work / HELD)
             progress.decay_from, progress.decay_steps = progress.step, decay
         ids = windows(stream, progress.step, run.recipe.batch, run.recipe.length, run.recipe.seed)
@@ -209,7 +212,9 @@ def training(run: Run, stream: torch.Tensor, work: Path, minutes: float, steps: 
             "loss": round(loss, 4), "seconds": round(progress.seconds, 1), "step_s": round(pace, 3),
         }  # fmt: skip
         now = time.monotonic() - begun
-        pace = now - elapsed if not pace else 0.98 * pace + 0.02 * (now - elapsed)
+        pace = (
+            now / (progress.step - first) if progress.step < first + SETTLED else 0.98 * pace + 0.02 * (now - elapsed)
+        )
         elapsed = now
 
 
