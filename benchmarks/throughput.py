@@ -34,9 +34,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_cospec.arbiter import load_artefact
-from vllm_cospec.config import locate_artefact
 from vllm_cospec.errors import ConfigError, CoSpecError, ServerError, first_sentence
 from vllm_cospec.kernels.policies import policy_names
+from vllm_cospec.recipe import locate_artefact
 from vllm_cospec.server import Server, interruptible
 from vllm_cospec.training.commands import DEMO_CONFIG
 from vllm_cospec.training.config import PairConfig, bundled, load_train_config, locate, require_models

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from vllm_cospec.kernels.frozen import Frozen
 from vllm_cospec.kernels.statistics import INDEX
 
 if TYPE_CHECKING:
@@ -43,12 +44,8 @@ class Mismatches:
         return self.statistics[:, INDEX[name]]
 
 
-class Policy(BaseModel):
+class Policy(Frozen):
     """Base of all policies: immutable parameters, no unknown ones."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
     needs_draft_logits: ClassVar[bool] = False
     """Whether the rule is meaningless for drafters without logits."""

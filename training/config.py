@@ -13,22 +13,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from vllm_cospec.errors import ConfigError, first_sentence
+from vllm_cospec.kernels.frozen import Frozen
 
 PAIR_NAMES = tuple(f"{pair}:{role}" for pair in ("bundled", "smollm2", "code") for role in ("target", "draft"))
 
 
-class Section(BaseModel):
-    """A table of the file: no unknown keys, no conversions, cannot be changed."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class PairConfig(Section):
+class PairConfig(Frozen):
     """The two models and how vLLM runs them."""
 
     target: str
@@ -39,9 +32,9 @@ class PairConfig(Section):
     """vLLM's method for the drafter; left out: what vLLM detects."""
     num_speculative_tokens: int = Field(ge=1, le=128)
     """K. An arbiter is served best with the K it was trained with."""
-    engine: dict[str, Any] = {}
+    engine: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's ``LLM``, for example dtype, max_model_len, max_num_seqs."""
-    speculative: dict[str, Any] = {}
+    speculative: dict[str, Any] = Field(default_factory=dict)
     """Further keys of vLLM's speculative configuration, for example prompt_lookup_max."""
 
     @model_validator(mode="after")
@@ -67,12 +60,12 @@ class PairConfig(Section):
         return {"method": "cospec", "arbiter": arbiter, **drafter}
 
 
-class TaskConfig(Section):
+class TaskConfig(Frozen):
     """Where problems come from and what counts as right."""
 
     name: str = "demo"
     """demo, jsonl, or reasoning_gym."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Of the task: path, test_path, template for jsonl; generator and its own options for reasoning_gym."""
     reward: str = "task"
     """task (the task's own), math_verify, exact, or module:function, called with (problem, text) and returning a
@@ -81,7 +74,7 @@ class TaskConfig(Section):
     """Seconds one reward may take."""
 
 
-class RolloutConfig(Section):
+class RolloutConfig(Frozen):
     """How responses are generated."""
 
     actors: int = Field(2, ge=1)
@@ -112,7 +105,7 @@ class RolloutConfig(Section):
     """How often a unit may lose its actor before it is taken apart, and a single prompt before it is set aside."""
 
 
-class LearnerConfig(Section):
+class LearnerConfig(Frozen):
     """How the arbiter learns."""
 
     advantage: str = "branch"
@@ -143,7 +136,7 @@ class LearnerConfig(Section):
     """Reward for the share of target steps saved, 1 - steps / tokens, next to 1 for a right answer."""
 
 
-class CalibrationConfig(Section):
+class CalibrationConfig(Frozen):
     """How the threshold is chosen after training."""
 
     problems: int = Field(1000, ge=20)
@@ -152,7 +145,7 @@ class CalibrationConfig(Section):
     """Tried thresholds."""
 
 
-class TrainConfig(Section):
+class TrainConfig(Frozen):
     """A training run."""
 
     pair: PairConfig

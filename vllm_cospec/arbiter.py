@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vllm_cospec.atomic import new_directory
 from vllm_cospec.errors import ArtefactError, first_sentence
+from vllm_cospec.kernels.frozen import Frozen
 from vllm_cospec.kernels.statistics import NUM_STATISTICS, SCHEMA_NAME, SCHEMA_VERSION, schema_hash
 
 FORMAT_VERSION = 1
@@ -27,15 +28,7 @@ CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "READ
 MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES = 4 * 2**20, 16 * 2**20  # an arbiter has a few thousand weights
 
 
-class Strict(BaseModel):
-    """A pydantic model that refuses unknown keys, NaN and infinity, and cannot be changed."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class SchemaId(Strict):
+class SchemaId(Frozen):
     """Which statistics the arbiter was trained on."""
 
     name: str
@@ -45,7 +38,7 @@ class SchemaId(Strict):
     """False: trained with a drafter that has no logits (ngram, suffix)."""
 
 
-class CurvePoint(Strict):
+class CurvePoint(Frozen):
     """What one threshold does on the calibration problems."""
 
     threshold: float = Field(ge=0, le=1)
@@ -60,7 +53,7 @@ class CurvePoint(Strict):
     num_problems: int = Field(ge=1)
 
 
-class Provenance(Strict):
+class Provenance(Frozen):
     """Where the arbiter comes from."""
 
     target: str = ""
@@ -68,15 +61,15 @@ class Provenance(Strict):
     vocab_size: int = Field(ge=2)
     tokenizer_hash: str
     """See :func:`tokenizer_hash`."""
-    training_config: dict[str, Any] = {}
+    training_config: dict[str, Any] = Field(default_factory=dict)
     git_sha: str = ""
-    packages: dict[str, str] = {}
+    packages: dict[str, str] = Field(default_factory=dict)
     created: str = ""
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = Field(default_factory=dict)
     """Measured results, with their sample sizes."""
 
 
-class ArtefactConfig(Strict):
+class ArtefactConfig(Frozen):
     """The contents of an artefact's ``config.json``."""
 
     format_version: Literal[1] = 1

@@ -43,22 +43,28 @@ class HookStatus:
     detail: str = ""
 
 
+Level = Literal["symbol", "instance", "registry", "process"]
+"""Where a replacement takes hold. symbol: in its module or class, for the whole process; instance: on one object of the
+running engine; registry: through a table vLLM keeps for that; process: outside vLLM."""
+
+
 @dataclass(frozen=True)
 class Patch:
-    """One replaced symbol of vLLM."""
+    """One thing of vLLM's that is replaced."""
 
     symbol: str
     why: str
     how: str
     remove_when: str
     when: str
+    level: Level = "symbol"
 
 
 _SAMPLER = "vllm.v1.sample.rejection_sampler"
 _V2 = "vllm.v1.worker.gpu"
 _V2_SAMPLER = f"{_V2}.spec_decode.rejection_sampler:RejectionSampler"
 _V2_KERNELS = f"{_V2}.spec_decode.rejection_sampler_utils"
-_PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 
 HOOKS: tuple[Hook, ...] = (
     Hook("translate the flag", "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
@@ -86,10 +92,10 @@ HOOKS: tuple[Hook, ...] = (
     Hook("draw the stock recovered tokens", f"{_SAMPLER}:sample_recovered_tokens",
          ("max_spec_len", "num_draft_tokens", "cu_num_draft_tokens", "draft_token_ids", "draft_probs", "target_probs",
           "sampling_metadata", "device", "use_fp64_gumbel"), "v1"),
-    Hook("keep draft logits", f"{_PROPOSER}._sample_draft_tokens",
+    Hook("keep draft logits", f"{PROPOSER}._sample_draft_tokens",
          ("self", "hidden_states", "sampling_metadata"), "v1"),
-    Hook("keep draft logits", f"{_PROPOSER}._sample_from_logits", ("self", "logits", "sampling_metadata"), "v1"),
-    Hook("know what was proposed", f"{_PROPOSER}.propose", None, "v1"),
+    Hook("keep draft logits", f"{PROPOSER}._sample_from_logits", ("self", "logits", "sampling_metadata"), "v1"),
+    Hook("know what was proposed", f"{PROPOSER}.propose", None, "v1"),
     Hook("verify in the runner", "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
          ("self", "logits", "spec_decode_metadata"), "v1"),
     Hook("send settings to the device without waiting", "vllm.utils.torch_utils:async_tensor_h2d",
@@ -149,6 +155,78 @@ PATCHES: tuple[Patch, ...] = (
         how="calls the original, then logs one line when something was counted",
         remove_when="stat-logger plugins load with LLM too and are not global",
         when="cospec is asked for",
+    ),
+    Patch(
+        f"{_SAMPLER}:RejectionSampler.forward",
+        why="there is no hook for verification",
+        how="an instance of a subclass takes the place of the runner's sampler; strict batches go to the stock method",
+        remove_when="vLLM lets plugins register rejection samplers",
+        when="cospec runs on Model Runner V1",
+        level="instance",
+    ),
+    Patch(
+        f"{PROPOSER}.propose",
+        why="what was proposed must be known again when it is verified, perhaps a step later",
+        how="calls the original of the runner's proposer, of whichever kind, and keeps its tokens",
+        remove_when="the sampler is given the drafts' origin and logits",
+        when="cospec runs on Model Runner V1",
+        level="instance",
+    ),
+    Patch(
+        f"{PROPOSER}._sample_draft_tokens",
+        why="the statistics need the draft's raw logits, and stock keeps none",
+        how="as the original, with a copy of the logits kept",
+        remove_when="the sampler is given the drafts' origin and logits",
+        when="cospec runs on Model Runner V1 with a drafter that has logits",
+        level="instance",
+    ),
+    Patch(
+        f"{_V2_SAMPLER}._verify",
+        why="there is no hook for verification",
+        how="an instance of a subclass takes the place of the runner's sampler; strict chunks go to the stock method",
+        remove_when="vLLM lets plugins register rejection samplers",
+        when="cospec runs on Model Runner V2",
+        level="instance",
+    ),
+    Patch(
+        f"{_V2}.sample.sampler:Sampler.add_request",
+        why="a request's settings must reach the device with its slot",
+        how="calls the original, then writes the settings beside its own",
+        remove_when="per-slot state of plugins is told of requests, with speculative decoding too",
+        when="cospec runs on Model Runner V2",
+        level="instance",
+    ),
+    Patch(
+        f"{_V2}.sample.sampler:Sampler.apply_staged_writes",
+        why="the settings must become visible with the sampler's own",
+        how="calls the original, then copies the settings",
+        remove_when="per-slot state of plugins is told of requests, with speculative decoding too",
+        when="cospec runs on Model Runner V2",
+        level="instance",
+    ),
+    Patch(
+        f"{_V2}.model_runner:GPUModelRunner.finish_requests",
+        why="a preempted request must keep what it has used of its budget",
+        how="remembers it, then calls the original",
+        remove_when="per-slot state of plugins is told of preemption",
+        when="cospec runs on Model Runner V2",
+        level="instance",
+    ),
+    Patch(
+        f"{_SAMPLER}:expand_kernel",
+        why="the CPU build drops its result for float32 and int32: temperature, top-k and top-p are garbage",
+        how="the same function in torch",
+        remove_when="vLLM's CPU build writes the result back",
+        when="cospec runs on the CPU",
+        level="registry",
+    ),
+    Patch(
+        "sys:excepthook",
+        why="fifty lines of frames hide the sentence that says what to change",
+        how="prints the sentence of an error of this package; everything else goes to the hook that was there",
+        remove_when="vLLM's command prints errors of its configuration without a traceback",
+        when="cospec refuses to start under vLLM's own command",
+        level="process",
     ),
 )
 
@@ -270,7 +348,7 @@ def replace(target: str, make: Callable[[Any], Any]) -> None:
 
     The replacement carries the original under ``MARK``; a second call does nothing.
     """
-    assert any(patch.symbol == target for patch in PATCHES), f"{target} is not in the ledger"
+    _look_up(target, "symbol")
     module, _, path = target.partition(":")
     owner_path, _, name = path.rpartition(".")
     owner = find(f"{module}:{owner_path}") if owner_path else importlib.import_module(module)
@@ -280,3 +358,19 @@ def replace(target: str, make: Callable[[Any], Any]) -> None:
     replacement = make(original)
     setattr(replacement, MARK, original)
     setattr(owner, name, replacement)
+
+
+def wrap(symbol: str, owner: Any, replacement: Any) -> Any:
+    """Replace what the ledger knows as ``symbol`` on one object; returns what stood there, for the replacement to call.
+
+    The object may be of a subclass or of another class with the same method; only the last name of the symbol counts.
+    """
+    _look_up(symbol, "process" if inspect.ismodule(owner) else "instance")
+    name = symbol.rpartition(":")[2].rpartition(".")[2]
+    original = getattr(owner, name)
+    setattr(owner, name, replacement)
+    return original
+
+
+def _look_up(symbol: str, level: Level) -> None:
+    assert any((patch.symbol, patch.level) == (symbol, level) for patch in PATCHES), f"{symbol} is not in the ledger"

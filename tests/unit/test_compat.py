@@ -10,8 +10,9 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_cospec import compat, plugin
-from vllm_cospec.compat import HOOKS, MARK, PATCHES, Hook, Patch, check_hook, find, replace, require_hooks
+from vllm_cospec.compat import HOOKS, MARK, PATCHES, Hook, Patch, check_hook, find, replace, require_hooks, wrap
 from vllm_cospec.errors import CompatibilityError
+from vllm_cospec.workers.cpu import EXPAND_KERNEL
 
 SCOPES = ("config", "v1", "v2", "cpu", "gpu")
 FLAG = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
@@ -158,13 +159,13 @@ def test_register_twice_replaces_once(monkeypatch):
 
 def test_register_replaces_nothing_but_the_translation_of_the_flag(monkeypatch):
     before = {}
-    for patch in PATCHES:
+    for patch in (patch for patch in PATCHES if patch.level == "symbol"):
         owner, name = owner_of(patch.symbol)
         value = vars(owner)[name]
         before[patch.symbol] = getattr(value, MARK, value)
         monkeypatch.setattr(owner, name, before[patch.symbol])
     plugin.register()
-    replaced = [patch.symbol for patch in PATCHES if find(patch.symbol) is not before[patch.symbol]]
+    replaced = [symbol for symbol, value in before.items() if find(symbol) is not value]
     assert replaced == [FLAG]
     assert [patch.symbol for patch in PATCHES if patch.when == "always"] == [FLAG]
 
@@ -243,8 +244,35 @@ def test_the_installed_version_is_known_and_supported():
 @pytest.mark.parametrize("patch", PATCHES, ids=[patch.symbol for patch in PATCHES])
 def test_every_patched_symbol_exists_is_checked_at_start_and_is_accounted_for(patch):
     find(patch.symbol)
-    assert patch.symbol in {hook.target for hook in HOOKS}
+    assert patch.level == "process" or patch.symbol in {hook.target for hook in HOOKS}
     assert all((patch.why, patch.how, patch.remove_when, patch.when))
+
+
+def test_the_kernel_that_is_swapped_in_vllms_registry_stands_in_the_ledger():
+    (entry,) = [patch for patch in PATCHES if patch.level == "registry"]
+    assert entry.symbol.replace(":", ".") == EXPAND_KERNEL
+
+
+def test_a_method_wrapped_on_an_object_is_handed_back_and_the_class_keeps_its_own(monkeypatch, other_module):
+    entry = Patch("module_under_test:Holder.method", why="", how="", remove_when="", when="", level="instance")
+    monkeypatch.setattr(compat, "PATCHES", (entry,))
+
+    class Other(other_module.Holder):
+        pass
+
+    wrapped, plain = Other(), Other()
+    original = wrap(entry.symbol, wrapped, lambda: f"after {original()}")
+    assert (wrapped.method(), plain.method()) == ("after original", "original")
+
+
+def test_wrap_refuses_what_is_not_in_the_ledger_or_stands_there_as_something_else(monkeypatch, other_module):
+    holder = other_module.Holder()
+    symbol = "module_under_test:Holder.method"
+    for level in ("symbol", "registry"):
+        monkeypatch.setattr(compat, "PATCHES", (Patch(symbol, "", "", "", "", level),))
+        with pytest.raises(AssertionError, match="ledger"):
+            wrap(symbol, holder, lambda: None)
+    assert holder.method() == "original"
 
 
 @pytest.fixture

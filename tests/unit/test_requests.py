@@ -8,7 +8,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from vllm_cospec import plugin
+from vllm_cospec import patches
 from vllm_cospec.config import Settings
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.kernels.policies import Learned, Strict, Typical
@@ -288,7 +288,7 @@ def test_a_requests_extra_args_are_not_changed():
 def validate(params, cospec=LEARNED):
     """Run the check the way vLLM's input processor does."""
     seen = []
-    check = plugin._make_validate_params(lambda self, params, supported_tasks: seen.append(params))
+    check = patches._make_validate_params(lambda self, params, supported_tasks: seen.append(params))
     config = SimpleNamespace() if cospec is None else SimpleNamespace(cospec=cospec)
     check(SimpleNamespace(speculative_config=config), params, ())
     return seen

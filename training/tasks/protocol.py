@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from vllm_cospec.errors import ConfigError, first_sentence
+from vllm_cospec.kernels.frozen import Frozen
 from vllm_cospec.training.tasks.splits import Split
 
 
@@ -42,10 +43,8 @@ class FurtherFigures(Protocol):
         """Return figures by name for one response text per problem."""
 
 
-class Options(BaseModel):
+class Options(Frozen):
     """What a task can be told; a task without options has none."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 _TASKS: dict[str, tuple[type[Options], Callable[[Any], Task]]] = {}

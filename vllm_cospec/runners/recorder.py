@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_cospec import compat
+
 
 @dataclass
 class Proposals:
@@ -46,10 +48,9 @@ class ProposalRecorder:
         self._runner = runner
         self._drafter = drafter = runner.drafter
         self._current: Proposals | None = None
-        self._propose = drafter.propose
-        drafter.propose = self._record
+        self._propose = compat.wrap(f"{compat.PROPOSER}.propose", drafter, self._record)
         if draft_logits:
-            drafter._sample_draft_tokens = self._sample_and_keep
+            compat.wrap(f"{compat.PROPOSER}._sample_draft_tokens", drafter, self._sample_and_keep)
 
     def take(self) -> Proposals | None:
         """Return the last proposals and forget them."""

@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
+from vllm_cospec import compat
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.kernels.triton.launch import Slots, arbitrate, warm_up
@@ -43,12 +44,11 @@ class SlotTable:
         self._forced = UvaBackedTensor(size, dtype=torch.int32)
         self._overrides_so_far = torch.zeros(size, dtype=torch.int32, device=runner.device)
         self._preempted: dict[str, Tensor] = {}
-        self._add_request = runner.sampler.add_request
-        self._apply_staged_writes = runner.sampler.apply_staged_writes
-        self._finish_requests = runner.finish_requests
-        runner.sampler.add_request = self.add_request
-        runner.sampler.apply_staged_writes = self.apply_staged_writes
-        runner.finish_requests = self.finish_requests
+        sampler, wrap = "vllm.v1.worker.gpu.sample.sampler:Sampler", compat.wrap
+        self._add_request = wrap(f"{sampler}.add_request", runner.sampler, self.add_request)
+        self._apply_staged_writes = wrap(f"{sampler}.apply_staged_writes", runner.sampler, self.apply_staged_writes)
+        finish = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests"
+        self._finish_requests = wrap(finish, runner, self.finish_requests)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """As the sampler's, which this wraps; slots are recycled, so everything is overwritten."""

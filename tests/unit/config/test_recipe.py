@@ -8,9 +8,11 @@ import huggingface_hub
 import pytest
 from configurations import ENGINE_KEYS, NAN, refused, symlink_loop, user_config, write_artefact, write_recipe
 
-from vllm_cospec.config import MAX_RECIPE_BYTES, CoSpecConfig, resolve
+from vllm_cospec.config import CoSpecConfig
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.kernels.policies import Learned, Typical
+from vllm_cospec.recipe import MAX_RECIPE_BYTES
+from vllm_cospec.translate import resolve
 
 
 def test_a_recipe_beside_the_target_says_everything(pair, tmp_path):

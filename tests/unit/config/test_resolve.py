@@ -6,8 +6,9 @@ import huggingface_hub
 import pytest
 from configurations import ENGINE_KEYS, LEFT_OUT, PARAMETERS, resolved, write_recipe
 
-from vllm_cospec.config import OWN_KEYS, CoSpecConfig, resolve
+from vllm_cospec.config import OWN_KEYS, CoSpecConfig
 from vllm_cospec.kernels.policies import Learned, Typical, policy_class, policy_names
+from vllm_cospec.translate import resolve
 
 
 def test_what_is_left_out_has_the_documented_default():

@@ -3,9 +3,10 @@
 import pytest
 from configurations import assert_one_sentence, learned, write_artefact
 
-from vllm_cospec.config import CoSpecConfig, Settings, settle
+from vllm_cospec.config import CoSpecConfig, Settings
 from vllm_cospec.errors import ArtefactError, ConfigError
 from vllm_cospec.kernels.policies import Cascade, Fly, Kl, Strict, Typical
+from vllm_cospec.settle import settle
 from vllm_cospec.training.pairs.demo import build_tokenizer
 
 

@@ -1,0 +1,239 @@
+"""The translation of ``{"method": "cospec"}`` to vLLM's ``SpeculativeConfig`` for the inner drafter.
+
+More than a hundred places of vLLM switch on the method, so it never sees ours: the drafter's stands there, and this
+package's settings ride on the object as ``.cospec``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from vllm.logger import init_logger
+
+from vllm_cospec import compat
+from vllm_cospec.config import METHOD, OWN_KEYS, WHERE, CoSpecConfig, Settings
+from vllm_cospec.errors import CompatibilityError, ConfigError, CoSpecError, first_sentence, shorten
+from vllm_cospec.kernels.policies import Learned, policy_names
+from vllm_cospec.patches import print_the_sentence_alone, replace_front_end
+from vllm_cospec.recipe import RECIPE_FILE, is_file, load_recipe, locate_artefact, looks_local
+from vllm_cospec.settle import settle_loaded
+
+logger = init_logger("vllm.cospec")
+
+_announced: set[str] = set()
+
+
+def asked_for(speculative_config: Any) -> bool:
+    """Return whether a user's speculative configuration asks for this plugin."""
+    return isinstance(speculative_config, dict) and speculative_config.get("method") == METHOD
+
+
+def make_create_speculative_config(original: Any) -> Any:
+    """Return ``EngineArgs.create_speculative_config`` with the method "cospec" in it."""
+
+    @functools.wraps(original)
+    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+        method = getattr(self, "spec_method", None)
+        raw = self.speculative_config
+        if not asked_for(raw) and method != METHOD:
+            return original(self, target_model_config, target_parallel_config)
+        raw = _merge_short_flags(self, raw or {})
+        try:
+            return _translate(original, self, raw, target_model_config, target_parallel_config)
+        except CoSpecError as error:
+            print_the_sentence_alone()
+            raise error.with_traceback(None) from None  # the sentence is all a user needs
+
+    return create_speculative_config
+
+
+def _merge_short_flags(engine_args: Any, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the configuration with --spec-method, --spec-model and --spec-tokens in it."""
+    merged = dict(raw)
+    for attribute, key in (
+        ("spec_method", "method"),
+        ("spec_model", "model"),
+        ("spec_tokens", "num_speculative_tokens"),
+    ):
+        value = getattr(engine_args, attribute, None)
+        if value is None:
+            continue
+        if key in merged:
+            flag = attribute.replace("_", "-")
+            raise ConfigError(f"{WHERE}.{key}: given twice, here and as --{flag}; leave one out")
+        merged[key] = value
+    return merged
+
+
+def resolve(raw: dict[str, Any], target: str, engine_keys: frozenset[str]) -> tuple[CoSpecConfig, dict[str, Any]]:
+    """Split a user's keys into this package's and vLLM's, filling what is left out from the recipe.
+
+    Args:
+        raw: ``--speculative-config`` as parsed, with ``method`` "cospec". Not changed.
+        target: the target model, a directory or hub id.
+        engine_keys: the names vLLM's SpeculativeConfig knows.
+
+    Returns:
+        The configuration with ``arbiter`` turned into a policy, and the keyword arguments for vLLM.
+
+    Raises:
+        ConfigError: one sentence naming the field, the value and the way out.
+    """
+    explicit: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = str(key).replace("-", "_")
+        if name in explicit:
+            raise ConfigError(f"{WHERE}.{name}: given twice, with dashes and with underscores; leave one out")
+        explicit[name] = value
+    explicit.pop("method", None)
+    _refuse_unknown(explicit, engine_keys, WHERE)
+    recipe, path = load_recipe(target)
+    _refuse_unknown(recipe, engine_keys, str(path))
+    merged = recipe | explicit
+    knobs = {"threshold", "max_accuracy_loss"}
+    if explicit.keys() & (
+        knobs | {"arbiter"}
+    ):  # the recipe's knob belongs to its own arbiter, and there is only one knob
+        for key in knobs - explicit.keys():
+            merged.pop(key, None)
+    try:
+        config = CoSpecConfig.model_validate({key: value for key, value in merged.items() if key in OWN_KEYS})
+    except ValidationError as error:
+        raise ConfigError(first_sentence(error, WHERE, hide=policy_names())) from None
+    inner = {key: value for key, value in merged.items() if key not in OWN_KEYS}
+    if config.arbiter is None:
+        raise ConfigError(
+            f"{WHERE}.arbiter: missing, and {target!r} has no {RECIPE_FILE} that names one; pass the path of an "
+            f'artefact or {{"policy": NAME}} with NAME from {", ".join(policy_names())}'
+        )
+    policy = config.arbiter
+    if isinstance(policy, Learned):
+        policy = Learned(artefact=str(locate_artefact(policy.artefact)))
+    _check_inner(config, inner, target)
+    return config.model_copy(update={"arbiter": policy}), inner
+
+
+def _refuse_unknown(keys: dict[str, Any], engine_keys: frozenset[str], where: str) -> None:
+    for key, value in keys.items():
+        if key not in OWN_KEYS and key not in engine_keys:
+            close = difflib.get_close_matches(key, [*OWN_KEYS, *engine_keys], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"remove it; own keys are {', '.join(sorted(OWN_KEYS))}"
+            raise ConfigError(f"{where}.{key}: unknown key (value {shorten(value)}); {hint}")
+
+
+def _check_inner(config: CoSpecConfig, inner: dict[str, Any], target: str) -> None:
+    """Complete and check vLLM's own keys where vLLM's message would come late or from deep inside."""
+    if config.draft_method is not None:
+        inner["method"] = config.draft_method
+    model, count = inner.get("model"), inner.get("num_speculative_tokens")
+    if model is None and config.draft_method in (None, "draft_model", "eagle", "eagle3"):
+        raise ConfigError(
+            f"{WHERE}.model: missing, and {target!r} has no {RECIPE_FILE} that names a draft model; "
+            f'pass "model": DRAFT, or "draft_method": "ngram" to draft without one'
+        )
+    if model is not None and not isinstance(model, str):
+        raise ConfigError(f"{WHERE}.model: must be a path or hub id, got {shorten(model)}")
+    if model is not None and looks_local(model) and not is_file(Path(model) / "config.json"):
+        raise ConfigError(
+            f"{WHERE}.model: no model at {model!r} (config.json is missing); pass a model directory or hub id"
+        )
+    if model is not None and looks_local(model):
+        try:
+            described = isinstance(json.loads((Path(model) / "config.json").read_bytes()), dict)
+        except (OSError, ValueError, RecursionError):
+            described = False
+        if not described:
+            raise ConfigError(f"{WHERE}.model: config.json at {model!r} is no JSON object; copy the model again")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 128):
+        raise ConfigError(f"{WHERE}.num_speculative_tokens: must be an integer from 1 to 128, got {shorten(count)}")
+    if count is None and config.draft_method not in ("mtp", "suffix"):
+        raise ConfigError(
+            f"{WHERE}.num_speculative_tokens: missing; pass the number of draft tokens per step, for example 5"
+        )
+    for key, only in (
+        ("rejection_sample_method", "standard"),
+        ("use_heterogeneous_vocab", False),
+        ("enable_adaptive_verification", False),
+    ):
+        if inner.get(key, only) != only:
+            raise ConfigError(f"{WHERE}.{key}: {shorten(inner[key])} cannot be combined with cospec; leave it out")
+
+
+def _translate(
+    original: Any, engine_args: Any, raw: dict[str, Any], target_model_config: Any, target_parallel_config: Any
+) -> Any:
+    """Build vLLM's SpeculativeConfig for the inner drafter, with our settings riding on it."""
+    from vllm.config.speculative import SpeculativeConfig
+
+    worker = _worker_class(target_parallel_config)
+    engine_keys = frozenset(field.name for field in dataclasses.fields(SpeculativeConfig)) - {
+        "method", "target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config",
+    }  # fmt: skip
+    config, inner = resolve(raw, target_model_config.model, engine_keys)
+    if inner.get("parallel_drafting"):
+        raise ConfigError(f"{WHERE}.parallel_drafting: cannot be combined with cospec; leave it out")
+    if config.draft_method not in ("ngram", "suffix"):
+        inner.setdefault("draft_sample_method", "probabilistic")  # sampled requests verify against q, as in the paper
+
+    stand_in = copy.copy(engine_args)  # the user's arguments are read again by other API servers: never change them
+    stand_in.speculative_config = inner
+    for name in ("spec_method", "spec_model", "spec_tokens"):
+        if hasattr(stand_in, name):
+            setattr(stand_in, name, None)
+    try:
+        speculative_config = original(stand_in, target_model_config, target_parallel_config)
+    except Exception as error:  # pydantic, transformers and the hub client all raise their own types here
+        raise ConfigError(f"{WHERE}: vLLM refused the drafter {inner.get('model')!r}: {_reason(error)}") from None
+    settings = settle_loaded(config, speculative_config, target_model_config)
+    replace_front_end()
+    speculative_config.cospec = settings
+    target_parallel_config.worker_cls = worker
+    _announce(settings)
+    return speculative_config
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ").removeprefix(
+            "Value error, "
+        )
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _worker_class(parallel_config: Any) -> str:
+    """Return the worker to run, after checking that arbitration can run there at all.
+
+    Raises:
+        CompatibilityError: a hook is missing, or the platform or runner is not supported.
+    """
+    place = compat.placement()
+    if place.problem is not None:
+        raise CompatibilityError(place.problem)
+    if parallel_config.worker_cls not in ("auto", place.worker):
+        raise CompatibilityError(
+            f"worker_cls: {parallel_config.worker_cls!r} cannot be combined with cospec, which brings its own worker; "
+            f"leave it out"
+        )
+    if parallel_config.pipeline_parallel_size > 1:
+        raise CompatibilityError(
+            f"pipeline_parallel_size: {parallel_config.pipeline_parallel_size} is not supported with cospec; use 1"
+        )
+    compat.require_hooks(place.scopes)
+    if not compat.version_supported(compat.vllm_version()):
+        logger.warning("cospec was not tested with vLLM %s; every hook it needs is there.", compat.vllm_version())
+    return place.worker
+
+
+def _announce(settings: Settings) -> None:
+    line = settings.announcement()
+    if line not in _announced:
+        _announced.add(line)
+        (logger.warning if settings.lossy else logger.info)(line)
