@@ -134,6 +134,7 @@ def test_drafting_and_verification_on_v1_wait_for_nothing(
     monkeypatch.setattr(v1_gpu, "DeviceCounters", lambda *args: counters())
     ids, counts = ["a", "b", "c"], [K, 0, 2]
     drafter = SimpleNamespace(model=SimpleNamespace(compute_logits=lambda hidden: torch.zeros(3, VOCAB, device=META)))
+    drafter._sample_draft_tokens = None  # the recorder puts its own there
     drafter._sample_from_logits = lambda logits, metadata: (logits.argmax(-1), None)
     drafter.propose = lambda: torch.stack([drafter._sample_draft_tokens(None, None)[0] for _ in range(K)], 1)
     runner = SimpleNamespace(
