@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vllm_cospec.kernels.regret import REGRET_UNIT, in_units
 from vllm_cospec.kernels.statistics import LOGPROB_FLOOR, NAMES
 
 CEILING = -LOGPROB_FLOOR
@@ -114,6 +115,8 @@ class Block:
     overrides_so_far: int = 0
     max_overrides: int | None = None
     exact_tokens: int = 0
+    regret_so_far: float = 0.0
+    max_regret: float | None = None
 
 
 @dataclass
@@ -125,10 +128,29 @@ class BlockResult:
     mismatches: list[int] = field(default_factory=list)  # positions the scan reached that strict would reject
     overrides: list[int] = field(default_factory=list)  # those of them that were kept
     statistics: list[Tensor] = field(default_factory=list)  # one row per consulted mismatch
+    regret: float = 0.0  # of the overrides
 
 
-def may_override(block: Block, position: int, num_overrides: int) -> bool:
-    """Return whether a mismatch may be decided by the policy at all."""
+def regret(logits: Tensor, token: int) -> float:
+    """Return what keeping ``token`` gives up: log p(t*) - log p(token) of raw target logits [V], rounded up to a unit.
+
+    Infinite where it is not a number.
+    """
+    given_up = float(logits.float().max() - logits[token].float())
+    return math.ceil(given_up / REGRET_UNIT) * REGRET_UNIT if math.isfinite(given_up) else math.inf
+
+
+def affordable(block: Block, position: int, spent: float) -> bool:
+    """Return whether the budget has room for a mismatch, with ``spent`` by the overrides earlier in this block."""
+    budget = in_units(block.max_regret)
+    if budget == math.inf:
+        return True
+    spent += block.regret_so_far + regret(block.raw_target_logits[position], block.draft_tokens[position])
+    return budget > 0 and spent <= budget
+
+
+def may_override(block: Block, position: int, num_overrides: int, spent: float) -> bool:
+    """Return whether a mismatch may be decided by the policy at all, after these overrides of the block."""
     token = block.draft_tokens[position]
     vocabulary = block.raw_target_logits.shape[-1]
     return (
@@ -138,6 +160,7 @@ def may_override(block: Block, position: int, num_overrides: int) -> bool:
         and math.isfinite(block.processed_target_logits[position, token])
         and block.output_position + position >= block.exact_tokens
         and (block.max_overrides is None or block.overrides_so_far + num_overrides < block.max_overrides)
+        and affordable(block, position, spent)
     )
 
 
@@ -157,7 +180,7 @@ def verify_block(block: Block, keep: Callable[[Tensor, int], bool]) -> BlockResu
     for position in range(n):
         if not block.accepted_by_strict[position]:
             result.mismatches.append(position)
-            if not may_override(block, position, len(result.overrides)):
+            if not may_override(block, position, len(result.overrides), result.regret):
                 return _stop(block, result, position)
             lookahead = 0
             while position + 1 + lookahead < n and matches[position + 1 + lookahead]:
@@ -182,6 +205,7 @@ def verify_block(block: Block, keep: Callable[[Tensor, int], bool]) -> BlockResu
             if not keep(statistics, position):
                 return _stop(block, result, position)
             result.overrides.append(position)
+            result.regret += regret(block.raw_target_logits[position], block.draft_tokens[position])
         result.tokens.append(block.draft_tokens[position])
         result.num_accepted += 1
     result.tokens.append(block.bonus_token)
