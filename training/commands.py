@@ -28,7 +28,7 @@ from vllm_cospec.training.measure.provenance import command_line, write_result
 from vllm_cospec.training.measure.report import plot_learning, plot_thresholds
 from vllm_cospec.training.rollout.actors import ray_session
 from vllm_cospec.training.rollout.engine import short_name
-from vllm_cospec.training.tasks import FurtherFigures, Problem, Split, load_task
+from vllm_cospec.training.tasks import FurtherFigures, Problem, Split, digest, load_task
 from vllm_cospec.training.trainer import Trainer
 
 ARBITER = "arbiter"
@@ -139,7 +139,7 @@ def run_evaluation(
     how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     title = f"{num_problems} {split} problems of {config.task.name}, seed {seed}, {how}"
     console.print(comparison_table(rows, title))
-    result = {"command": command_line(), "problems": title, "modes": rows}
+    result = {"command": command_line(), "problems": title, "problems_sha256": digest(problems), "modes": rows}
     if json_path is not None:
         write_result(json_path, result)
     if per_question is not None:

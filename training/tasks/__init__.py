@@ -7,7 +7,27 @@ Importing this package registers the tasks that come with it.
 """
 
 from vllm_cospec.training.tasks import code_lines, datasets, demo, generators, product_and_sums  # noqa: F401 - registers them
-from vllm_cospec.training.tasks.protocol import FurtherFigures, Options, Problem, Task, load_task, task, task_names
+from vllm_cospec.training.tasks.protocol import (
+    FurtherFigures,
+    Options,
+    Problem,
+    Task,
+    digest,
+    load_task,
+    task,
+    task_names,
+)
 from vllm_cospec.training.tasks.splits import Split, split_of
 
-__all__ = ["FurtherFigures", "Options", "Problem", "Split", "Task", "load_task", "split_of", "task", "task_names"]
+__all__ = [
+    "FurtherFigures",
+    "Options",
+    "Problem",
+    "Split",
+    "Task",
+    "digest",
+    "load_task",
+    "split_of",
+    "task",
+    "task_names",
+]

@@ -9,21 +9,24 @@ from __future__ import annotations
 import difflib
 import hashlib
 import io
+import json
 import random
 import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.config import cached_pair
-from vllm_cospec.training.tasks.code_corpus import Source, read_corpus
+from vllm_cospec.training.tasks.code_corpus import Source, fingerprint, read_corpus
 from vllm_cospec.training.tasks.protocol import Options, Problem, task
 from vllm_cospec.training.tasks.splits import Split
 
 LEARNT_PACKAGE = "vllm"  # whose pretrain split the pair's draft has seen
+TRAINING = "training.json"  # beside the draft: what it was trained on
 CONTEXT = 220  # tokens of preceding lines, at most
 LEAST_CONTEXT = 120
 SHORTEST, LONGEST = 12, 90  # characters of a line without its indentation
@@ -59,7 +62,7 @@ class CodeLines:
 
     def __init__(self, options: CodeLinesOptions):
         self._options = options
-        read_corpus(options.package)  # refused at once where it is not installed
+        check_corpus(options.package, cached_pair("code") / "draft" / TRAINING)
 
     def problems(self, seed: int, n: int, split: Split = "test") -> list[Problem]:
         """See :meth:`Task.problems`.
@@ -94,6 +97,27 @@ class CodeLines:
             "accuracy_new_lines": sum(new) / max(1, len(new)),
             "num_new_lines": len(new),
         }
+
+
+def check_corpus(package: str, record: Path) -> None:
+    """See to it that the code base is the one whose pretrain split the pair's draft was trained on.
+
+    Args:
+        package: the code base; another one than the draft's is only read.
+        record: what the draft was trained on; nothing is compared before the pair is built.
+
+    Raises:
+        ConfigError: the package is not installed, or has other files: what tests here may have been learnt there.
+    """
+    found = fingerprint(read_corpus(package))
+    if package != LEARNT_PACKAGE or not record.is_file():
+        return
+    made = json.loads(record.read_text())
+    if made["splits"] != found:
+        raise ConfigError(
+            f"task: the draft was trained on the files of {package} {made['version']}, and other ones are installed; "
+            f"install {package} {made['version']}, or train a draft on these (training/pairs/code/draft.py)"
+        )
 
 
 def first_line(text: str) -> str:

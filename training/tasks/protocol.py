@@ -5,6 +5,8 @@ A task yields :class:`Problem` objects and scores response texts. ``load_task(na
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -33,6 +35,12 @@ class Task(Protocol):
 
     def score(self, problem: Problem, text: str) -> float:
         """Return the score of a response ``text``: 1.0 right, 0.0 wrong."""
+
+
+def digest(problems: Sequence[Problem]) -> str:
+    """Return a SHA-256 of prompts and answers, by which a result says what it was measured on."""
+    entries = "".join(json.dumps([problem.prompt, problem.answer]) + "\n" for problem in problems)
+    return hashlib.sha256(entries.encode()).hexdigest()
 
 
 @runtime_checkable

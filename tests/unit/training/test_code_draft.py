@@ -19,7 +19,7 @@ from vllm_cospec.training.pairs.code.llama import EMBEDDING, Shape, hidden_state
 from vllm_cospec.training.pairs.code.oracle import END, Choices, figures
 from vllm_cospec.training.pairs.code.text import Vocabulary, line_ends, token_stream, vocabulary_of, windows
 from vllm_cospec.training.tasks import Problem
-from vllm_cospec.training.tasks.code_corpus import Source
+from vllm_cospec.training.tasks.code_corpus import Source, fingerprint, read_corpus
 from vllm_cospec.training.tasks.code_lines import Place
 
 FULL = 300
@@ -171,15 +171,17 @@ def test_an_exact_match_is_the_answer_and_the_end_of_its_line() -> None:
     assert exact_match(run, [right, longer, shorter, right], tokenizer) == 0.5
 
 
-def test_a_packed_draft_is_the_trained_one_over_the_whole_vocabulary(tmp_path: Path) -> None:
+def test_a_packed_draft_is_the_trained_one_over_the_whole_vocabulary(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(build, "LEARNT_PACKAGE", "typer")  # a small one
+    splits = fingerprint(read_corpus("typer"))
     target = bundled("target")
     tokenizer = AutoTokenizer.from_pretrained(target)
     vocabulary = Vocabulary(torch.arange(8, 60), len(tokenizer))
     run = new_run(vocabulary=vocabulary)
     work = tmp_path / "work"
     work.mkdir()
-    note = {"text": "a fingerprint"}
-    (work / LOG).write_text(json.dumps(note) + "\n" + json.dumps({"step": 5, "held_out_loss": 1.5}) + "\n")
+    end = json.dumps({"step": 5, "held_out_loss": 1.5}) + "\n"
+    (work / LOG).write_text(json.dumps({"text": splits["test"]}) + "\n" + end)
     with pytest.raises(ConfigError, match="holds no training run"):
         build.pack(work, tmp_path / "packed")
     run.save(work / STATE)
@@ -187,8 +189,13 @@ def test_a_packed_draft_is_the_trained_one_over_the_whole_vocabulary(tmp_path: P
         build.pack(work, tmp_path / "packed")
     list(training(run, torch.arange(8, 60).repeat(40).int(), work, minutes=5, steps=4))
     run.save(work / STATE)
+    with pytest.raises(ConfigError, match="other files of typer"):
+        build.pack(work, tmp_path / "packed")
+    (work / LOG).write_text(json.dumps({"text": splits["pretrain"]}) + "\n" + end)
     build.pack(work, tmp_path / "packed")
-    assert json.loads((tmp_path / "packed" / build.TRAINING).read_text())["text"] == note
+    made = json.loads((tmp_path / "packed" / build.TRAINING).read_text())
+    assert made["splits"] == splits
+    assert made["end"]["held_out_loss"] == 1.5
     build.build_draft(tmp_path / "packed", tokenizer, target, tmp_path / "draft")
     full = LlamaForCausalLM.from_pretrained(tmp_path / "draft", dtype=torch.float32).eval()
     ids = torch.randint(len(tokenizer), (2, 30), generator=torch.manual_seed(4))

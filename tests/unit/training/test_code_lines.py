@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import pytest
 
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.config import bundled
-from vllm_cospec.training.tasks import FurtherFigures, Problem, code_lines, load_task
+from vllm_cospec.training.tasks import FurtherFigures, Problem, code_lines, digest, load_task
 from vllm_cospec.training.tasks.code_corpus import BUCKETS, fingerprint, group_files, read_corpus, split_of_file
-from vllm_cospec.training.tasks.code_lines import Place, half_of, lines_of_code, similarity
+from vllm_cospec.training.tasks.code_lines import Place, check_corpus, half_of, lines_of_code, similarity
 
 FILE = '''"""A docstring
 that goes over lines."""
@@ -168,3 +169,23 @@ def test_a_missing_package_or_tokenizer_is_refused(package: Path) -> None:
     task = load_task("code_lines", package=package.name, tokenizer=str(package))
     with pytest.raises(ConfigError, match=r"task\.options\.tokenizer: none in .*; run make code-pair"):
         task.problems(1, 1)
+
+
+def test_another_version_than_the_draft_learnt_is_refused(package: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(code_lines, "LEARNT_PACKAGE", package.name)
+    record = tmp_path / "training.json"
+    check_corpus(package.name, record)  # no pair yet
+    splits = fingerprint(read_corpus(package.name))
+    record.write_text(json.dumps({"version": "1.2", "splits": splits}))
+    check_corpus(package.name, record)
+    record.write_text(json.dumps({"version": "1.2", "splits": {**splits, "test": splits["train"]}}))
+    with pytest.raises(ConfigError, match=f"install {package.name} 1.2, or train a draft"):
+        check_corpus(package.name, record)
+    check_corpus("typer", record)  # another code base
+
+
+def test_a_digest_tells_any_two_sets_of_problems_apart() -> None:
+    problems = [Problem("a", "b"), Problem("c", "d")]
+    others = [Problem("a", "bc"), Problem("", "d")], problems[:1], problems[::-1]
+    assert len({digest(own) for own in (problems, *others)}) == 4
+    assert digest(problems) == digest(list(problems))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,9 +26,10 @@ from vllm_cospec.training.config import cached_pair
 from vllm_cospec.training.pairs.code.draft import LOG, STATE
 from vllm_cospec.training.pairs.code.llama import EMBEDDING, Shape
 from vllm_cospec.training.pairs.code.text import END_OF_FILE, line_ends
+from vllm_cospec.training.tasks.code_corpus import fingerprint, read_corpus
+from vllm_cospec.training.tasks.code_lines import LEARNT_PACKAGE, TRAINING
 
 WEIGHTS = "weights.safetensors"
-TRAINING = "training.json"
 END_OF_TURN = 2
 POSITIONS = 8192  # the target's
 
@@ -70,7 +72,10 @@ def pack(work: Path, directory: Path) -> None:
     records = [json.loads(line) for line in (work / LOG).read_text().splitlines()]
     text = next(record for record in records if "text" in record)
     last = [record for record in records if "held_out_loss" in record][-1]
-    made = {"text": text, "recipe": about["recipe"], "end": last}
+    splits = fingerprint(read_corpus(LEARNT_PACKAGE))
+    if splits["pretrain"] != text["text"]:
+        raise ConfigError(f"--pack: the run in {work} was made with other files of {LEARNT_PACKAGE} than are installed")
+    made = {"version": version(LEARNT_PACKAGE), "splits": splits, "recipe": about["recipe"], "end": last}
     write_text(directory / TRAINING, json.dumps(made, indent=2) + "\n")
     save_file(tensors, directory / WEIGHTS)
     (directory / WEIGHTS).chmod(0o644)
@@ -97,6 +102,7 @@ def build_draft(source: Path, tokenizer: Any, target: Path, directory: Path) -> 
     model.load_state_dict({**weights, "lm_head.weight": weights[EMBEDDING]})
     with new_directory(directory) as partial:
         model.save_pretrained(partial)
+        shutil.copy(source / TRAINING, partial)
         finish(tokenizer, partial)
 
 

@@ -44,7 +44,7 @@ from vllm_cospec.training.pairs.code.text import (
 )  # fmt: skip
 from vllm_cospec.training.tasks import Problem
 from vllm_cospec.training.tasks.code_corpus import fingerprint, read_corpus
-from vllm_cospec.training.tasks.code_lines import draw_problems
+from vllm_cospec.training.tasks.code_lines import LEARNT_PACKAGE, draw_problems
 
 STATE, HELD, LOG = "state.safetensors", "before_decay.safetensors", "log.jsonl"
 WARM_UP = 100
@@ -232,7 +232,6 @@ def main(
     minutes: Annotated[float, typer.Option(min=1, help="Time this invocation may take.")] = 240,
     steps: Annotated[int, typer.Option(min=1, help="Steps before the rate falls, if the time allows.")] = 1_000_000,
     target: Annotated[Path | None, typer.Option(help="The target; the SmolLM2 pair's by default.")] = None,
-    package: Annotated[str, typer.Option(help="Installed package whose pretrain split is learnt.")] = "vllm",
     resume: Annotated[bool, typer.Option(help="Go on from the last state.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
@@ -241,7 +240,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     directory = str(target or cached_pair("smollm2") / "target")
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    corpus = read_corpus(package)
+    corpus = read_corpus(LEARNT_PACKAGE)
     digests = fingerprint(corpus)
     stream, others = (
         cached_stream(work / f"{split}-{digests[split][:12]}.safetensors", own, tokenizer)
@@ -255,7 +254,7 @@ def main(
         run.restore(work / STATE)
         if run.progress.finished:
             run.restore(work / HELD)
-    problems = list(islice(draw_problems(package, "train", 1, tokenizer), 256))
+    problems = list(islice(draw_problems(LEARNT_PACKAGE, "train", 1, tokenizer), 256))
     parameters = sum(weight.numel() for weight in run.weights.values())
     about = {"text": digests["pretrain"], "tokens": len(stream), "rows": len(vocabulary.used)}
     with (work / LOG).open("a") as log:

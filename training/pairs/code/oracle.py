@@ -27,7 +27,7 @@ from vllm_cospec.training.config import cached_pair
 from vllm_cospec.training.measure.oracle import walk
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.pairs.code.text import line_ends
-from vllm_cospec.training.tasks import Problem, Split, load_task
+from vllm_cospec.training.tasks import Problem, Split, digest, load_task
 from vllm_cospec.training.tasks.code_lines import load_tokenizer
 
 BATCH = 16
@@ -125,11 +125,13 @@ def main(
     pair = pair or cached_pair("code")
     tokenizer = load_tokenizer(str(pair / "target"))
     task = load_task("code_lines", package=package, tokenizer=str(pair / "target"))
-    pairs = tokenise(task.problems(seed, problems, split), tokenizer)  # type: ignore[arg-type]
+    drawn = task.problems(seed, problems, split)  # type: ignore[arg-type]
+    pairs = tokenise(drawn, tokenizer)
     ends = set(line_ends(tokenizer))
     targets, drafts = (greedy_choices(pair / role, pairs, ends) for role in ("target", "draft"))
     rows = [Choices([*answer, END], t, d) for (_, answer), t, d in zip(pairs, targets, drafts, strict=True)]
-    result = {"package": package, "split": split, "seed": seed, **figures(rows, (1, 2, 4, 5, 6, 8, 12))}
+    about = {"package": package, "split": split, "seed": seed, "problems_sha256": digest(drawn)}
+    result = {**about, **figures(rows, (1, 2, 4, 5, 6, 8, 12))}
     print(json.dumps(result, indent=2))
     if json_path is not None:
         write_result(json_path, result)
