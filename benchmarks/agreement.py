@@ -8,6 +8,7 @@ mismatches whose two answers differ say who was right; the oracle is the one tha
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,14 +16,21 @@ import numpy as np
 import typer
 from rich.console import Console
 
+if not __package__:  # run as a file: the package is found from the root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.command import run as run_command
 from vllm_cospec.arbiter import load_artefact
-from vllm_cospec.training.commands import DEMO_CONFIG, progress_bar
+from vllm_cospec.training.commands import DEMO_CONFIG
 from vllm_cospec.training.config import load_train_config
-from vllm_cospec.training.measure.intervals import wilson_interval
+from vllm_cospec.training.measure.intervals import accuracy_interval
 from vllm_cospec.training.measure.provenance import write_result
-from vllm_cospec.training.rollout.actors import RolloutActor, ray_session, remote
-from vllm_cospec.training.rollout.episodes import Episodes, Unit
+from vllm_cospec.training.progress import progress_bar
+from vllm_cospec.training.rollout.actors import RolloutActor, remote
+from vllm_cospec.training.rollout.episodes import Episodes
 from vllm_cospec.training.rollout.pool import Pool
+from vllm_cospec.training.rollout.session import ray_session
+from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import load_task
 
 EVERY = 1000  # branches per response: more than there are mismatches
@@ -63,7 +71,7 @@ def main(
     telling = difference != 0
     chose_better = (episodes.kept[episodes.branch_decision] == (difference > 0))[telling]
     n, right = int(telling.sum()), int(chose_better.sum())
-    low, high = wilson_interval(right, n)
+    low, high = accuracy_interval(chose_better.astype(float))
     result: dict[str, Any] = {
         "num_problems": problems,
         "num_mismatches": len(episodes.kept),
@@ -86,4 +94,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

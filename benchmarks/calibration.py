@@ -14,19 +14,23 @@ from __future__ import annotations
 import bisect
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from console import wide_console
-from populations import Population, flat, load, of_sweep, save
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 from scipy.stats import binom
 
+if not __package__:  # run as a file: the package is found from the root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.command import run, several, wide_console
+from benchmarks.populations import Population, flat, load, of_sweep, save
 from vllm_cospec.training.config import bundled, load_train_config
 from vllm_cospec.training.measure.fixed_sequence import threshold_sequence
 from vllm_cospec.training.measure.intervals import Z, wilson_interval
@@ -39,7 +43,7 @@ SETS_BY_BETTING = 500  # that test looks at every single problem
 Passed = Callable[[Population, np.ndarray, int, float], np.ndarray]
 """(population, sets [S, P], problems in a set, margin) -> which thresholds pass, bool [S, T]; strict always does."""
 
-app = typer.Typer(help=__doc__, add_completion=False)
+app = several(__doc__)
 
 
 def pairs(population: Population, sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -300,4 +304,4 @@ def _worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +20,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from console import wide_console
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+if not __package__:  # run as a file: the package is found from the root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.command import run, several, wide_console
 from vllm_cospec.drift import FIGURES, LIMIT, RANGE_ERROR, STAKES, Finished, Traffic, bet, histogram, relative
 from vllm_cospec.training.config import bundled, load_train_config
 from vllm_cospec.training.measure.intervals import wilson_interval
@@ -35,7 +39,7 @@ from vllm_cospec.training.tasks.demo import Expression, draw_expression
 CALIBRATED = "three terms, one or two of them products"
 PART = 256
 
-app = typer.Typer(help=__doc__, add_completion=False)
+app = several(__doc__)
 
 
 def other_traffic(seed: int) -> dict[str, Callable[[], Iterator[Expression]]]:
@@ -196,4 +200,4 @@ def simulate(
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

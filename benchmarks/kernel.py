@@ -8,15 +8,21 @@ and bytes, and the floors are those bytes divided by a data sheet's bandwidth.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+if not __package__:  # run as a file: the package is found from the root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.command import run
+from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.measure.provenance import write_result
 
 VOCAB_SIZE, NUM_DRAFT_TOKENS, AGREEMENT = 151_936, 5, 0.7
@@ -65,13 +71,13 @@ def _offline(targets: list[str], only: list[str]) -> list[dict[str, Any]]:
     from vllm_cospec.kernels.triton.stand_in import install
 
     install()  # before vLLM is imported, which is why this runs in a process of its own
-    import variants
+    from benchmarks import variants
 
     return variants.report(targets, VOCAB_SIZE, NUM_DRAFT_TOKENS, only)
 
 
 def _measure(rounds: int) -> list[dict[str, Any]]:
-    import verification
+    from benchmarks import verification
 
     return [
         verification.compare(VOCAB_SIZE, batch, NUM_DRAFT_TOKENS, AGREEMENT, rounds) for batch in verification.BATCHES
@@ -102,33 +108,32 @@ def print_tables(console: Console, report: dict[str, Any]) -> None:
     show("Measured on this CPU: whole RejectionSampler.forward, learned policy against stock", report["cpu"])
 
 
-def main() -> None:
-    """Parse the command line, report, and write JSON when asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--offline", action=argparse.BooleanOptionalAction, default=True, help="compile for GPUs")
-    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=True, help="measure on this CPU")
-    parser.add_argument("--target", action="append", help="GPU target of the compile report; default: all")
-    parser.add_argument("--only", action="append", help='compile only "kernel: variant" that contain one of these')
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of the CPU comparison")
-    parser.add_argument("--json", type=Path, help="write the report here")
-    options = parser.parse_args()
-    from offline import TARGETS
+def main(
+    offline: Annotated[bool, typer.Option("--offline/--no-offline", help="Compile for GPUs.")] = True,
+    cpu: Annotated[bool, typer.Option("--cpu/--no-cpu", help="Measure on this CPU.")] = True,
+    target: Annotated[list[str] | None, typer.Option(help="GPU target of the compile report; left out: all.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help='Compile only "kernel: variant" that contain one of these.')
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of the CPU comparison.")] = 15,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
+) -> None:
+    """Report what verification costs: compiled for GPUs, computed memory floors, measured on this CPU."""
+    from benchmarks.offline import TARGETS
 
-    unknown = set(options.target or []) - set(TARGETS)
+    unknown = sorted(set(target or ()) - set(TARGETS))
     if unknown:
-        parser.error(f"--target: {', '.join(sorted(unknown))} is unknown; choose from {', '.join(TARGETS)}")
+        raise ConfigError(f"--target: {unknown[0]!r} is unknown; choose from {', '.join(TARGETS)}")
     report = {
         "schema": 1,
-        "offline": in_fresh_process(_offline, options.target or list(TARGETS), options.only or [""])
-        if options.offline
-        else [],
+        "offline": in_fresh_process(_offline, target or list(TARGETS), only or [""]) if offline else [],
         "floor": [entry for batch in (8, 32, 128) for entry in floors(batch)],
-        "cpu": in_fresh_process(_measure, options.rounds) if options.cpu else [],
+        "cpu": in_fresh_process(_measure, rounds) if cpu else [],
     }
     print_tables(Console(width=180), report)
-    if options.json:
-        write_result(options.json, report)
+    if json_path is not None:
+        write_result(json_path, report)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

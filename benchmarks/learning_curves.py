@@ -5,13 +5,21 @@ python benchmarks/learning_curves.py branch=runs/branch group=runs/group --plot 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from matplotlib.figure import Figure
 
+if not __package__:  # run as a file: the package is found from the root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.command import run
+from vllm_cospec.errors import ConfigError
+from vllm_cospec.training.measure.plots import plot_curves
 from vllm_cospec.training.measure.report import read_log
+
+PANELS = {"accuracy": "accuracy while sampling actions", "acceptance_length": "acceptance length"}
 
 
 def main(
@@ -19,21 +27,15 @@ def main(
     plot: Annotated[Path, typer.Option(help="The PNG to write.")],
 ) -> None:
     """Draw accuracy and acceptance length of the rollouts, with sampled actions."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for run in runs:
-        label, _, directory = run.partition("=")
+    found = {}
+    for entry in runs:
+        label, _, directory = entry.partition("=")
         lines = read_log(Path(directory))
         if not lines:
-            raise typer.BadParameter(f"{run!r}: no metrics.jsonl there; write LABEL=DIRECTORY of a run")
-        millions = [line["generated_tokens"] / 1e6 for line in lines]
-        for axes, name in zip(panels, ("accuracy", "acceptance_length"), strict=True):
-            axes.plot(millions, [line[name] for line in lines], label=label)
-            axes.set(xlabel="generated tokens (millions)", ylabel=name.replace("_", " "))
-            axes.grid(alpha=0.3)
-    panels[0].legend()
-    figure.savefig(plot, dpi=100)
+            raise ConfigError(f"RUNS: {entry!r}: no metrics.jsonl there; write LABEL=DIRECTORY of a run")
+        found[label] = [{**line, "millions": line["generated_tokens"] / 1e6} for line in lines]
+    plot_curves(plot, found, PANELS, ("millions", "generated tokens (millions)"))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -11,6 +11,15 @@ from typing import Any
 from openai import AsyncOpenAI
 
 
+@dataclass(frozen=True)
+class Load:
+    """How requests are sent."""
+
+    max_tokens: int
+    temperature: float
+    max_concurrency: int
+
+
 @dataclass
 class Reply:
     """One answered request; times in seconds since it was sent."""
@@ -21,15 +30,13 @@ class Reply:
     arrivals: list[float]  # of every piece of text
 
 
-async def ask(
-    url: str, model: str, prompts: Sequence[str], max_tokens: int, temperature: float, max_concurrency: int
-) -> list[Reply]:
+async def ask(url: str, model: str, prompts: Sequence[str], load: Load) -> list[Reply]:
     """Send every prompt as a chat message, ``max_concurrency`` at a time; replies come in the order of the prompts.
 
     Raises:
         openai.OpenAIError: the server refused a request or is gone.
     """
-    gate = asyncio.Semaphore(max_concurrency)
+    gate = asyncio.Semaphore(load.max_concurrency)
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=600) as client:
 
         async def one(index: int, prompt: str) -> Reply:
@@ -39,8 +46,8 @@ async def ask(
                 stream: Any = await client.chat.completions.create(
                     model=model,
                     messages=[{"role": "user", "content": prompt}],
-                    max_completion_tokens=max_tokens,
-                    temperature=temperature,
+                    max_completion_tokens=load.max_tokens,
+                    temperature=load.temperature,
                     seed=index,
                     stream=True,
                     stream_options={"include_usage": True},

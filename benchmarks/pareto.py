@@ -8,18 +8,27 @@ all on the same problems. ``random`` keeps as many mismatches as the arbiter doe
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from console import wide_console
 
-from vllm_cospec.training.commands import DEMO_CONFIG, progress_bar
+if not __package__:  # run as a file: the package is found from the root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.command import run as run_command
+from benchmarks.command import wide_console
+from vllm_cospec.training.commands import DEMO_CONFIG
 from vllm_cospec.training.config import load_train_config
 from vllm_cospec.training.measure.calibrate import SEED as CALIBRATION_SEED
-from vllm_cospec.training.measure.evaluate import comparison_table, evaluate, parse_mode, summaries
+from vllm_cospec.training.measure.evaluate import evaluate, rows_of
+from vllm_cospec.training.measure.modes import parse_mode
+from vllm_cospec.training.measure.plots import plot_accuracy
 from vllm_cospec.training.measure.provenance import write_result
-from vllm_cospec.training.rollout.actors import ray_session
+from vllm_cospec.training.measure.render import named, rich_table
+from vllm_cospec.training.progress import progress_bar
+from vllm_cospec.training.rollout.session import ray_session
 from vllm_cospec.training.tasks import load_task
 
 THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99)
@@ -67,27 +76,12 @@ def beaten_by(rows: dict[str, dict[str, Any]]) -> dict[str, str | None]:
     return found
 
 
-def plot(path: Path, rows: dict[str, dict[str, Any]], title: str) -> None:
-    """Draw accuracy against acceptance length, a colour for each policy."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
-    for family in dict.fromkeys(name.partition("(")[0] for name in rows):
-        own = sorted(
-            (row["acceptance_length"], row["accuracy"], *row["accuracy_ci95"])
-            for name, row in rows.items()
-            if name.partition("(")[0] == family
-        )
-        x, y, low, high = zip(*own, strict=True)
-        spread = [[a - b for a, b in zip(y, low, strict=True)], [a - b for a, b in zip(high, y, strict=True)]]
-        style = {"learned": "o-", "strict": "s", "target": "D"}.get(family, ".--")
-        width = 2.2 if family == "learned" else 0.8
-        axes.errorbar(x, y, yerr=spread, fmt=style, label=family, linewidth=width, elinewidth=0.6, capsize=2)
-    axes.set(xlabel="acceptance length (tokens per target step)", ylabel="accuracy", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
+def families(rows: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows by policy."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, row in rows.items():
+        found.setdefault(name.partition("(")[0], []).append(row)
+    return found
 
 
 def main(
@@ -116,9 +110,10 @@ def main(
             write_result(json_path, result)
 
     def measure(names: list[str], on: list[Any], title: str) -> dict[str, dict[str, Any]]:
-        modes = [parse_mode(name, artefact=True) for name in names]
+        modes = [parse_mode(name) for name in names]
         with progress_bar(title, len(modes) * len(on)) as tick:
-            return summaries(evaluate(run.pair, run.task, rollout, modes, on, artefact, tick))
+            rows = rows_of(evaluate(run.pair, run.task, rollout, modes, on, artefact, tick))
+        return {row["mode"]: row for row in rows}
 
     names = [name for family in settings.values() for name in family]
     learned = ["learned", *(f"learned(threshold={t})" for t in THRESHOLDS[::every])]
@@ -126,13 +121,14 @@ def main(
         tuned = measure(["strict", *learned, *names], tune, "calibration problems")
         publish(calibration=tuned)
         if json_path is not None:
-            plot(json_path.with_suffix(".png"), tuned, f"{calibration} calibration problems, greedy, 95 % intervals")
+            title = f"{calibration} calibration problems, greedy, 95 % intervals"
+            plot_accuracy(json_path.with_suffix(".png"), families(tuned), title=title)
         chosen = {family: max(own, key=lambda name: tuned[name]["accuracy"]) for family, own in settings.items()}
         control = f"random(rate={round(tuned['learned']['override_rate'], 3)})"
         rows = measure(["target", "draft", "strict", *learned, *chosen.values(), control], test, "test problems")
     console = wide_console()
     title = f"{problems} test problems, seed {seed}, greedy; rules as tuned on {calibration} calibration problems"
-    console.print(comparison_table(rows, title))
+    console.print(rich_table(named(rows), title))
     beaten = {"test": beaten_by(rows), "calibration": beaten_by(tuned)}
     for where, own in beaten.items():
         losing = [name for name, better in own.items() if better is None]
@@ -144,4 +140,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+if not __package__:  # run as a file: the package is found from the root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import vllm_cospec.demo
+from benchmarks.command import run
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.tasks import load_task
 
@@ -97,4 +102,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

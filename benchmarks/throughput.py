@@ -7,6 +7,7 @@ Pair, engine settings and task come from a training configuration, by default th
 explicitly wins, and with a target of one's own nothing comes from the bundled pair.
 
     python benchmarks/throughput.py
+    python benchmarks/throughput.py --modes 'target,standard,learned,cascade(alpha=0.95)'
     python benchmarks/throughput.py --config training/configs/smollm2.toml --arbiter benchmarks/smollm2/arbiter
     python benchmarks/throughput.py --target Qwen/Qwen3-8B --draft Qwen/Qwen3-0.6B --arbiter DIR --dataset gsm8k.jsonl
 """
@@ -16,135 +17,59 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import load
+import numpy as np
 import openai
-import plots
-import results
 import typer
-from console import wide_console
-from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_cospec.arbiter import load_artefact
-from vllm_cospec.errors import ConfigError, CoSpecError, ServerError, first_sentence
-from vllm_cospec.kernels.policies import policy_names
-from vllm_cospec.recipe import locate_artefact
+if not __package__:  # run as a file: the package is found from the root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import rounds as results
+from benchmarks.command import run, wide_console
+from benchmarks.load import Load, ask
+from benchmarks.setup import NAME, Setup, served, server_arguments, set_up
+from vllm_cospec.errors import ConfigError, ServerError
 from vllm_cospec.server import Server, interruptible
-from vllm_cospec.training.commands import DEMO_CONFIG
-from vllm_cospec.training.config import PairConfig, bundled, load_train_config, locate, require_models
+from vllm_cospec.training.config import bundled
+from vllm_cospec.training.counts import Counts
+from vllm_cospec.training.measure.modes import parse_mode, split_modes
+from vllm_cospec.training.measure.outcome import Outcome
+from vllm_cospec.training.measure.plots import SPEED as SPEED_AXIS
+from vllm_cospec.training.measure.plots import plot_accuracy
 from vllm_cospec.training.measure.provenance import write_result
-from vllm_cospec.training.tasks import Problem, Task, load_task, task_names
+from vllm_cospec.training.measure.render import SPEED, rich_table
+from vllm_cospec.training.progress import progress_bar
+from vllm_cospec.training.tasks import Problem, load_task
+from vllm_cospec.training.tasks.rewards import Reward, load_reward
 
-NAME = "model"
 WARM_UP = 16  # requests before the first round
 BUNDLED_ARBITER = bundled("target").parent / "arbiter"
 
-
-@dataclass(frozen=True)
-class Setup:
-    """What is asked of whom."""
-
-    pair: PairConfig
-    task: Task
-    problems: list[Problem]
-    max_tokens: int
+Served = tuple[str, dict[str, Any] | None]  # model, speculative configuration
 
 
-def speculative_config(mode: str, pair: PairConfig, arbiter: str) -> dict[str, Any] | None:
-    """Return what ``--speculative-config`` is for a mode; None for no speculation.
-
-    Args:
-        mode: target, standard, a policy's name, or a policy as JSON.
-        pair: the models and K.
-        arbiter: directory or hub id for ``learned``.
-
-    Raises:
-        ConfigError: no such mode, or no such arbiter.
-        ArtefactError: the arbiter is damaged.
-    """
-    if mode == "target":
-        return None
-    if mode == "standard":
-        return pair.speculative_config(None)
-    if mode == "learned":
-        load_artefact(locate_artefact(arbiter))  # a missing or damaged one is refused before servers start
-        return pair.speculative_config(arbiter)
-    try:
-        policy = json.loads(mode) if mode.startswith("{") else {"policy": mode}
-    except ValueError as error:
-        raise ConfigError(f"--modes: {mode!r} is not valid JSON ({error})") from None
-    if policy.get("policy") not in policy_names():
-        raise ConfigError(
-            f"--modes: unknown mode {mode!r}; known are target, standard, {', '.join(policy_names())}, or a policy as "
-            f'JSON: {{"policy": "cascade", "alpha": 0.95}}'
-        )
-    return pair.speculative_config(policy)
-
-
-def set_up(
-    config: Path | None, pair_options: dict[str, Any], task_name: str | None, dataset: Path | None, count: int,
-    seed: int, max_tokens: int | None,
-) -> Setup:  # fmt: skip
-    """Combine a configuration with what was given explicitly.
-
-    Args:
-        config: training configuration; None for the bundled pair's, or for none when a target is given.
-        pair_options: fields of the pair given explicitly; None stands for not given.
-        task_name: a task, or a reasoning-gym generator.
-        dataset: JSONL of problems instead.
-        count, seed: of the problems.
-        max_tokens: longest answer.
-
-    Raises:
-        ConfigError: something is missing or does not fit.
-    """
-    here = Path.cwd() / "options"  # paths are relative to the working directory
-    given = {name: locate(value, here) for name, value in pair_options.items() if value is not None}
-    run = load_train_config(config or DEMO_CONFIG) if config or "target" not in given else None
-    try:
-        pair = PairConfig.model_validate({**(run.pair.model_dump() if run else {"num_speculative_tokens": 5}), **given})
-    except ValidationError as error:
-        raise ConfigError(first_sentence(error, "--target, --draft")) from None
-    require_models(pair)
-    if dataset is not None:
-        task = load_task("jsonl", path=str(dataset), test_path=str(dataset))
-    elif task_name is not None and task_name not in task_names():
-        task = load_task("reasoning_gym", generator=task_name)
-    elif task_name is not None or run is None:
-        task = load_task(task_name or "demo")
-    else:
-        task = load_task(run.task.name, **run.task.options)
-    return Setup(pair, task, task.problems(seed, count, "test"), max_tokens or (run.rollout.max_tokens if run else 512))
-
-
-def arguments(options: dict[str, Any]) -> tuple[str, ...]:
-    """Turn arguments of vLLM's ``LLM`` into those of ``vllm serve``."""
-    flags: list[str] = ["--served-model-name", NAME]
-    for key, value in options.items():
-        flag = f"--{key.replace('_', '-')}"
-        if isinstance(value, bool):
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            flags += [flag, value if isinstance(value, str) else json.dumps(value)]
-    return tuple(flags)
-
-
-def run_mode(server: Server, tally: results.Tally, problems: dict[int, Problem], task: Task, load_options: Any) -> None:
-    """Ask one server for every problem once and add what it did to the tally."""
-    before, began = server.counters(), time.perf_counter()
-    replies = asyncio.run(load.ask(server.url, NAME, [problem.prompt for problem in problems.values()], *load_options))
-    seconds, after = time.perf_counter() - began, server.counters()
-    answered = zip(problems.items(), replies, strict=True)
-    scores = {number: task.score(problem, reply.text) for (number, problem), reply in answered}
-    tally.add(replies, scores, seconds, {name: value - before.get(name, 0.0) for name, value in after.items()})
+def ask_round(server: Server, problems: dict[int, Problem], reward: Reward, load: Load) -> Outcome:
+    """Ask one server for every problem once; returns what came of it."""
+    before, began = Counts.of_metrics(server.counters()), time.perf_counter()
+    replies = asyncio.run(ask(server.url, NAME, [problem.prompt for problem in problems.values()], load))
+    seconds, counts = time.perf_counter() - began, Counts.of_metrics(server.counters()) - before
+    scores = [reward(problem, reply.text) for problem, reply in zip(problems.values(), replies, strict=True)]
+    return Outcome(
+        np.array(list(problems)),
+        np.array(scores, np.float64),
+        np.array([reply.output_tokens for reply in replies], np.int64),
+        np.array([reply.capped for reply in replies], bool),
+        counts,
+        seconds,
+        [reply.arrivals for reply in replies],
+    )
 
 
 def share(problems: list[Problem], number: int, parts: int) -> dict[int, Problem]:
@@ -153,8 +78,8 @@ def share(problems: list[Problem], number: int, parts: int) -> dict[int, Problem
 
 
 def run_rounds(
-    setup: Setup, configs: dict[str, dict[str, Any] | None], tallies: dict[str, results.Tally], rounds: int,
-    load_options: Any, partition: bool, one_server_at_a_time: bool,
+    setup: Setup, modes: dict[str, Served], outcomes: dict[str, list[Outcome]], rounds: int, load: Load,
+    partition: bool, one_server_at_a_time: bool,
 ) -> Iterator[int]:  # fmt: skip
     """Start the servers, let every mode answer the problems in turns, yield the number of each finished round.
 
@@ -163,23 +88,23 @@ def run_rounds(
     Raises:
         ServerError, openai.OpenAIError, OSError: a server did not come up or is gone.
     """
-    names = list(configs)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    names = list(modes)
+    reward = load_reward(setup.task.reward, load_task(setup.task.name, **setup.task.options))
     with (
         tempfile.TemporaryDirectory(prefix="cospec-throughput-") as scratch,
         interruptible(),
         contextlib.ExitStack() as alive,
-        Progress(*columns, console=Console(stderr=True)) as progress,
+        progress_bar("starting", rounds * len(names)) as tick,
     ):
-        bar = progress.add_task("starting", total=rounds * len(names))
 
         def start(name: str, stack: contextlib.ExitStack) -> Server:
+            model, speculative = modes[name]
             log = Path(scratch) / f"{names.index(name)}.log"
-            server = Server(setup.pair.target, configs[name], arguments(setup.pair.engine), log=log)
+            server = Server(model, speculative, server_arguments(setup.pair.engine), log=log)
             stack.enter_context(server)
             server.wait_until_ready()
             first = [problem.prompt for problem in setup.problems[:WARM_UP]]
-            asyncio.run(load.ask(server.url, NAME, first, *load_options))
+            asyncio.run(ask(server.url, NAME, first, load))
             return server
 
         servers = {} if one_server_at_a_time else {name: start(name, alive) for name in names}
@@ -187,11 +112,11 @@ def run_rounds(
             shift = number % len(names)
             asked = share(setup.problems, number, rounds if partition else 1)
             for name in names[shift:] + names[:shift]:
-                progress.update(bar, description=f"round {number + 1}: {name[:30]}")
+                tick(text=f"round {number + 1}: {name[:30]}")
                 with contextlib.ExitStack() as brief:
                     server = servers.get(name) or start(name, brief)
-                    run_mode(server, tallies[name], asked, setup.task, load_options)
-                progress.advance(bar)
+                    outcomes[name].append(ask_round(server, asked, reward, load))
+                tick(1)
             yield number
 
 
@@ -200,7 +125,7 @@ def main(
     target: Annotated[str | None, typer.Option(help="Target: directory or hub id.")] = None,
     draft: Annotated[str | None, typer.Option(help="Draft: directory or hub id.")] = None,
     arbiter: Annotated[str, typer.Option(help="Trained arbiter, for learned.")] = str(BUNDLED_ARBITER),
-    modes: Annotated[str, typer.Option(help="Modes, separated by semicolons or commas.")] = "target,standard,learned",
+    modes: Annotated[str, typer.Option(help="Modes, separated by commas or semicolons.")] = "target,standard,learned",
     task: Annotated[str | None, typer.Option(help="A task, or a reasoning-gym generator.")] = None,
     dataset: Annotated[Path | None, typer.Option(help="JSONL of problems instead; GSM8K's format too.")] = None,
     num_prompts: Annotated[int, typer.Option(min=2, help="Problems; every mode answers each once a round.")] = 200,
@@ -218,9 +143,8 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw accuracy against tokens/s into this PNG.")] = None,
 ) -> None:
-    """Compare modes."""
+    """Compare modes: speed and quality, interleaved in rounds."""
     console = wide_console()
-    names = [m.strip() for m in modes.split(";" if ";" in modes or "{" in modes else ",") if m.strip()]
     try:
         options = json.loads(engine) if engine else None
     except ValueError as error:
@@ -228,46 +152,39 @@ def main(
     given = {"target": target, "draft": draft, "num_speculative_tokens": num_speculative_tokens, "engine": options}
     if partition and num_prompts < rounds:
         raise ConfigError(f"--partition: {num_prompts} problems are too few for {rounds} rounds; raise --num-prompts")
+    parsed = [parse_mode(text, where="--modes") for text in split_modes(modes)]
+    if not parsed:
+        raise ConfigError("--modes: names no mode; write for example target,standard,learned")
     setup = set_up(config, given, task, dataset, num_prompts, seed, max_tokens)
-    configs = {name: speculative_config(name, setup.pair, arbiter) for name in names}
-    tallies = {name: results.Tally() for name in names}
-    load_options = (setup.max_tokens, temperature, max_concurrency)
+    servers = {mode.name: served(mode, setup.pair, arbiter) for mode in parsed}
+    outcomes: dict[str, list[Outcome]] = {mode.name: [] for mode in parsed}
     failure: Exception | KeyboardInterrupt | None = None
 
     def publish(complete: bool, show: bool) -> None:
         """Write what there is; called after every round, so that a killed run leaves its figures."""
-        rows = results.rows(tallies)
+        rows, ratios = results.rows(outcomes), results.ratios(outcomes)
         if show and rows:
-            title = f"{num_prompts} problems, {max_concurrency} at a time, {results.finished(tallies)} rounds"
-            console.print(results.table(rows, title))
-            for line in results.ratios(tallies):
+            title = f"{num_prompts} problems, {max_concurrency} at a time, {results.finished(outcomes)} rounds"
+            console.print(rich_table(rows, title, SPEED))
+            for line in ratios:
                 console.print(line)
         if rows and json_path is not None:
-            document = {"schema": 1, "complete": complete, "modes": rows, "ratios": results.ratios(tallies)}
-            write_result(json_path, document)
+            write_result(json_path, {"schema": 1, "complete": complete, "modes": rows, "ratios": ratios})
         if rows and plot is not None:
-            plots.speed_and_quality(plot, rows)
+            plot_accuracy(plot, {row["mode"]: [row] for row in rows}, SPEED_AXIS)
 
+    load = Load(setup.max_tokens, temperature, max_concurrency)
     try:
-        for _ in run_rounds(setup, configs, tallies, rounds, load_options, partition, one_server_at_a_time):
+        for _ in run_rounds(setup, servers, outcomes, rounds, load, partition, one_server_at_a_time):
             publish(complete=False, show=False)
     except (ServerError, openai.OpenAIError, OSError, KeyboardInterrupt) as error:
         failure = error
     publish(complete=failure is None, show=True)
     if failure is not None:
         what = "interrupted" if isinstance(failure, KeyboardInterrupt) else str(failure) or type(failure).__name__
-        some = any(tally.seconds for tally in tallies.values())
+        some = any(outcomes.values())
         raise ServerError(f"{what}; {'partial results are above' if some else 'no round was finished'}") from None
 
 
-def run() -> None:
-    """Run the command; what a user got wrong is one line, not a traceback."""
-    try:
-        typer.run(main)
-    except CoSpecError as error:
-        Console(stderr=True).print(f"throughput: {error}", style="red", markup=False, soft_wrap=True)
-        raise SystemExit(1) from None
-
-
 if __name__ == "__main__":
-    run()
+    run(main)

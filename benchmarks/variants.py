@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from offline import Launch, compile_launch, recorded_launches
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils as stock
 
+from benchmarks.offline import Launch, compile_launch, recorded_launches
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.kernels.policies import Fly, Learned, Policy, policy_class, policy_names
 from vllm_cospec.kernels.triton import launch, scan, target, verdict

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError, TrainingError
+from vllm_cospec.training.artefact import short_name
 from vllm_cospec.training.config import TrainConfig, load_train_config, require_models
-from vllm_cospec.training.measure.calibrate import calibrate, record_results, save_uncalibrated
-from vllm_cospec.training.measure.evaluate import (
-    Answers,
-    comparison_table,
-    evaluate,
-    parse_mode,
-    sampled_modes,
-    summaries,
-)
+from vllm_cospec.training.measure.calibrate import calibrate
+from vllm_cospec.training.measure.card import record_results, save_uncalibrated
+from vllm_cospec.training.measure.evaluate import evaluate, rows_of
+from vllm_cospec.training.measure.modes import at_temperature, parse_mode
+from vllm_cospec.training.measure.plots import plot_accuracy
 from vllm_cospec.training.measure.provenance import command_line, write_result
-from vllm_cospec.training.measure.report import plot_learning, plot_thresholds
-from vllm_cospec.training.rollout.actors import ray_session
-from vllm_cospec.training.rollout.engine import short_name
-from vllm_cospec.training.tasks import FurtherFigures, Problem, Split, digest, load_task
+from vllm_cospec.training.measure.render import rich_table
+from vllm_cospec.training.measure.report import plot_learning
+from vllm_cospec.training.progress import progress_bar
+from vllm_cospec.training.rollout.session import ray_session
+from vllm_cospec.training.tasks import FurtherFigures, Split, digest, load_task
 from vllm_cospec.training.trainer import Trainer
 
 ARBITER = "arbiter"
@@ -85,15 +81,12 @@ def calibrate_artefact(artefact: Path, config: TrainConfig, console: Console) ->
         ray_session(config.ray_address, rollout.actors * rollout.cpus_per_actor),
         progress_bar("calibrating", count) as tick,
     ):
-        target, points = calibrate(artefact, config.pair, config.task, rollout, calibration, tick)
-    rows = {"strict": target} | {f"threshold {point['threshold']:g}": point for point in points}
-    console.print(comparison_table(rows, f"{calibration.problems} calibration problems, greedy"))
-
-    def drawn(row: dict[str, Any]) -> dict[str, float]:
-        low, high = row["accuracy_ci95"]
-        return {**row, "low": low, "high": high}
-
-    plot_thresholds(artefact.parent, [drawn(point) for point in points], drawn(target))
+        strict, *rows = calibrate(artefact, config.pair, config.task, rollout, calibration, tick)
+    console.print(rich_table([strict, *rows], f"{calibration.problems} calibration problems, greedy"))
+    plot_accuracy(
+        artefact.parent / "thresholds.png", {"arbiter, by threshold": rows, "strict": [strict]},
+        labels="threshold", level=strict["accuracy"],
+    )  # fmt: skip
     console.print(f"threshold: {load_artefact(artefact)[1].threshold:g}")
 
 
@@ -123,7 +116,7 @@ def run_evaluation(
     if record and artefact is None:
         raise ConfigError("--record: needs the artefact to write to; pass --artefact")
     parsed = [parse_mode(text, artefact is not None) for text in dict.fromkeys(modes)]
-    parsed = sampled_modes(parsed, temperature, baseline)
+    parsed = at_temperature(parsed, temperature, baseline)
     task = load_task(config.task.name, **config.task.options)
     problems = task.problems(seed=seed, n=num_problems, split=split)
     rollout = config.rollout
@@ -132,32 +125,25 @@ def run_evaluation(
         progress_bar("evaluating", num_problems * len(parsed)) as tick,
     ):
         answers = evaluate(config.pair, config.task, rollout, parsed, problems, artefact, tick)
-    rows = summaries(answers)
+    rows = rows_of(answers)
     if isinstance(task, FurtherFigures):
-        for mode, row in rows.items():
-            row.update(task.figures(problems, answers[mode].texts))
+        for row in rows:
+            row.update(task.figures(problems, answers[row["mode"]].texts))
     how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     title = f"{num_problems} {split} problems of {config.task.name}, seed {seed}, {how}"
-    console.print(comparison_table(rows, title))
-    result = {"command": command_line(), "problems": title, "problems_sha256": digest(problems), "modes": rows}
+    console.print(rich_table(rows, title))
+    result = {
+        "command": command_line(), "problems": title, "problems_sha256": digest(problems),
+        "modes": {row["mode"]: row for row in rows},
+    }  # fmt: skip
     if json_path is not None:
         write_result(json_path, result)
     if per_question is not None:
-        write_text(per_question, "".join(_questions(problems, answers)))
+        entries = (entry for mode, own in answers.items() for entry in own.entries(mode, problems))
+        write_text(per_question, "".join(json.dumps(entry) + "\n" for entry in entries))
     if record and artefact is not None:
         record_results(artefact, {record: result})
     return result
-
-
-def _questions(problems: Sequence[Problem], answers: dict[str, Answers]) -> Iterator[str]:
-    for i, problem in enumerate(problems):
-        for mode, own in answers.items():
-            entry = {
-                "mode": mode, "prompt": problem.prompt, "answer": problem.answer, "text": own.texts[i],
-                "score": float(own.scores[i]), "tokens": int(own.tokens[i]), "steps": int(own.steps[i]),
-                "mismatches": int(own.mismatches[i]), "overrides": int(own.overrides[i]),
-            }  # fmt: skip
-            yield json.dumps(entry) + "\n"
 
 
 def _portable(config: TrainConfig) -> dict[str, Any]:
@@ -167,12 +153,3 @@ def _portable(config: TrainConfig) -> dict[str, Any]:
         if dumped["pair"][role]:
             dumped["pair"][role] = short_name(dumped["pair"][role])
     return dumped
-
-
-@contextmanager
-def progress_bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress on standard error; yields a function to be called with how much has been done."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(text, total=total)
-        yield lambda count: progress.advance(bar, count)

@@ -22,15 +22,19 @@ import ray
 import torch
 from torch import Tensor
 
+from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.config import TrainConfig, require_models
+from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.learning.advantages import load_advantage
 from vllm_cospec.training.learning.checkpoint import Checkpoint, load_latest, save_checkpoint
 from vllm_cospec.training.learning.learner import Learner
 from vllm_cospec.training.measure.report import Report
-from vllm_cospec.training.rollout.actors import RolloutActor, ray_session, remote
-from vllm_cospec.training.rollout.episodes import Episodes, Unit
+from vllm_cospec.training.rollout.actors import RolloutActor, remote
+from vllm_cospec.training.rollout.episodes import Episodes
 from vllm_cospec.training.rollout.pool import Pool
+from vllm_cospec.training.rollout.session import ray_session
+from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import Problem, load_task
 from vllm_cospec.training.tasks.rewards import load_reward
 
@@ -70,7 +74,7 @@ class Trainer:
         elif output.exists() and any(output.iterdir()) and not resume:
             raise ConfigError(f"--output: {output} is not empty; pass --resume to continue it, or another directory")
         output.mkdir(parents=True, exist_ok=True)
-        (output / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
+        write_text(output / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
 
     @property
     def updates(self) -> int:
@@ -214,7 +218,7 @@ class Trainer:
         decisions, responses = len(episodes.kept), len(episodes.reward)
         return {
             "accuracy": float(episodes.reward.mean()) if responses else float("nan"),
-            "acceptance_length": 1 + episodes.accepted / episodes.drafts if episodes.drafts else float("nan"),
+            "acceptance_length": Counts(episodes.drafts, episodes.accepted).acceptance_length,
             "override_rate": float(episodes.kept.mean()) if decisions else float("nan"),
             "mismatches_per_response": decisions / max(1, responses),
             "capped": float(episodes.capped.mean()) if responses else float("nan"),

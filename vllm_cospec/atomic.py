@@ -7,7 +7,7 @@ import ctypes
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 AT_FDCWD = -100
@@ -16,10 +16,26 @@ RENAME_EXCHANGE = 2
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, and the directories above it where they are missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with new_file(path) as partial:
+        partial.write_text(text)
+
+
+@contextlib.contextmanager
+def new_file(destination: Path) -> Iterator[Path]:
+    """Yield a path beside ``destination`` for a file that takes its name when the block ends without an exception.
+
+    It is on the disk by then. When the block raises, what stood there before stays and nothing is left behind.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(destination.name + ".partial")
+    try:
+        yield partial
+        _share([partial])
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, destination)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -34,6 +50,7 @@ def new_directory(destination: Path) -> Iterator[Path]:
         partial = scratch / "new"
         partial.mkdir()
         yield partial
+        _share(path for path in partial.rglob("*") if path.is_file())
         if not destination.exists():
             partial.rename(destination)
         elif not _exchange(partial, destination):
@@ -55,3 +72,20 @@ def _exchange(one: Path, other: Path) -> bool:
     except (OSError, AttributeError):
         return False
     return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+
+
+def _share(files: Iterable[Path]) -> None:
+    """Let others read files as the umask says: safetensors writes them for their owner alone."""
+    umask = _umask()
+    for path in files:
+        path.chmod((0o666 | path.stat().st_mode & 0o111) & ~umask)
+
+
+def _umask() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1], 8) for line in status.splitlines() if line.startswith("Umask:"))
+    except (OSError, StopIteration):  # elsewhere it can only be read by setting it, which other threads may notice
+        umask = os.umask(0o022)
+        os.umask(umask)
+        return umask

@@ -69,12 +69,12 @@ def inspect(
         facts.add_row(name, value)
     console.print(facts)
     if made.results:
-        from vllm_cospec.training.measure.evaluate import comparison_table
+        from vllm_cospec.training.measure.render import named, rich_table
 
         facts = Table("result", "value", title="measured")
         for name, value in made.results.items():
             if isinstance(value, dict) and "modes" in value:
-                console.print(comparison_table(value["modes"], f"{name}: {value['problems']}"))
+                console.print(rich_table(named(value["modes"]), f"{name}: {value['problems']}"))
             else:
                 facts.add_row(name, json.dumps(value))
         if facts.rows:

@@ -45,6 +45,11 @@ class RewardError(CoSpecError):
     """A reward function threw, hung, or returned no number."""
 
 
+def one_line(error: Exception) -> str:
+    """Return what an exception says, on one line."""
+    return " ".join(str(error).split())
+
+
 def shorten(value: object, limit: int = 80) -> str:
     """Return ``repr(value)`` in at most ``limit`` characters, whatever the value is."""
     try:

@@ -20,8 +20,11 @@ from vllm_cospec.errors import RewardError
 from vllm_cospec.training.config import RolloutConfig, load_train_config
 from vllm_cospec.training.learning.advantages import group_advantages
 from vllm_cospec.training.learning.learner import initial_arbiter
+from vllm_cospec.training.rollout.branches import branch_request, joined
+from vllm_cospec.training.rollout.collect import roll_out
 from vllm_cospec.training.rollout.engine import Engine, Request
-from vllm_cospec.training.rollout.episodes import Episodes, Unit, _branch, _joined, roll_out
+from vllm_cospec.training.rollout.episodes import Episodes
+from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import load_task
 
 TIMES = {"generating_s", "busy_s"}
@@ -49,14 +52,14 @@ def roads(engine: Engine, unit: Unit) -> dict[str, int]:
     at = [(e, d) for e, r in enumerate(responses) for d in r.decisions if d.output_position > d.block_position]
     again = []
     for e, decision in at:
-        request = _branch(requests[e], responses[e], decision)
+        request = branch_request(requests[e], responses[e], decision)
         forced = request.extra["cospec_branch"] | {"keep": decision.kept}
         again.append(dataclasses.replace(request, extra={"cospec_branch": forced}))
-    joined = [
-        _joined(engine, responses[e], decision, branch)
+    wholes = [
+        joined(engine, responses[e], decision, branch)
         for (e, decision), branch in zip(at, engine.run(again), strict=True)
     ]
-    pairs = [(whole, responses[e]) for (e, _), whole in zip(at, joined, strict=True) if whole is not None]
+    pairs = [(whole, responses[e]) for (e, _), whole in zip(at, wholes, strict=True) if whole is not None]
     return {
         "branches": len(at),
         "kept": sum(d.kept for _, d in at),

@@ -67,14 +67,14 @@ def test_a_server_that_dies_ends_the_run_and_leaves_the_figures_of_the_rounds_be
     target, learned = figures["modes"]
     assert set(target) >= MODE_KEYS
     assert (target["mode"], learned["mode"]) == ("target", "learned")
-    assert target["acceptance_length"] is None
+    assert target["acceptance_length"] == 1.0
     assert target["num_overrides"] == 0
     assert learned["acceptance_length"] > 4
     assert 0 < learned["num_overrides"] <= learned["num_mismatches"]
     assert learned["accuracy"] >= target["accuracy"]
     low, high = learned["accuracy_ci95"]
     assert 0 <= low <= learned["accuracy"] <= high <= 1
-    assert set(learned["paired_vs_target"]) == {"gained", "lost", "p_value"}
+    assert set(learned["paired_vs_target"]) >= {"gained", "lost", "p_value"}
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

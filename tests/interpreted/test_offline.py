@@ -27,7 +27,8 @@ WORST = (
 LIST = """
 from vllm_cospec.kernels.triton.stand_in import install
 install()
-import json, kernel, variants
+import json
+from benchmarks import kernel, variants
 launches = variants.launches(kernel.VOCAB_SIZE, kernel.NUM_DRAFT_TOKENS)
 print(json.dumps([f"{one.name}: {variant}" for variant, one in launches]))
 """
@@ -49,7 +50,9 @@ def test_the_worst_variants_compile_for_every_target_without_spilling(tmp_path: 
 
 def test_the_committed_report_covers_every_variant_and_none_spills() -> None:
     rows = json.loads(REPORT.read_text())["offline"]
-    done = subprocess.run([sys.executable, "-c", LIST], cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LIST], cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     launched = json.loads(done.stdout.splitlines()[-1])
     for target in TARGETS:

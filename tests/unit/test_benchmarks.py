@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
+import subprocess
+import sys
 from typing import Any
 
+import numpy as np
 import pytest
+import typer.main
+from scripts import ROOT, benchmark
+from typer.testing import CliRunner
 
 from vllm_cospec.kernels.policies import policy_names
-from vllm_cospec.training.measure.evaluate import parse_mode
+from vllm_cospec.training.counts import Counts
+from vllm_cospec.training.measure.modes import parse_mode
+from vllm_cospec.training.measure.outcome import Outcome
 from vllm_cospec.training.tasks import Problem
 
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a script, which finds the modules beside it as when it is run."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    return importlib.import_module
-
-
-@pytest.fixture
-def pareto(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("pareto")
+pareto, rounds, throughput = benchmark("pareto"), benchmark("rounds"), benchmark("throughput")
 
 
 def row(accuracy: float, acceptance_length: float) -> dict[str, Any]:
@@ -32,17 +26,17 @@ def row(accuracy: float, acceptance_length: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("k", [1, 2, 7])
-def test_every_rule_has_settings_and_each_is_one(pareto: ModuleType, k: int) -> None:
+def test_every_rule_has_settings_and_each_is_one(k: int) -> None:
     grid = pareto.grid(k)
     assert {family for family, settings in grid.items() if settings or k == 1} == set(policy_names()) - {
         "strict", "learned", "random",
     }  # fmt: skip
     for family, settings in grid.items():
         for setting in settings:
-            assert parse_mode(setting, artefact=True).policy.policy == family
+            assert parse_mode(setting).policy.policy == family
 
 
-def test_a_setting_is_beaten_by_more_accuracy_at_no_shorter_an_acceptance_length(pareto: ModuleType) -> None:
+def test_a_setting_is_beaten_by_more_accuracy_at_no_shorter_an_acceptance_length() -> None:
     rows = {
         "target": row(0.9, 9.0),
         "learned": row(0.7, 5.0),
@@ -60,26 +54,53 @@ def test_a_setting_is_beaten_by_more_accuracy_at_no_shorter_an_acceptance_length
     }
 
 
-def test_the_shares_of_the_rounds_are_all_problems_once(script: Callable[[str], ModuleType]) -> None:
-    throughput, problems = script("throughput"), [Problem(str(i), "") for i in range(7)]
+def test_the_shares_of_the_rounds_are_all_problems_once() -> None:
+    problems = [Problem(str(i), "") for i in range(7)]
     shares = [throughput.share(problems, number, 3) for number in range(3)]
     assert [sorted(own) for own in shares] == [[0, 3, 6], [1, 4], [2, 5]]
     assert all(problems[index] is problem for own in shares for index, problem in own.items())
     assert [throughput.share(problems, number, 1) for number in range(3)] == [dict(enumerate(problems))] * 3
 
 
-def test_rounds_that_share_the_problems_and_rounds_that_repeat_them_add_up(script: Callable[[str], ModuleType]) -> None:
-    results, load = script("results"), script("load")
-    reply = load.Reply("text", 10, False, [0.1, 0.2])
-    target, other = results.Tally(), results.Tally()
-    target.add([reply], {0: 0.0}, 2.0, {})
-    target.add([reply], {1: 1.0}, 1.0, {})
-    other.add([reply] * 2, {0: 1.0, 1: 1.0}, 2.0, {})
-    other.add([reply] * 2, {0: 0.0, 1: 0.0}, 1.0, {})  # a problem counts as it was answered first
-    first, second = results.rows({"target": target, "learned": other})
+def outcome(problems: list[int], scores: list[float], seconds: float) -> Outcome:
+    n = len(problems)
+    return Outcome(
+        np.array(problems), np.array(scores), np.full(n, 10), np.zeros(n, bool), Counts(), seconds, [[0.1, 0.2]] * n
+    )
+
+
+def test_rounds_that_share_the_problems_and_rounds_that_repeat_them_add_up() -> None:
+    own = {
+        "target": [outcome([0], [0.0], 2.0), outcome([1], [1.0], 1.0)],
+        "learned": [outcome([0, 1], [1.0, 1.0], 2.0), outcome([0, 1], [0.0, 0.0], 1.0)],  # counts as answered first
+        "standard": [],
+    }
+    first, second = rounds.rows(own)
     assert (first["num_problems"], first["accuracy"], first["rounds_tokens_per_s"]) == (2, 0.5, [5.0, 10.0])
     assert (second["num_problems"], second["accuracy"], second["rounds_tokens_per_s"]) == (2, 1.0, [10.0, 20.0])
-    assert second["paired_vs_target"] == {"gained": 1, "lost": 0, "p_value": 1.0}
-    assert results.ratios({"target": target, "learned": other}) == [
-        "learned / target: 2.00 (2.00 to 2.00 in 2 rounds) tokens per second"
-    ]
+    paired = second["paired_vs_target"]
+    assert (paired["gained"], paired["lost"], paired["p_value"]) == (1, 0, 1.0)
+    assert rounds.ratios(own) == ["learned / target: 2.00 (2.00 to 2.00 in 2 rounds) tokens per second"]
+    assert rounds.finished(own) == 0
+
+
+@pytest.mark.parametrize("name", ["throughput", "pareto", "agreement", "strict_cost", "learning_curves", "kernel"])
+def test_help_names_every_option_whole_at_80_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    app = benchmark("command").application(benchmark(name).main)
+    shown = CliRunner().invoke(app, ["--help"]).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    options = [option for parameter in typer.main.get_command(app).params for option in parameter.opts]
+    assert options
+    assert [option for option in options if option not in shown] == []
+
+
+@pytest.mark.parametrize("command", [["benchmarks/learning_curves.py"], ["-m", "benchmarks.learning_curves"]])
+def test_a_command_runs_as_a_file_and_as_a_module_and_its_errors_are_sentences(command: list[str]) -> None:
+    arguments = ["run=/nowhere", "--plot", "/nowhere/plot.png"]
+    done = subprocess.run(
+        [sys.executable, *command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "RUNS: 'run=/nowhere': no metrics.jsonl there" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr

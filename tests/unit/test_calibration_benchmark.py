@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from scripts import benchmark
 
 from vllm_cospec.training.measure.intervals import paired_difference
 from vllm_cospec.training.measure.noninferiority import p_value
@@ -15,10 +15,9 @@ from vllm_cospec.training.measure.thresholds import Sweep
 
 
 @pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
-    """The benchmark and its populations, which find each other as when they are run."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    return importlib.import_module("calibration"), importlib.import_module("populations")
+def scripts() -> tuple[ModuleType, ModuleType]:
+    """The benchmark and its populations."""
+    return benchmark("calibration"), benchmark("populations")
 
 
 @pytest.mark.parametrize("credit", [1.0, 0.5])

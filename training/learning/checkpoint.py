@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vllm_cospec.atomic import new_file
 from vllm_cospec.errors import ConfigError, TrainingError
 
 KEPT = 2
@@ -35,15 +35,10 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
         TrainingError: the disk is full or not writable; older checkpoints are intact.
     """
     path = directory / f"update-{checkpoint.updates:06d}.safetensors"
-    partial = path.with_suffix(".partial")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(checkpoint.tensors, partial, metadata={"facts": json.dumps(checkpoint.facts)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with new_file(path) as partial:
+            save_file(checkpoint.tensors, partial, metadata={"facts": json.dumps(checkpoint.facts)})
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise TrainingError(f"{path}: cannot be written ({error}); free space and continue with --resume") from None
     for _, older in _list(directory)[:-KEPT]:
         older.unlink(missing_ok=True)

@@ -1,28 +1,51 @@
-"""Intervals and paired tests for accuracies."""
+"""Intervals and paired tests for accuracies: scipy's where it has them."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+from scipy.stats import binomtest, bootstrap, norm
 
-Z = 1.959964  # of a two-sided 95 % interval
+LEVEL = 0.95
+Z = float(norm.ppf((1 + LEVEL) / 2))
+RESAMPLES = 10_000
 
 
-def wilson_interval(correct: float, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion."""
-    if n == 0:
+def accuracy_interval(scores: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of a mean score, [n] scores.
+
+    Wilson's score interval where every score is 0 or 1; a bootstrap of the mean where there are others.
+    """
+    if not len(scores):
         return 0.0, 1.0
-    p = correct / n
-    centre, half = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + Z * Z / n)), min(1.0, (centre + half) / (1 + Z * Z / n))
+    if np.isin(scores, (0.0, 1.0)).all():
+        return wilson_interval(int(scores.sum()), len(scores))
+    return bootstrap_interval(scores)
+
+
+def wilson_interval(right: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion; n is at least 1."""
+    found = binomtest(right, n).proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of a mean, [n] values; seeded, makes no assumption about them."""
+    if (values == values[0]).all():  # nothing varies from resample to resample
+        return float(values[0]), float(values[0])
+    found = bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", batch=500,
+        rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
 
 
 def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, tuple[float, float]]:
     """Return the difference of two mean scores on the same problems and its 95 % interval.
 
-    Agresti and Min's adjustment (2005): half a pair is added to each of the four outcomes, so that the interval does
-    not vanish where no pair differs.
+    Agresti and Min's adjustment (2005), which scipy does not have: half a pair is added to each of the four outcomes,
+    so that the interval does not vanish where no pair differs.
 
     Args:
         ours, theirs: scores in [0, 1], [n] each.
@@ -35,29 +58,6 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, tupl
     return mean, (max(-1.0, min(mean, adjusted - half)), min(1.0, max(mean, adjusted + half)))
 
 
-def bootstrap_difference(ours: np.ndarray, theirs: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the difference of two mean scores on the same problems.
-
-    Problems are resampled, with both of their scores; seeded. Makes no assumption about what a score is.
-
-    Args:
-        ours, theirs: scores, [n] each.
-        resamples: number of resamples.
-    """
-    difference = ours - theirs
-    values, counts = np.unique(difference, return_counts=True)
-    drawn = np.random.default_rng(0).multinomial(len(difference), counts / len(difference), size=resamples)
-    low, high = np.percentile(drawn @ values / len(difference), (2.5, 97.5))
-    return float(low), float(high)
-
-
 def mcnemar(gained: int, lost: int) -> float:
     """Return the exact two-sided p-value of McNemar's test: a binomial test with probability 1/2."""
-    n, smaller = gained + lost, min(gained, lost)
-    if n == 0:
-        return 1.0
-    tail = math.fsum(
-        math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
-        for k in range(smaller + 1)
-    )
-    return min(1.0, 2 * tail)
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

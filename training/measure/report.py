@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from vllm_cospec.atomic import write_text
+from vllm_cospec.training.measure.plots import plot_curves
 
 LOG_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
@@ -29,7 +31,7 @@ class Report:
         """
         self._log = output / LOG_FILE
         lines = [line for line in read_log(output) if line["update"] <= done]
-        self._log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self._log, "".join(json.dumps(line) + "\n" for line in lines))
         self._writer = SummaryWriter(str(output / TENSORBOARD), purge_step=done + 1)
         self._console = console or Console(stderr=True)
         self._updates, self._done, self._rollouts = updates, done, 0
@@ -94,53 +96,10 @@ def read_log(output: Path) -> list[dict[str, Any]]:
 
 def plot_learning(output: Path) -> Path:
     """Draw a run's learning curves into ``learning.png``; returns its path."""
-    from matplotlib.figure import Figure
-
-    lines = read_log(output)
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    panels: Sequence[tuple[str, str]] = (
-        ("accuracy", "accuracy while sampling actions"),
-        ("acceptance_length", "acceptance length"),
-        ("override_rate", "override rate"),
-        ("entropy", "policy entropy (nats)"),
-    )
-    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        points = [(line["update"], line[name]) for line in lines if line.get(name) is not None]
-        axes.plot(*zip(*points, strict=True) if points else ((), ()))
-        axes.set(title=title, xlabel="update")
-        axes.grid(alpha=0.3)
-    path = output / "learning.png"
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def plot_thresholds(output: Path, points: Sequence[dict[str, float]], target: dict[str, float]) -> Path:
-    """Draw accuracy against acceptance length over thresholds into ``thresholds.png``; returns its path.
-
-    Args:
-        output: directory.
-        points: with threshold, accuracy, low, high, acceptance_length.
-        target: of strict verification, with accuracy, low, high, acceptance_length.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-
-    def draw(rows: Sequence[dict[str, float]], style: str, label: str) -> None:
-        y = [row["accuracy"] for row in rows]
-        spread = [[row["accuracy"] - row["low"] for row in rows], [row["high"] - row["accuracy"] for row in rows]]
-        axes.errorbar([row["acceptance_length"] for row in rows], y, yerr=spread, fmt=style, capsize=3, label=label)
-
-    draw(points, "o-", "arbiter, by threshold (95 %)")
-    for row in points:
-        axes.annotate(f"{row['threshold']:g}", (row["acceptance_length"], row["accuracy"]), xytext=(4, 4),
-                      textcoords="offset points", fontsize=8)  # fmt: skip
-    draw([target], "s", "strict (95 %)")
-    axes.axhline(target["accuracy"], linestyle=":", color="gray", label="target only")
-    axes.set(xlabel="acceptance length (tokens per target step)", ylabel="accuracy")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = output / "thresholds.png"
-    figure.savefig(path, dpi=110)
-    return path
+    panels = {
+        "accuracy": "accuracy while sampling actions",
+        "acceptance_length": "acceptance length",
+        "override_rate": "override rate",
+        "entropy": "policy entropy (nats)",
+    }
+    return plot_curves(output / "learning.png", {"": read_log(output)}, panels, ("update", "update"))

@@ -10,8 +10,6 @@ time, which is what an arbiter needs. Everything is seeded; a run that was stopp
 from __future__ import annotations
 
 import json
-import math
-import os
 import random
 import shutil
 from dataclasses import dataclass
@@ -20,20 +18,17 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vllm_cospec.atomic import new_directory
+from vllm_cospec.training.pairs.language_model import IGNORE, Stretch, train
 from vllm_cospec.training.tasks.demo import draw_expression
 from vllm_cospec.training.tasks.splits import split_of
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 CONTEXT = 128
-IGNORE = -100  # the label torch's cross entropy leaves out
 
 
 @dataclass(frozen=True)
@@ -65,11 +60,6 @@ class Recipe:
     batch_size: int
     seed: int
     phases: tuple[Phase, ...]
-
-    @property
-    def steps(self) -> int:
-        """Steps of all phases."""
-        return sum(phase.steps for phase in self.phases)
 
 
 RECIPES = {
@@ -170,79 +160,25 @@ def tokenise(
     return tokens, labels
 
 
-def cosine(step: int, total: int, warm_up: int = 100) -> float:
-    """Learning-rate factor: linear warm-up, then a cosine to zero."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
-
-
-def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, step: int) -> None:
-    """Write weights and optimiser moments to one safetensors file, atomically."""
-    tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            tensors[f"optimizer.{key}.{name}"] = optimizer.state[parameter][key]
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"step": str(step)})
-    os.replace(partial, path)
-
-
-def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> int:
-    """Restore what :func:`save_checkpoint` wrote; returns the number of finished steps."""
-    with safe_open(path, "pt") as file:
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(file.get_tensor(f"model.{name}"))
-            optimizer.state[parameter] = {
-                key: file.get_tensor(f"optimizer.{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")
-            }
-        return int(file.metadata()["step"])
-
-
 def train_model(
     role: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, work: Path, resume: bool
 ) -> LlamaForCausalLM:
     """Train one model of the pair; its checkpoint is ``work/ROLE.safetensors``."""
+
+    def stretch(number: int, phase: Phase) -> Stretch:
+        def lessons() -> tuple[torch.Tensor, torch.Tensor]:
+            seed = recipe.seed + 10 * number
+            examples = draw_examples(phase, seed, min(phase.steps * recipe.batch_size, 400_000))
+            return tokenise(examples, tokenizer, phase.learnt, seed)
+
+        return Stretch(phase.steps, phase.learning_rate, lessons, phase.horizon)
+
     model = build_model(recipe, len(tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
-    checkpoint = work / f"{role}.safetensors"
-    done = load_checkpoint(checkpoint, model, optimizer) if resume and checkpoint.exists() else 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-    )
-    with Progress(*columns) as progress:
-        bar = progress.add_task(role, total=recipe.steps, completed=done, loss=float("nan"))
-        start = 0
-        for number, phase in enumerate(recipe.phases):
-            if done < start + phase.steps:
-                seed = recipe.seed + 10 * number
-                examples = draw_examples(phase, seed, min(phase.steps * recipe.batch_size, 400_000))
-                tokens, labels = tokenise(examples, tokenizer, phase.learnt, seed)
-            for step in range(max(start, done), start + phase.steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = phase.learning_rate * cosine(step - start, phase.horizon or phase.steps)
-                generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-                rows = torch.randint(len(tokens), (recipe.batch_size,), generator=generator)
-                longest = int((tokens[rows] != tokenizer.pad_token_id).sum(1).max())
-                inputs, targets = tokens[rows, :longest], labels[rows, :longest]
-                logits = model(input_ids=inputs[:, :-1], use_cache=False).logits
-                loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE
-                )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                progress.update(bar, completed=step + 1, loss=loss.item())
-                if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
-                    save_checkpoint(checkpoint, model, optimizer, step + 1)
-                    print(f"{role} step {step + 1}/{recipe.steps} loss {loss.item():.4f}", flush=True)
-            start += phase.steps
-    return model.eval()
+    train(
+        role, model, [stretch(number, phase) for number, phase in enumerate(recipe.phases)], recipe.batch_size,
+        recipe.seed, work / f"{role}.safetensors", resume, checkpoint_every=250, pad=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return model
 
 
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
@@ -255,8 +191,6 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, director
         for older in directory.glob("*"):
             if not (partial / older.name).exists():
                 shutil.copy(older, partial)  # cospec.json
-        for file in partial.iterdir():
-            file.chmod(0o644)  # weights are written readable by their owner alone
 
 
 def main(

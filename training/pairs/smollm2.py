@@ -27,13 +27,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from vllm_cospec.atomic import new_directory
+from vllm_cospec.atomic import new_directory, write_text
 from vllm_cospec.errors import ConfigError, CoSpecError
 from vllm_cospec.training.config import cached_pair
-from vllm_cospec.training.pairs.demo import IGNORE, cosine, load_checkpoint, save_checkpoint
+from vllm_cospec.training.pairs.language_model import IGNORE, Stretch, next_token_logits, train
 from vllm_cospec.training.tasks.product_and_sums import ADDENDS, FIRST_FACTORS, SECOND_FACTORS, chat_template, exercises
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -91,9 +90,7 @@ def finish(tokenizer: Any, directory: Path) -> None:
     """Add tokenizer and generation settings to a directory of weights."""
     tokenizer.save_pretrained(directory)
     ends = {"eos_token_id": [END_OF_TURN, LINE_BREAK], "bos_token_id": 1, "pad_token_id": END_OF_TURN}
-    (directory / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
-    for file in directory.iterdir():
-        file.chmod(0o644)
+    write_text(directory / "generation_config.json", json.dumps(ends, indent=2) + "\n")
 
 
 _rng = random.Random(SEED)
@@ -179,34 +176,17 @@ def train_draft(tokenizer: Any, work: Path, resume: bool) -> tuple[LlamaForCausa
     labels = torch.where(labels == IGNORE, IGNORE, places[labels.clamp(min=0)])
     others = math.log(VOCABULARY - len(used))  # their logits are 0
     model = small_model(len(used))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
-    checkpoint = work / "smollm2-draft.safetensors"
-    done = load_checkpoint(checkpoint, model, optimizer) if resume and checkpoint.exists() else 0
-    columns = (
-        TextColumn("draft"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
+
+    def logits_of(model: PreTrainedModel, inputs: torch.Tensor) -> torch.Tensor:
+        logits = next_token_logits(model, inputs)
+        return torch.cat([logits, logits.new_full((*logits.shape[:2], 1), others)], dim=-1)
+
+    stretch = Stretch(STEPS, LEARNING_RATE, lambda: (ids, labels))
+    train(
+        "draft", model, [stretch], BATCH_SIZE, SEED, work / "smollm2-draft.safetensors", resume, checkpoint_every=100,
+        logits_of=logits_of,
     )  # fmt: skip
-    with Progress(*columns) as progress:
-        bar = progress.add_task("draft", total=STEPS, completed=done, loss=float("nan"))
-        for step in range(done, STEPS):
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * cosine(step, STEPS)
-            generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-            rows = torch.randint(len(ids), (BATCH_SIZE,), generator=generator)
-            logits = model(input_ids=ids[rows, :-1], use_cache=False).logits
-            logits = torch.cat([logits, logits.new_full((*logits.shape[:2], 1), others)], dim=-1)
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels[rows, 1:].flatten(), ignore_index=IGNORE
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            progress.update(bar, completed=step + 1, loss=loss.item())
-            if (step + 1) % 100 == 0 or step + 1 == STEPS:
-                save_checkpoint(checkpoint, model, optimizer, step + 1)
-                print(f"draft step {step + 1}/{STEPS} loss {loss.item():.4f}", flush=True)
-    return model.eval(), used
+    return model, used
 
 
 def export_draft(model: LlamaForCausalLM, used: torch.Tensor, directory: Path) -> None:
@@ -221,8 +201,6 @@ def export_draft(model: LlamaForCausalLM, used: torch.Tensor, directory: Path) -
     full.load_state_dict(weights)
     with new_directory(directory) as partial:
         full.bfloat16().save_pretrained(partial)
-        for file in partial.iterdir():
-            file.chmod(0o644)
 
 
 def main(

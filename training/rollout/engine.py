@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_schema, save_artefact, tokenizer_hash
-from vllm_cospec.config import DRAFT_METHODS
+from vllm_cospec.arbiter import Arbiter, save_artefact
+from vllm_cospec.training.artefact import artefact_config
 from vllm_cospec.training.config import PairConfig
+from vllm_cospec.training.counts import Counts
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # decisions are taken from the worker in this process
 os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"  # they carry the ids that requests were given
@@ -44,59 +45,23 @@ class Response:
     decisions: list[Any] = field(default_factory=list)  # vllm_cospec.runners.trace.Decision, in order
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """vLLM's counts of a run, summed over its requests."""
-
-    drafts: int = 0  # target steps that verified a block
-    accepted: int = 0  # draft tokens kept
-
-    def __add__(self, other: Blocks) -> Blocks:
-        return Blocks(self.drafts + other.drafts, self.accepted + other.accepted)
-
-    @property
-    def acceptance_length(self) -> float:
-        """1 + accepted / drafts; 1 where nothing was drafted."""
-        return 1 + self.accepted / self.drafts if self.drafts else 1.0
-
-
-def artefact_config(pair: PairConfig, hidden_sizes: tuple[int, ...], **provenance: Any) -> ArtefactConfig:
-    """Describe an arbiter of this shape that fits the pair, with a threshold of 0.5 and no curve."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    made = Provenance(
-        target=short_name(pair.target),
-        draft=short_name(pair.draft or pair.draft_method or ""),
-        vocab_size=AutoConfig.from_pretrained(pair.target).get_text_config().vocab_size,
-        tokenizer_hash=tokenizer_hash(AutoTokenizer.from_pretrained(pair.target).get_vocab()),
-        **provenance,
-    )
-    schema = current_schema(draft_logits=DRAFT_METHODS.get(pair.draft_method or "", True))
-    return ArtefactConfig(schema=schema, hidden_sizes=hidden_sizes, threshold=0.5, provenance=made)
-
-
-def short_name(reference: str) -> str:
-    """A hub id as it is, a path by its last two parts: where it lay on one machine says nothing on another."""
-    path = Path(reference)
-    return "/".join(path.parts[-2:]) if path.is_absolute() else reference
-
-
 class Engine:
     """vLLM with or without speculation, one run at a time."""
 
-    def __init__(self, pair: PairConfig, arbiter: dict[str, Any] | None, role: str = "target"):
+    def __init__(self, pair: PairConfig, arbiter: dict[str, Any] | None, role: str = "target", stock: bool = False):
         """Start the engine.
 
         Args:
             pair: the models.
             arbiter: the policy, ``{"policy": NAME, ...}`` or ``{"hidden_sizes": ..., "state_dict": ...}`` for one in
-                training; None for no speculation.
+                training; None for no arbitration.
             role: which model answers: target or draft (then without speculation).
+            stock: without an arbiter: speculate as stock vLLM does, instead of not at all.
         """
         from vllm import LLM
 
         model = pair.target if role == "target" else pair.draft
-        speculative = None
+        speculative = pair.speculative_config(None) if stock else None
         with tempfile.TemporaryDirectory(prefix="cospec-arbiter-") as scratch:
             if arbiter is not None:
                 policy: Any = arbiter
@@ -110,7 +75,7 @@ class Engine:
             self._llm: Any = LLM(
                 model=model, speculative_config=speculative, disable_log_stats=False, seed=0, **pair.engine
             )
-        self._speculative = speculative is not None
+        self._collects = arbiter is not None
         self._engine: Any = self._llm.llm_engine
         self._tokenizer: Any = self._llm.get_tokenizer()
         self._runs = 0
@@ -165,7 +130,7 @@ class Engine:
                 response.tokens.extend(completion.token_ids)
                 response.text += completion.text
                 response.capped = completion.finish_reason == "length"
-        if self._speculative:
+        if self._collects:
             for decision in self._llm.collective_rpc("cospec_take_decisions")[0]:
                 if decision.request_id in responses:
                     responses[decision.request_id].decisions.append(decision)
@@ -175,10 +140,8 @@ class Engine:
             response.decisions = [d for d in response.decisions if d.output_position < end]
         return list(responses.values())
 
-    def blocks(self) -> Blocks:
-        """Return vLLM's counts since the engine started."""
-        counts = {metric.name: metric.value for metric in self._llm.get_metrics() if hasattr(metric, "value")}
-        return Blocks(
-            int(counts.get("vllm:spec_decode_num_drafts", 0)),
-            int(counts.get("vllm:spec_decode_num_accepted_tokens", 0)),
-        )
+    def counts(self) -> Counts:
+        """Return vLLM's counts since the engine started; what cospec counts stands in the decisions."""
+        found = {metric.name: metric.value for metric in self._llm.get_metrics() if hasattr(metric, "value")}
+        counts = Counts.of_metrics(found)
+        return Counts(counts.drafts, counts.accepted)

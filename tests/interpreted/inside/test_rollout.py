@@ -8,8 +8,10 @@ import torch
 
 from vllm_cospec.training.config import LearnerConfig, PairConfig, RolloutConfig, TrainConfig, bundled
 from vllm_cospec.training.learning.learner import Learner
+from vllm_cospec.training.rollout.collect import roll_out
 from vllm_cospec.training.rollout.engine import Engine
-from vllm_cospec.training.rollout.episodes import Episodes, Unit, roll_out
+from vllm_cospec.training.rollout.episodes import Episodes
+from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import load_task
 
 pytestmark = pytest.mark.engine

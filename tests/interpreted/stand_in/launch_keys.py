@@ -14,14 +14,14 @@ from typing import Any
 from vllm_cospec.kernels.triton.stand_in import install
 
 install()
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch  # noqa: E402
-import variants  # noqa: E402
-from offline import TARGETS, Launch, recorded_launches  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
+from benchmarks import variants  # noqa: E402
+from benchmarks.offline import TARGETS, Launch, recorded_launches  # noqa: E402
 from vllm_cospec.kernels.triton import launch, scan, target, verdict  # noqa: E402
 from vllm_cospec.kernels.triton.policies import Program, compile_policy  # noqa: E402
 

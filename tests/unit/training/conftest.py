@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_cospec.training.rollout.actors import ray_session
+from vllm_cospec.training.rollout.session import ray_session
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
+from vllm_cospec.training.artefact import artefact_config
 from vllm_cospec.training.config import PairConfig, bundled
-from vllm_cospec.training.rollout.engine import Engine, artefact_config
+from vllm_cospec.training.rollout.engine import Engine
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %};{% endif %}"
 

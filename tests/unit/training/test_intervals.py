@@ -1,18 +1,27 @@
-"""Intervals and paired tests, against scipy and against simulation."""
+"""Intervals and paired tests, against their formulas and against simulation."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest
 
-from vllm_cospec.training.measure.intervals import bootstrap_difference, mcnemar, paired_difference, wilson_interval
+from vllm_cospec.training.measure.intervals import accuracy_interval, bootstrap_interval, mcnemar, paired_difference
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 10), (10, 10), (3, 10), (812, 1000), (1, 1)])
-def test_wilson_equals_scipys(correct: int, n: int) -> None:
-    expected = binomtest(correct, n).proportion_ci(method="wilson")
-    assert wilson_interval(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+def test_right_and_wrong_have_wilsons_interval(correct: int, n: int) -> None:
+    z, p = 1.959964, correct / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    expected = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    scores = (np.arange(n) < correct).astype(float)
+    assert accuracy_interval(scores) == pytest.approx(expected, abs=1e-6)
+
+
+def test_no_answer_says_nothing() -> None:
+    assert accuracy_interval(np.zeros(0)) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (5, 5), (30, 12), (900, 10), (3, 40)])
@@ -38,9 +47,12 @@ def test_equal_answers_still_leave_an_interval() -> None:
     assert low < 0 < high
 
 
-def test_the_bootstrap_interval_is_scipys() -> None:
-    rng = np.random.default_rng(4)
-    ours, theirs = rng.choice([0.0, 0.5, 1.0], 300), rng.choice([0.0, 1.0], 300)
-    expected = bootstrap((ours - theirs,), np.mean, method="percentile", n_resamples=10_000, rng=rng)
-    assert bootstrap_difference(ours, theirs) == pytest.approx(tuple(expected.confidence_interval), abs=0.006)
-    assert bootstrap_difference(ours, ours) == (0.0, 0.0)
+def test_the_bootstrap_interval_covers_the_true_mean() -> None:
+    generator, covered = np.random.default_rng(4), 0
+    for _ in range(60):
+        low, high = bootstrap_interval(generator.choice([0.0, 0.5, 1.0], 200, p=[0.5, 0.3, 0.2]))
+        covered += low <= 0.35 <= high
+    assert covered >= 0.85 * 60
+    scores = generator.choice([0.0, 0.5, 1.0], 300)
+    assert bootstrap_interval(scores) == bootstrap_interval(scores)
+    assert bootstrap_interval(np.full(9, 0.25)) == (0.25, 0.25)

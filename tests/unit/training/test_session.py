@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from vllm_cospec.errors import ConfigError
-from vllm_cospec.training.rollout.actors import START_ATTEMPTS, ray_session
+from vllm_cospec.training.rollout.session import START_ATTEMPTS, ray_session
 
 
 class Ray:

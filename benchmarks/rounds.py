@@ -1,0 +1,40 @@
+"""What interleaved rounds add up to: a row per mode, ratios of speed within rounds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_cospec.training.measure.outcome import Outcome, table_of
+
+BASES = ("target", "standard")
+
+Rounds = Mapping[str, Sequence[Outcome]]  # by mode
+
+
+def rows(rounds: Rounds) -> list[dict[str, Any]]:
+    """Return a row for every mode that finished a round, paired with the target's."""
+    found = table_of({mode: Outcome.merge(own) for mode, own in rounds.items() if own}, "target")
+    for row in found:
+        row["rounds_tokens_per_s"] = [outcome.tokens_per_s for outcome in rounds[row["mode"]]]
+    return found
+
+
+def finished(rounds: Rounds) -> int:
+    """Return the number of rounds that every mode has finished."""
+    return min(len(own) for own in rounds.values())
+
+
+def ratios(rounds: Rounds) -> list[str]:
+    """Return how much faster each mode is than ``target`` and ``standard``: medians of ratios within rounds."""
+    lines = []
+    for base in BASES:
+        for mode, own in rounds.items():
+            pairs = list(zip(own, rounds.get(base, ()), strict=False))
+            if mode in (base, "target") or not pairs:
+                continue
+            quotients = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
+            spread = f" ({min(quotients):.2f} to {max(quotients):.2f} in {len(quotients)} rounds)"
+            lines.append(f"{mode} / {base}: {statistics.median(quotients):.2f}{spread} tokens per second")
+    return lines

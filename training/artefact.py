@@ -1,0 +1,31 @@
+"""What an arbiter's artefact says about the pair it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm_cospec.arbiter import ArtefactConfig, Provenance, current_schema, tokenizer_hash
+from vllm_cospec.config import DRAFT_METHODS
+from vllm_cospec.training.config import PairConfig
+
+
+def artefact_config(pair: PairConfig, hidden_sizes: tuple[int, ...], **provenance: Any) -> ArtefactConfig:
+    """Describe an arbiter of this shape that fits the pair, with a threshold of 0.5 and no curve."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    made = Provenance(
+        target=short_name(pair.target),
+        draft=short_name(pair.draft or pair.draft_method or ""),
+        vocab_size=AutoConfig.from_pretrained(pair.target).get_text_config().vocab_size,
+        tokenizer_hash=tokenizer_hash(AutoTokenizer.from_pretrained(pair.target).get_vocab()),
+        **provenance,
+    )
+    schema = current_schema(draft_logits=DRAFT_METHODS.get(pair.draft_method or "", True))
+    return ArtefactConfig(schema=schema, hidden_sizes=hidden_sizes, threshold=0.5, provenance=made)
+
+
+def short_name(reference: str) -> str:
+    """A hub id as it is, a path by its last two parts: where it lay on one machine says nothing on another."""
+    path = Path(reference)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else reference

@@ -1,0 +1,71 @@
+"""The road not taken at one mismatch of a response.
+
+The target has greedily written the response up to the last token it emitted before the mismatch's block, so a request
+whose prompt ends just before that token finds itself in the same block again, and the decision there is forced the
+other way. What follows uses the same random numbers.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+
+from vllm_cospec.training.rollout.engine import Engine, Request, Response
+
+
+def choose(responses: list[Response], per_response: int, rng: random.Random) -> list[tuple[int, Any]]:
+    """Choose mismatches to branch at, each of a response's with the same chance.
+
+    Those of a block at the very beginning are left out: no token stands before it that a prompt could end with.
+    """
+    chosen = []
+    for e, response in enumerate(responses):
+        possible = [d for d in response.decisions if d.output_position > d.block_position]
+        chosen += [(e, d) for d in rng.sample(possible, min(per_response, len(possible)))]
+    return chosen
+
+
+def written_before(decision: Any) -> int:
+    """Return how many tokens of the response a branch at ``decision`` begins with: all but the one before its block."""
+    return decision.output_position - decision.block_position - 1
+
+
+def branch_request(request: Request, response: Response, decision: Any) -> Request:
+    """Return the request that takes the other road at ``decision``."""
+    written = written_before(decision)
+    return Request(
+        prompt=request.prompt + response.tokens[:written],
+        max_tokens=request.max_tokens - written,
+        seed=request.seed,
+        temperature=request.temperature,
+        extra=request.extra
+        | {
+            "cospec_branch": {
+                "written": written,
+                "overrides": sum(d.kept for d in response.decisions if d.output_position <= written),
+                "decided_at": decision.output_position,
+                "keep": not decision.kept,
+            }
+        },
+    )
+
+
+def joined(engine: Engine, response: Response, decision: Any, branch: Response) -> Response | None:
+    """Return the whole response of which ``branch`` is the end; None when it left the road before the mismatch."""
+    written = written_before(decision)
+    until = decision.output_position - written
+    if branch.tokens[:until] != response.tokens[written : written + until]:
+        return None
+    if not any(d.output_position == decision.output_position for d in branch.decisions):
+        return None
+    tokens = response.tokens[:written] + branch.tokens
+    ends = np.cumsum(response.emitted)
+    before = int(np.searchsorted(ends, written + 1)) + 1  # the branch's first token ended one of these steps
+    return Response(
+        tokens=tokens,
+        text=engine.decode(tokens),
+        emitted=[*response.emitted[:before], *branch.emitted[1:]],
+        capped=branch.capped,
+    )
