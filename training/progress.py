@@ -28,6 +28,6 @@ def progress_bar(text: str, total: int, console: Console | None = None) -> Itera
         bar = progress.add_task(text, total=total)
 
         def tick(count: int = 0, text: str | None = None) -> None:
-            progress.update(bar, advance=count, **({} if text is None else {"description": text}))
+            progress.update(bar, advance=count, description=text)
 
         yield tick

@@ -46,9 +46,10 @@ def plot_accuracy(
             yerr=_spread([(row["accuracy"], *row["accuracy_ci95"]) for row in rows]),
             fmt="o-" if len(rows) > 1 else "s", capsize=3, elinewidth=0.8, label=label,
         )  # fmt: skip
-        for row in rows if labels is not None else ():
-            axes.annotate(f"{row[labels]:g}", (row[key], row["accuracy"]), xytext=(4, 4),
-                          textcoords="offset points", fontsize=8)  # fmt: skip
+        if labels is not None:
+            for row in rows:
+                axes.annotate(f"{row[labels]:g}", (row[key], row["accuracy"]), xytext=(4, 4),
+                              textcoords="offset points", fontsize=8)  # fmt: skip
     if level is not None:
         axes.axhline(level, linestyle=":", color="gray", label="target only")
     axes.set(xlabel=description, ylabel="accuracy (95 % interval)", title=title)
