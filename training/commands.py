@@ -139,8 +139,8 @@ def run_evaluation(
     if json_path is not None:
         write_result(json_path, result)
     if per_question is not None:
-        entries = (entry for mode, own in answers.items() for entry in own.entries(mode, problems))
-        write_text(per_question, "".join(json.dumps(entry) + "\n" for entry in entries))
+        by_problem = zip(*(own.entries(mode, problems) for mode, own in answers.items()), strict=True)
+        write_text(per_question, "".join(json.dumps(entry) + "\n" for entries in by_problem for entry in entries))
     if record and artefact is not None:
         record_results(artefact, {record: result})
     return result

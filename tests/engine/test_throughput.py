@@ -96,7 +96,7 @@ def test_what_a_user_gets_wrong_is_one_sentence(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "1+1?", "answer": "2"}\n{"prompt": 3}\n')
     for options, message in (
-        (("--modes", "nosuch"), "--modes: unknown mode 'nosuch'; known are target, standard, "),
+        (("--modes", "nosuch"), "--modes: unknown mode 'nosuch'; known are target, draft, standard, "),
         (("--draft", "./nosuch"), "pair.draft: no model at "),
         (("--arbiter", "./nosuch", "--modes", "learned"), "arbiter: no directory at './nosuch'"),
         (("--dataset", str(broken)), "broken.jsonl, line 2: 'prompt' must be a text"),
