@@ -25,7 +25,7 @@ def plot_accuracy(
         groups: rows of figures by label; those of one group are joined by a line.
         x: key and description of the other figure. Where a row has ``rounds_KEY``, its range is drawn too.
         title: above the picture.
-        labels: key of a figure that is written beside each point.
+        labels: key of a figure that is written beside each point that has it.
         level: an accuracy that is drawn as a line, called "target only".
 
     Returns:
@@ -46,8 +46,8 @@ def plot_accuracy(
             yerr=_spread([(row["accuracy"], *row["accuracy_ci95"]) for row in rows]),
             fmt="o-" if len(rows) > 1 else "s", capsize=3, elinewidth=0.8, label=label,
         )  # fmt: skip
-        if labels is not None:
-            for row in rows:
+        for row in rows:
+            if labels in row:
                 axes.annotate(f"{row[labels]:g}", (row[key], row["accuracy"]), xytext=(4, 4),
                               textcoords="offset points", fontsize=8)  # fmt: skip
     if level is not None:

@@ -62,7 +62,8 @@ def test_a_plot_draws_every_group_with_its_spread(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Axes, "errorbar", record)
     row = {"accuracy": 0.5, "accuracy_ci95": [0.4, 0.7], "tokens_per_s": 10.0, "rounds_tokens_per_s": [8.0, 13.0]}
     slower = {**row, "tokens_per_s": 5.0, "rounds_tokens_per_s": None}
-    path = plot_accuracy(tmp_path / "plot.png", {"a": [row, slower]}, SPEED_AXIS, level=0.5)
+    row["threshold"] = 0.5
+    path = plot_accuracy(tmp_path / "plot.png", {"a": [row, slower]}, SPEED_AXIS, labels="threshold", level=0.5)
     assert path.read_bytes().startswith(b"\x89PNG")
     x, y, xerr, yerr = drawn["a"]
     assert (x, y) == ([5.0, 10.0], [0.5, 0.5])
