@@ -92,7 +92,7 @@ class BatchResult:
     """What verification makes of a batch."""
 
     output: Tensor  # [B, max_draft_tokens + 1] int32, PLACEHOLDER where nothing is emitted
-    num_mismatches: int  # of arbitrated requests, whether the policy could be consulted or not
+    num_mismatches: int  # drafts of arbitrated requests, whether the policy could be consulted or not; junk is no draft
     overrides: np.ndarray  # [B] int64
     overrides_per_position: np.ndarray  # [max_draft_tokens] int64
     consulted: list[Consulted] = field(default_factory=list)
@@ -169,10 +169,11 @@ def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchRe
     matches_before = np.cumsum(matches, axis=1) - matches
     overrides = np.zeros(len(n), np.int64)
     result = BatchResult(batch.draft_tokens, 0, overrides, np.zeros(width, np.int64))
-    undecided = requests.arbitrated.copy()
+    undecided = requests.arbitrated & ~requests.junk
     while True:
         position = np.where(kept, width, columns).min(axis=1, initial=width)
         request = np.flatnonzero(undecided & (position < width))
+        request = request[batch.draft_tokens.numpy()[rows[request, position[request]]] >= 0]
         if not len(request):
             break
         result.num_mismatches += len(request)
@@ -245,11 +246,11 @@ def _may_override(
     token = batch.draft_tokens[row].long()
     vocabulary = batch.raw_target_logits.shape[1]
     logit_row = row if batch.logit_rows is None else batch.logit_rows[row]
-    legal = batch.processed_target_logits[logit_row, token.clamp(0, vocabulary - 1)].isfinite()
-    legal &= (token >= 0) & (token < vocabulary)
+    legal = batch.processed_target_logits[logit_row, token.clamp(max=vocabulary - 1)].isfinite()
+    legal &= token < vocabulary
     within_budget = state.overrides_so_far[request] + overrides[request] < state.max_overrides[request]
     inexact = state.output_position[request] + position >= state.exact_tokens[request]
-    return legal.numpy() & within_budget & inexact & ~state.junk[request]
+    return legal.numpy() & within_budget & inexact
 
 
 def _gather(

@@ -125,7 +125,7 @@ class BlockResult:
 
     tokens: list[int] = field(default_factory=list)  # emitted, at least 1
     num_accepted: int = 0  # draft tokens kept, overrides included
-    mismatches: list[int] = field(default_factory=list)  # positions the scan reached that strict would reject
+    mismatches: list[int] = field(default_factory=list)  # drafts the scan reached that strict would reject
     overrides: list[int] = field(default_factory=list)  # those of them that were kept
     statistics: list[Tensor] = field(default_factory=list)  # one row per consulted mismatch
     regret: float = 0.0  # of the overrides
@@ -179,7 +179,8 @@ def verify_block(block: Block, keep: Callable[[Tensor, int], bool]) -> BlockResu
     result = BlockResult()
     for position in range(n):
         if not block.accepted_by_strict[position]:
-            result.mismatches.append(position)
+            if not block.junk and block.draft_tokens[position] >= 0:  # else there is no draft to disagree with
+                result.mismatches.append(position)
             if not may_override(block, position, len(result.overrides), result.regret):
                 return _stop(block, result, position)
             lookahead = 0

@@ -21,12 +21,14 @@ from vllm_cospec.kernels.triton.target import (
     LOGPROB_DRAFT,
     LOGPROB_TOP,
     MATCH,
+    NO_DRAFT,
     OPEN,
     RANK,
     RATIO,
     RAW_LSE,
     ROW_FLOATS,
     ROW_INTS,
+    STATUS,
     STRICT_TOKEN,
     TARGET_LSE,
     TOP,
@@ -76,7 +78,7 @@ def draft_statistics_kernel(
     if tl.load(overrides_so_far_ptr + slot) >= tl.load(max_overrides_ptr + slot):
         return
     row = start + first
-    if tl.load(row_ints_ptr + row * ROW_INTS + OPEN) == 0:
+    if tl.load(row_ints_ptr + row * ROW_INTS + STATUS) != OPEN:
         return
     draft_tile(
         partials_ptr + request * DRAFT_FIELDS * num_tiles,
@@ -177,9 +179,10 @@ def scan_kernel(
             target_lse = tl.load(floats + TARGET_LSE)
             draft_lse = tl.load(floats + DRAFT_LSE)
             if not keep:
-                if arbitrated:
+                status = tl.load(ints + STATUS)
+                if arbitrated & (status != NO_DRAFT):
                     tl.atomic_add(counters_ptr + num_steps, tl.full((), 1, tl.int64))
-                if (tl.load(ints + OPEN) != 0) & (overrides < budget):
+                if (status == OPEN) & (overrides < budget):
                     output_position = tl.load(pos_ptr + row) + 1 - tl.load(response_start_ptr + slot)
                     rank = tl.load(ints + RANK)
                     top = tl.load(ints + TOP)

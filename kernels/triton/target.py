@@ -50,8 +50,10 @@ SUM, WEIGHTED = map(tl.constexpr, range(2))
 TILE_ARGMAX, TILE_RANK, TILE_NAN, TILE_INTS = map(tl.constexpr, range(4))
 # Fields of the partials of a draft row's tile.
 DRAFT_MAX, DRAFT_SECOND, DRAFT_SUM, DRAFT_WEIGHTED, DRAFT_CROSS, DRAFT_NAN, DRAFT_FIELDS = map(tl.constexpr, range(7))
-# What is known of a row once its tiles are combined. OPEN: the policy may decide here, were the budget not spent.
-ACCEPTED, MATCH, OPEN, STRICT_TOKEN, TOP, RANK, ROW_INTS = map(tl.constexpr, range(7))
+# What is known of a row once its tiles are combined.
+ACCEPTED, MATCH, STATUS, STRICT_TOKEN, TOP, RANK, ROW_INTS = map(tl.constexpr, range(7))
+# Status of a row. OPEN: the policy may decide here, were the budget not spent; NO_DRAFT: nothing was proposed here.
+CLOSED, OPEN, NO_DRAFT = map(tl.constexpr, range(3))
 LOGPROB_DRAFT, LOGPROB_TOP, GAP, ENTROPY, TOP_K_ENTROPY, LOGIT_DRAFT, LOGIT_TOP = map(tl.constexpr, range(7))
 RATIO, UNIFORM, RAW_LSE, TARGET_LSE, DRAFT_LSE, ROW_FLOATS = map(tl.constexpr, range(7, 13))
 
@@ -294,7 +296,7 @@ def row_kernel(
         tl.store(row_floats_ptr + DRAFT_LSE, draft_lse)
 
     if not arbitrated:
-        tl.store(row_ints_ptr + OPEN, 0)
+        tl.store(row_ints_ptr + STATUS, CLOSED)
         tl.store(row_ints_ptr + MATCH, 0)
         return
 
@@ -332,7 +334,7 @@ def row_kernel(
     output_position = position + 1 - tl.load(response_start_ptr + slot)
     inexact = output_position >= tl.load(exact_tokens_ptr + slot)
     is_open = known & finite & (tl.abs(legal) < INFINITY) & inexact
-    tl.store(row_ints_ptr + OPEN, is_open.to(tl.int32))
+    tl.store(row_ints_ptr + STATUS, tl.where(drafted < 0, NO_DRAFT, tl.where(is_open, OPEN, CLOSED)))
     tl.store(row_ints_ptr + MATCH, (top == drafted).to(tl.int32))
     tl.store(row_ints_ptr + TOP, top)
     tl.store(row_ints_ptr + RANK, rank)

@@ -15,11 +15,14 @@ from vllm.triton_utils import tl, triton
 
 from vllm_cospec.kernels.triton.target import (
     ACCEPTED,
+    CLOSED,
     INFINITY,
+    NO_DRAFT,
     OPEN,
     RATIO,
     ROW_FLOATS,
     ROW_INTS,
+    STATUS,
     STRICT_TOKEN,
     UNIFORM,
 )
@@ -112,9 +115,10 @@ def given_verdict_kernel(
             ratio = tl.where(possible, p / q, 0.0)
             uniform = drawn.to(tl.float32)
     legal = tl.load(processed_ptr + index * processed_stride + token, mask=known, other=-INFINITY)
-    is_open = (tl.load(row_ints_ptr + OPEN) != 0) & (tl.abs(legal) < INFINITY) & (junk == 0)
+    is_open = (tl.load(row_ints_ptr + STATUS) == OPEN) & (tl.abs(legal) < INFINITY)
+    status = tl.where((junk != 0) | (token < 0), NO_DRAFT, tl.where(is_open, OPEN, CLOSED))
     tl.store(row_ints_ptr + ACCEPTED, accepted.to(tl.int32))
     tl.store(row_ints_ptr + STRICT_TOKEN, emitted)
-    tl.store(row_ints_ptr + OPEN, is_open.to(tl.int32))
+    tl.store(row_ints_ptr + STATUS, status)
     tl.store(row_floats_ptr + RATIO, ratio)
     tl.store(row_floats_ptr + UNIFORM, uniform)

@@ -368,4 +368,5 @@ def test_the_verdict_reaches_logits_beyond_two_to_the_31_elements() -> None:
     verdict.write(row_ints, row_floats, torch.tensor([0, 5]), torch.tensor([0]), 8)
     assert row_ints[:4, target.ACCEPTED.value].tolist() == [1, 0, 0, 0]
     assert row_ints[:4, target.STRICT_TOKEN.value].tolist() == argmax.tolist()
-    assert row_ints[:4, target.OPEN.value].tolist() == [1, 1, 1, 0]
+    opened, closed = target.OPEN.value, target.CLOSED.value
+    assert row_ints[:4, target.STATUS.value].tolist() == [opened, opened, opened, closed]
