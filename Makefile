@@ -9,6 +9,7 @@ TORCH_INDEX ?=
 PORT ?= 8000
 PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := vllm_cospec/demo
+LAYOUT := build/layout
 
 COMPAT := 0.33.0
 COMPAT_TESTS := tests/compat tests/unit/test_compat.py tests/engine/test_strict_parity.py tests/engine/test_features.py \
@@ -47,10 +48,15 @@ compat: $(STAMP) ## run the engine tests, V1 and interpreted V2, on vLLM $(COMPA
 	$(BIN)/python tests/compat/build_overlay.py $(COMPAT) .compat
 	PYTHONPATH=$(CURDIR)/.compat/$(COMPAT) $(BIN)/pytest $(COMPAT_TESTS)
 
-lint: $(STAMP) ## ruff and mypy
+# mypy and import-linter see the packages as they are installed: kernels/ and training/ below vllm_cospec.
+lint: $(STAMP) ## ruff, mypy, and the one direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy vllm_cospec kernels training benchmarks
+	@rm -rf $(LAYOUT) && mkdir -p $(LAYOUT)/vllm_cospec
+	@ln -s $(CURDIR)/benchmarks $(LAYOUT)
+	@ln -s $(CURDIR)/vllm_cospec/* $(CURDIR)/kernels $(CURDIR)/training $(LAYOUT)/vllm_cospec
+	$(BIN)/mypy $(LAYOUT)/vllm_cospec benchmarks tests setup.py
+	cd $(LAYOUT) && $(CURDIR)/$(BIN)/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
 
 pair: $(STAMP) ## train the bundled pair again, from scratch (under an hour on two cores)
 	$(BIN)/python -m vllm_cospec.training.pairs.demo --output $(DEMO) --resume

@@ -16,7 +16,7 @@ def install() -> None:
     from triton.backends import Backend, backends
 
     if "cpu" not in backends:
-        backends["cpu"] = Backend(compiler=_Compiler, driver=_Driver)  # type: ignore[arg-type]
+        backends["cpu"] = Backend(compiler=_Compiler, driver=_Driver)
     if os.environ.get("TRITON_INTERPRET") == "1":
         _patch_language_once()
         _accept_integer_masks()
@@ -80,7 +80,7 @@ def _patch_language_once() -> None:
                 restore()
                 prepared.clear()
 
-            scope.restore = end  # type: ignore[method-assign]
+            scope.restore = end
         prepared.update(names)
         return scope
 

@@ -81,7 +81,7 @@ def main() -> None:
     # undecided everywhere, and not everywhere alike: both actions have to occur
     arbiter = initial_arbiter(config.learner.model_copy(update={"initial_keep": 0.4}), seed=2)
     with torch.no_grad():
-        arbiter.layers[-1].weight.normal_(std=0.01, generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr,operator]
+        arbiter.layers[-1].weight.normal_(std=0.01, generator=torch.Generator().manual_seed(1))  # type: ignore[operator]
     engine = Engine(config.pair, {"hidden_sizes": (32, 32), "state_dict": Arbiter((32, 32)).state_dict()})
     found: dict[str, Any] = {}
 
@@ -110,7 +110,7 @@ def main() -> None:
     for name, bias in (("always", 30.0), ("never", -30.0)):
         fixed = initial_arbiter(config.learner, seed=2)
         with torch.no_grad():
-            fixed.layers[-1].bias.fill_(bias)  # type: ignore[union-attr,operator]
+            fixed.layers[-1].bias.fill_(bias)  # type: ignore[operator]
         engine.set_arbiter(fixed.state_dict(), sample_actions=True)
         found[name] = float(roll_out(engine, first, config, task.score).kept.mean())
 

@@ -90,7 +90,7 @@ async def one_call(api: openai.AsyncOpenAI, kind: str, prompt: str, seed: int) -
     if kind == "schema":
         answer = await api.chat.completions.create(
             messages=[{"role": "user", "content": prompt}],
-            response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}},  # type: ignore[arg-type]
+            response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}},
             temperature=0,
             **common,
         )

@@ -145,11 +145,11 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
     assert [line["update"] for line in lines] == list(range(1, UPDATES + 1))
     assert 0 <= lines[-1]["accuracy"] <= 1 < lines[-1]["acceptance_length"]
     # A second time over it: refused.
-    again = subprocess.run(
+    refused = subprocess.run(
         [*command, "--output", str(straight)], capture_output=True, text=True, timeout=100, check=False
     )
-    assert again.returncode == 1
-    assert "is not empty; pass --resume" in again.stderr
+    assert refused.returncode == 1
+    assert "is not empty; pass --resume" in refused.stderr
 
     # On two actors: one is killed in mid-rollout, then, inside that iteration, the driver.
     config = write_config(tmp_path, 2)

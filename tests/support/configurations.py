@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
@@ -17,6 +18,7 @@ from vllm_cospec.arbiter import (
     save_artefact,
     tokenizer_hash,
 )
+from vllm_cospec.config import Settings
 from vllm_cospec.errors import CoSpecError
 from vllm_cospec.kernels.policies import Learned, policy_names
 from vllm_cospec.training.pairs.demo import RECIPES, build_model, build_tokenizer
@@ -25,7 +27,7 @@ from vllm_cospec.translate import resolve
 NAN, INF = float("nan"), float("inf")
 LEFT_OUT = object()
 ENGINE_KEYS = frozenset({"model", "num_speculative_tokens", "draft_tensor_parallel_size", "max_model_len"})
-PARAMETERS = {name: {} for name in policy_names()} | {
+PARAMETERS: dict[str, dict[str, float]] = {name: {} for name in policy_names()} | {
     "cascade": {"alpha": 0.1},
     "kl": {"max_kl": 1.0},
     "random": {"rate": 0.2},
@@ -56,7 +58,7 @@ class Pair:
     artefact: Path
 
 
-def write_model(directory, extra_tokens=0):
+def write_model(directory: Path, extra_tokens: int = 0) -> Path:
     tokenizer = build_tokenizer()
     shape = dataclasses.replace(RECIPES["draft"], hidden_size=16, intermediate_size=32, num_layers=1, num_heads=1)
     build_model(shape, len(tokenizer) + extra_tokens).save_pretrained(directory)
@@ -64,9 +66,15 @@ def write_model(directory, extra_tokens=0):
     return directory
 
 
-def write_artefact(directory, *, draft_logits=True, calibration=CURVE, **provenance):
+def write_artefact(
+    directory: Path,
+    *,
+    draft_logits: bool = True,
+    calibration: tuple[CurvePoint, ...] = CURVE,
+    **provenance: Any,
+) -> Path:
     vocabulary = build_tokenizer().get_vocab()
-    provenance = {"vocab_size": len(vocabulary), "tokenizer_hash": tokenizer_hash(vocabulary)} | provenance
+    provenance = {"vocab_size": len(vocabulary), "tokenizer_hash": tokenizer_hash(vocabulary), **provenance}
     config = ArtefactConfig(
         schema=current_schema(draft_logits),
         hidden_sizes=(8,),
@@ -78,7 +86,7 @@ def write_artefact(directory, *, draft_logits=True, calibration=CURVE, **provena
     return directory
 
 
-def user_config(pair, changes=None, **more):
+def user_config(pair: Pair, changes: dict[Any, Any] | None = None, **more: Any) -> dict[Any, Any]:
     """Return a configuration that works, with changes; LEFT_OUT leaves a key out."""
     config = {
         "method": "cospec",
@@ -90,25 +98,25 @@ def user_config(pair, changes=None, **more):
     return {key: value for key, value in config.items() if value is not LEFT_OUT}
 
 
-def engine_args(target, speculative_config, **engine):
+def engine_args(target: Path, speculative_config: dict[Any, Any], **engine: Any) -> Any:
     engine = {"max_model_len": 64, "enforce_eager": True} | engine
     return EngineArgs(model=str(target), speculative_config=speculative_config, **engine)
 
 
-def build(target, speculative_config, **engine):
+def build(target: Path, speculative_config: dict[Any, Any], **engine: Any) -> Any:
     """Take the way of ``LLM(...)`` and ``vllm serve`` up to the point where an engine would be started."""
     return engine_args(target, speculative_config, **engine).create_engine_config()
 
 
-def settings_of(pair, **changes):
+def settings_of(pair: Pair, **changes: Any) -> Settings:
     return build(pair.target, user_config(pair, **changes)).speculative_config.cospec
 
 
-def without_counters(settings):
+def without_counters(settings: Settings) -> Settings:
     return dataclasses.replace(settings, counters="")
 
 
-def assert_one_sentence(error, *names):
+def assert_one_sentence(error: Any, *names: str) -> None:
     """The error is for a user: one line, not long, nothing of vLLM's or pydantic's, and it names one of ``names``."""
     message = str(error)
     assert message.isprintable(), f"not one line: {message!r}"
@@ -120,7 +128,7 @@ def assert_one_sentence(error, *names):
     assert error.__suppress_context__ or error.__context__ is None
 
 
-def refused(target, speculative_config, *names, **engine):
+def refused(target: Path, speculative_config: dict[Any, Any], *names: str, **engine: Any) -> Any:
     before = list(speculative_config.items())
     with pytest.raises(CoSpecError) as caught:
         build(target, speculative_config, **engine)
@@ -131,27 +139,27 @@ def refused(target, speculative_config, *names, **engine):
     return caught.value
 
 
-def learned(path):
+def learned(path: Path) -> Learned:
     return Learned(artefact=str(path))
 
 
-def resolved(target="target", **raw):
+def resolved(target: str = "target", **raw: Any) -> tuple[Any, ...]:
     raw = {"method": "cospec", "model": "org/draft", "num_speculative_tokens": 3} | raw
     return resolve({k: v for k, v in raw.items() if v is not LEFT_OUT}, str(target), ENGINE_KEYS)
 
 
-def write_recipe(directory, content):
+def write_recipe(directory: Path, content: Any) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
     (directory / "cospec.json").write_bytes(text)
     return directory
 
 
-def symlink_loop(place):
+def symlink_loop(place: Path) -> Path:
     (place / "loop").symlink_to(place / "loop")
     return place / "loop"
 
 
-def edit_json(path, **changes):
+def edit_json(path: Path, **changes: Any) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | changes))

@@ -1,7 +1,9 @@
 """Cases for the CPU path: a list of reference blocks, and the batch that is put together from them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from vllm_cospec.kernels.reference import Block, verify_block
 INF = math.inf
 
 
-def tolerance(vocabulary: int) -> dict[str, float]:
+def tolerance(vocabulary: int) -> dict[str, Any]:
     """Bound the difference of float32 (CPU path) and float64 (reference).
 
     A log-probability passes through three roundings of 6e-8 of its magnitude: a relative 1e-6 leaves room. Entropy and
@@ -182,6 +184,11 @@ def cases(name: str) -> list[Case]:
     return [random_case(rng, REGIMES[name]) for _ in range(REGIMES[name].batches)]
 
 
+def decisions(row: np.ndarray) -> Callable[[torch.Tensor, int], bool]:
+    """The policy of the reference that keeps where ``row`` says so."""
+    return lambda _, position: bool(row[position])
+
+
 def consulted_rows(result: BatchResult, request: int) -> list[tuple[int, torch.Tensor, bool]]:
     """Return (position, statistics, kept) of every mismatch of one request that was put to the policy."""
     return [
@@ -192,10 +199,7 @@ def consulted_rows(result: BatchResult, request: int) -> list[tuple[int, torch.T
 
 
 def check_against_reference(case: Case, result: BatchResult, width: int) -> list[reference.BlockResult]:
-    expected = [
-        verify_block(block, lambda _, position, row=row: bool(row[position]))
-        for block, row in zip(case.blocks, case.keep, strict=True)
-    ]
+    expected = [verify_block(block, decisions(row)) for block, row in zip(case.blocks, case.keep, strict=True)]
     vocabulary = case.blocks[0].raw_target_logits.shape[1]
     assert result.output.dtype == torch.int32
     assert result.output.shape == (len(expected), width + 1)
@@ -219,7 +223,7 @@ def check_against_reference(case: Case, result: BatchResult, width: int) -> list
     return expected
 
 
-def block(n: int = 4, vocabulary: int = 5, **changes) -> Block:
+def block(n: int = 4, vocabulary: int = 5, **changes: Any) -> Block:
     """n flat rows whose drafts (1) are all rejected; the target says 2, the bonus token is 3."""
     logits = torch.zeros(n, vocabulary)
     return replace(

@@ -107,7 +107,7 @@ def order(logits: list[float]) -> list[int]:
 
 def agrees(policy: Policy, rows: list, statement: Callable[..., float], **context: list[float]) -> None:
     """Check a policy against the margins of its statement, where they are clear."""
-    kept = policy.keep(mismatches(rows, **context))
+    kept = policy.keep(mismatches(rows, **context))  # type: ignore[arg-type]
     assert kept.dtype == torch.bool
     assert kept.shape == (len(rows),)
     for i, (target, draft, token) in enumerate(rows):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -21,7 +23,7 @@ BUNDLED = PAIR.format(target="bundled:target")
 
 
 @pytest.fixture
-def cospec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def cospec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """Run the command in an empty directory; returns (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
 
@@ -97,7 +99,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_said_in_one_sentence(cospec, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_what_is_wrong_is_said_in_one_sentence(
+    cospec: Callable[..., Any], tmp_path: Path, arguments: list[str], message: str
+) -> None:
     (tmp_path / "run.toml").write_text(BUNDLED)
     (tmp_path / "nowhere.toml").write_text(PAIR.format(target="./nowhere"))
     (tmp_path / "reward.toml").write_text(BUNDLED + '[task]\nreward = "nice"\n')
@@ -115,7 +119,7 @@ def test_what_is_wrong_is_said_in_one_sentence(cospec, tmp_path: Path, arguments
         assert err.count("\n") == 1
 
 
-def test_every_command_explains_itself(cospec) -> None:
+def test_every_command_explains_itself(cospec: Callable[..., Any]) -> None:
     names = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
     assert names == ["calibrate", "demo", "doctor", "evaluate", "inspect", "train"]
     for name in names:
@@ -124,7 +128,7 @@ def test_every_command_explains_itself(cospec) -> None:
         assert f"Usage: cospec {name}" in out
 
 
-def test_inspect_shows_an_arbiter(cospec) -> None:
+def test_inspect_shows_an_arbiter(cospec: Callable[..., Any]) -> None:
     code, out, _ = cospec("inspect", ARBITER)
     assert code == 0
     for word in ("16 - 32 - 32 - 1", "threshold", "demo/target", "calibration on 1000 problems"):
@@ -133,7 +137,7 @@ def test_inspect_shows_an_arbiter(cospec) -> None:
     assert json.loads(out)["provenance"]["target"] == "demo/target"
 
 
-def test_a_port_that_is_taken_is_one_sentence(cospec) -> None:
+def test_a_port_that_is_taken_is_one_sentence(cospec: Callable[..., Any]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         code, _, err = cospec("demo", "--serve", "--port", str(port))
@@ -141,7 +145,9 @@ def test_a_port_that_is_taken_is_one_sentence(cospec) -> None:
     assert err == f"cospec: port {port}: Address already in use; choose another one\n"
 
 
-def test_a_disk_that_is_full_is_one_sentence(cospec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_is_one_sentence(
+    cospec: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -155,7 +161,9 @@ def test_a_disk_that_is_full_is_one_sentence(cospec, tmp_path: Path, monkeypatch
     )
 
 
-def test_a_run_that_is_stopped_says_how_to_go_on(cospec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_stopped_says_how_to_go_on(
+    cospec: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def pressed(self: object) -> None:
         raise KeyboardInterrupt
 

@@ -4,7 +4,9 @@ import importlib
 import inspect
 import logging
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
@@ -14,21 +16,21 @@ from vllm_cospec.compat import HOOKS, MARK, PATCHES, Hook, Patch, check_hook, fi
 from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.workers.cpu import EXPAND_KERNEL
 
-SCOPES = ("config", "v1", "v2", "cpu", "gpu")
+SCOPES: tuple[Any, ...] = ("config", "v1", "v2", "cpu", "gpu")
 FLAG = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
 ALL_HOOKS = pytest.mark.parametrize("hook", HOOKS, ids=[hook.target for hook in HOOKS])
 HOOKS_WITH_SIGNATURE = [hook for hook in HOOKS if hook.parameters is not None]
 ALL_SIGNATURES = pytest.mark.parametrize("hook", HOOKS_WITH_SIGNATURE, ids=[h.target for h in HOOKS_WITH_SIGNATURE])
 
 
-def owner_of(target):
+def owner_of(target: str) -> tuple[Any, ...]:
     """Return the object that holds the hook, and the hook's name there."""
     module, _, path = target.partition(":")
     owner_path, _, name = path.rpartition(".")
     return (find(f"{module}:{owner_path}") if owner_path else importlib.import_module(module)), name
 
 
-def remove(monkeypatch, target):
+def remove(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     """Remove a hook, from vLLM's base classes too where it is inherited."""
     owner, name = owner_of(target)
     for holder in inspect.getmro(owner) if inspect.isclass(owner) else (owner,):
@@ -37,12 +39,12 @@ def remove(monkeypatch, target):
             monkeypatch.delattr(holder, name)
 
 
-def function_of(names):
+def function_of(names: Iterable[str]) -> Callable[..., Any]:
     """Return a function that takes these parameters."""
     return eval(f"lambda {', '.join(names)}: None")
 
 
-def assert_refused(hook, status):
+def assert_refused(hook: Hook, status: str) -> None:
     with pytest.raises(CompatibilityError) as caught:
         require_hooks((hook.scope,))
     message = str(caught.value)
@@ -57,18 +59,20 @@ def assert_refused(hook, status):
 
 
 @ALL_HOOKS
-def test_every_hook_is_found_in_the_installed_vllm(hook):
+def test_every_hook_is_found_in_the_installed_vllm(hook: Hook) -> None:
     result = check_hook(hook)
     assert result.status == "found", result.detail
 
 
-def test_all_hooks_together_are_accepted():
+def test_all_hooks_together_are_accepted() -> None:
     require_hooks(SCOPES)
     assert {hook.scope for hook in HOOKS} == set(SCOPES)
 
 
 @ALL_HOOKS
-def test_a_vllm_without_a_hook_is_refused_with_hook_version_and_way_out(monkeypatch, hook):
+def test_a_vllm_without_a_hook_is_refused_with_hook_version_and_way_out(
+    monkeypatch: pytest.MonkeyPatch, hook: Hook
+) -> None:
     remove(monkeypatch, hook.target)
     status = check_hook(hook).status
     assert status in ("missing", "changed")  # changed: Python's or torch's own method of that name remains
@@ -76,7 +80,7 @@ def test_a_vllm_without_a_hook_is_refused_with_hook_version_and_way_out(monkeypa
 
 
 @pytest.mark.parametrize("module", sorted({hook.target.partition(":")[0] for hook in HOOKS}))
-def test_a_vllm_without_the_module_of_a_hook_is_refused(monkeypatch, module):
+def test_a_vllm_without_the_module_of_a_hook_is_refused(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     hooks = [hook for hook in HOOKS if hook.target.startswith(module + ":")]
     monkeypatch.setitem(sys.modules, module, None)
     assert {check_hook(hook).status for hook in hooks} == {"missing"}
@@ -96,7 +100,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @ALL_SIGNATURES
-def test_a_vllm_with_another_signature_is_refused(monkeypatch, hook, change):
+def test_a_vllm_with_another_signature_is_refused(
+    monkeypatch: pytest.MonkeyPatch, hook: Hook, change: Callable[..., Any]
+) -> None:
     owner, name = owner_of(hook.target)
     monkeypatch.setattr(owner, name, function_of(change(hook.parameters)))
     assert check_hook(hook).status == "changed"
@@ -104,7 +110,7 @@ def test_a_vllm_with_another_signature_is_refused(monkeypatch, hook, change):
 
 
 @ALL_SIGNATURES
-def test_a_hook_that_can_no_longer_be_called_is_refused(monkeypatch, hook):
+def test_a_hook_that_can_no_longer_be_called_is_refused(monkeypatch: pytest.MonkeyPatch, hook: Hook) -> None:
     owner, name = owner_of(hook.target)
     monkeypatch.setattr(owner, name, None)
     assert check_hook(hook).status == "changed"
@@ -112,18 +118,19 @@ def test_a_hook_that_can_no_longer_be_called_is_refused(monkeypatch, hook):
 
 
 @ALL_SIGNATURES
-def test_optional_parameters_may_be_added(monkeypatch, hook):
+def test_optional_parameters_may_be_added(monkeypatch: pytest.MonkeyPatch, hook: Hook) -> None:
     owner, name = owner_of(hook.target)
+    assert hook.parameters is not None
     for more in ("added=None", "*args", "**kwargs"):
         monkeypatch.setattr(owner, name, function_of((*hook.parameters, more)))
         assert check_hook(hook).status == "found"
 
 
-def test_our_own_replacement_does_not_hide_a_change_below_it(monkeypatch):
-    def changed(self, something_else):
+def test_our_own_replacement_does_not_hide_a_change_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(self: object, something_else: object) -> None:
         return None
 
-    def replacement(self, target_model_config, target_parallel_config):
+    def replacement(self: object, target_model_config: object, target_parallel_config: object) -> None:
         return None
 
     setattr(replacement, MARK, changed)
@@ -132,21 +139,21 @@ def test_our_own_replacement_does_not_hide_a_change_below_it(monkeypatch):
     assert check_hook(hook).status == "changed"
 
 
-def test_a_missing_hook_of_one_scope_leaves_the_others(monkeypatch):
+def test_a_missing_hook_of_one_scope_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     remove(monkeypatch, "vllm.v1.sample.rejection_sampler:RejectionSampler.apply_logits_processors")
     require_hooks(("config", "cpu"))
     with pytest.raises(CompatibilityError):
         require_hooks(SCOPES)
 
 
-def test_the_refusal_names_an_unknown_version_too(monkeypatch):
+def test_the_refusal_names_an_unknown_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "DISTRIBUTIONS", ("no-such-distribution",))
     remove(monkeypatch, FLAG)
     with pytest.raises(CompatibilityError, match="vLLM None"):
         require_hooks(("config",))
 
 
-def test_register_twice_replaces_once(monkeypatch):
+def test_register_twice_replaces_once(monkeypatch: pytest.MonkeyPatch) -> None:
     original = getattr(EngineArgs.create_speculative_config, MARK, EngineArgs.create_speculative_config)
     monkeypatch.setattr(EngineArgs, "create_speculative_config", original)
     plugin.register()
@@ -157,7 +164,7 @@ def test_register_twice_replaces_once(monkeypatch):
     assert not hasattr(original, MARK)
 
 
-def test_register_replaces_nothing_but_the_translation_of_the_flag(monkeypatch):
+def test_register_replaces_nothing_but_the_translation_of_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {}
     for patch in (patch for patch in PATCHES if patch.level == "symbol"):
         owner, name = owner_of(patch.symbol)
@@ -171,23 +178,23 @@ def test_register_replaces_nothing_but_the_translation_of_the_flag(monkeypatch):
 
 
 class Records(logging.Handler):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.messages = []
+        self.messages: list[str] = []
 
-    def emit(self, record):
+    def emit(self, record: Any) -> None:
         self.messages.append(record.getMessage())
 
 
 @pytest.fixture
-def log():
+def log() -> Iterator[list[str]]:
     handler = Records()
     plugin.logger.addHandler(handler)
     yield handler.messages
     plugin.logger.removeHandler(handler)
 
 
-def test_register_survives_a_vllm_without_its_hook_and_says_so(monkeypatch, log):
+def test_register_survives_a_vllm_without_its_hook_and_says_so(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
     remove(monkeypatch, FLAG)
     plugin.register()
     assert not hasattr(EngineArgs, "create_speculative_config")
@@ -199,7 +206,9 @@ def test_register_survives_a_vllm_without_its_hook_and_says_so(monkeypatch, log)
     [lambda self: None, None, property(lambda self: None)],
     ids=["another function", "None", "property"],
 )
-def test_register_survives_a_hook_that_became_something_else(monkeypatch, log, value):
+def test_register_survives_a_hook_that_became_something_else(
+    monkeypatch: pytest.MonkeyPatch, log: list[str], value: property | Callable[..., Any] | None
+) -> None:
     monkeypatch.setattr(EngineArgs, "create_speculative_config", value)
     plugin.register()
     assert vars(EngineArgs)["create_speculative_config"] is value
@@ -210,7 +219,7 @@ def test_register_survives_a_hook_that_became_something_else(monkeypatch, log, v
     "version",
     ["0.32.0", "0.32.9", "0.33.0", "0.33.1", "0.32.0+cpu", "0.33.0rc1", "0.32.1.dev3+g0123abc", "0.32.0.post1"],
 )
-def test_versions_from_0_32_to_0_33_are_supported(version):
+def test_versions_from_0_32_to_0_33_are_supported(version: str) -> None:
     assert compat.version_supported(version)
 
 
@@ -233,27 +242,29 @@ def test_versions_from_0_32_to_0_33_are_supported(version):
         None,
     ],
 )
-def test_other_versions_and_nonsense_are_not(version):
+def test_other_versions_and_nonsense_are_not(version: str | None) -> None:
     assert not compat.version_supported(version)
 
 
-def test_the_installed_version_is_known_and_supported():
+def test_the_installed_version_is_known_and_supported() -> None:
     assert compat.version_supported(compat.vllm_version())
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=[patch.symbol for patch in PATCHES])
-def test_every_patched_symbol_exists_is_checked_at_start_and_is_accounted_for(patch):
+def test_every_patched_symbol_exists_is_checked_at_start_and_is_accounted_for(patch: Patch) -> None:
     find(patch.symbol)
     assert patch.level == "process" or patch.symbol in {hook.target for hook in HOOKS}
     assert all((patch.why, patch.how, patch.remove_when, patch.when))
 
 
-def test_the_kernel_that_is_swapped_in_vllms_registry_stands_in_the_ledger():
+def test_the_kernel_that_is_swapped_in_vllms_registry_stands_in_the_ledger() -> None:
     (entry,) = [patch for patch in PATCHES if patch.level == "registry"]
     assert entry.symbol.replace(":", ".") == EXPAND_KERNEL
 
 
-def test_a_method_wrapped_on_an_object_is_handed_back_and_the_class_keeps_its_own(monkeypatch, other_module):
+def test_a_method_wrapped_on_an_object_is_handed_back_and_the_class_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch, other_module: Any
+) -> None:
     entry = Patch("module_under_test:Holder.method", why="", how="", remove_when="", when="", level="instance")
     monkeypatch.setattr(compat, "PATCHES", (entry,))
 
@@ -261,11 +272,13 @@ def test_a_method_wrapped_on_an_object_is_handed_back_and_the_class_keeps_its_ow
         pass
 
     wrapped, plain = Other(), Other()
-    original = wrap(entry.symbol, wrapped, lambda: f"after {original()}")
+    original: Any = wrap(entry.symbol, wrapped, lambda: f"after {original()}")
     assert (wrapped.method(), plain.method()) == ("after original", "original")
 
 
-def test_wrap_refuses_what_is_not_in_the_ledger_or_stands_there_as_something_else(monkeypatch, other_module):
+def test_wrap_refuses_what_is_not_in_the_ledger_or_stands_there_as_something_else(
+    monkeypatch: pytest.MonkeyPatch, other_module: Any
+) -> None:
     holder = other_module.Holder()
     symbol = "module_under_test:Holder.method"
     for level in ("symbol", "registry"):
@@ -276,15 +289,14 @@ def test_wrap_refuses_what_is_not_in_the_ledger_or_stands_there_as_something_els
 
 
 @pytest.fixture
-def other_module(monkeypatch):
+def other_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("module_under_test")
 
     class Holder:
-        def method(self):
+        def method(self) -> str:
             return "original"
 
-    module.Holder = Holder
-    module.function = lambda: "original"
+    vars(module).update(Holder=Holder, function=lambda: "original")
     monkeypatch.setitem(sys.modules, "module_under_test", module)
     return module
 
@@ -292,7 +304,7 @@ def other_module(monkeypatch):
 @pytest.mark.parametrize(
     "symbol", ["module_under_test:Holder.method", "vllm.v1.sample.rejection_sampler:expand_kernel"]
 )
-def test_replace_refuses_what_is_not_in_the_ledger(other_module, symbol):
+def test_replace_refuses_what_is_not_in_the_ledger(other_module: ModuleType, symbol: str) -> None:
     before = find(symbol)
     with pytest.raises((AssertionError, LookupError, ValueError), match="ledger"):
         replace(symbol, lambda original: None)
@@ -300,13 +312,15 @@ def test_replace_refuses_what_is_not_in_the_ledger(other_module, symbol):
 
 
 @pytest.mark.parametrize("path", ["Holder.method", "function"])
-def test_replace_keeps_the_original_and_patches_once(monkeypatch, other_module, path):
+def test_replace_keeps_the_original_and_patches_once(
+    monkeypatch: pytest.MonkeyPatch, other_module: ModuleType, path: str
+) -> None:
     symbol = f"module_under_test:{path}"
     entry = Patch(symbol, why="", how="", remove_when="", when="")
     monkeypatch.setattr(compat, "PATCHES", (entry,))
     original, calls = find(symbol), []
 
-    def make(original):
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
         calls.append(original)
         return lambda *args: "replaced"
 
@@ -319,7 +333,7 @@ def test_replace_keeps_the_original_and_patches_once(monkeypatch, other_module, 
     assert calls == [original]
 
 
-def test_find_says_what_is_missing():
+def test_find_says_what_is_missing() -> None:
     with pytest.raises(AttributeError, match="nothing_of_this_name"):
         find("vllm.engine.arg_utils:EngineArgs.nothing_of_this_name")
     with pytest.raises(ImportError, match="nothing_of_this_name"):

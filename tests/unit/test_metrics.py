@@ -1,5 +1,7 @@
 """The counters between worker and ``/metrics``: nothing is exported twice, lost, or larger than it can be."""
 
+from __future__ import annotations
+
 import functools
 import multiprocessing
 import os
@@ -7,8 +9,11 @@ import shutil
 import subprocess
 import sys
 import time
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,19 +30,19 @@ fork = multiprocessing.get_context("fork")  # a spawned process would import vLL
 
 
 @pytest.fixture
-def writer(tmp_path):
+def writer(tmp_path: Path) -> Counters:
     counters = Counters(str(tmp_path), 0, K)
     assert counters.open(create=True)
     return counters
 
 
 @pytest.fixture(autouse=True)
-def _own_directory_variable(monkeypatch):
+def _own_directory_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DIRECTORY_VARIABLE, "")  # recorded by monkeypatch, so it is taken back
     monkeypatch.delenv(DIRECTORY_VARIABLE)
 
 
-def settings_for(directory):
+def settings_for(directory: Path) -> Settings:
     return Settings(
         policy=Typical(),
         threshold=0.5,
@@ -50,7 +55,7 @@ def settings_for(directory):
     )
 
 
-def test_totals_are_the_sum_of_what_was_added(writer):
+def test_totals_are_the_sum_of_what_was_added(writer: Counters) -> None:
     writer.add(5, np.array([2, 1, 0]))
     writer.add(4, np.array([0, 1, 1]))
     mismatches, overrides, _ = writer.totals()
@@ -58,12 +63,12 @@ def test_totals_are_the_sum_of_what_was_added(writer):
     assert overrides.tolist() == [2, 2, 1]
 
 
-def test_a_block_shorter_than_k_counts_at_its_own_positions(writer):
+def test_a_block_shorter_than_k_counts_at_its_own_positions(writer: Counters) -> None:
     writer.add(1, np.array([1]))
     assert writer.totals().overrides.tolist() == [1, 0, 0]
 
 
-def test_unhealthy_positions_are_counted_by_reason(writer):
+def test_unhealthy_positions_are_counted_by_reason(writer: Counters) -> None:
     writer.add(0, np.zeros(K, np.int64), np.arange(len(REASONS)))
     writer.add(1, np.zeros(K, np.int64))
     writer.add(0, np.zeros(K, np.int64), np.ones(len(REASONS), np.int64))
@@ -73,14 +78,14 @@ def test_unhealthy_positions_are_counted_by_reason(writer):
     assert writer.totals().unhealthy.tolist() == [1 + i for i in range(len(REASONS))]
 
 
-def test_totals_do_not_change_what_is_left_to_export(writer):
+def test_totals_do_not_change_what_is_left_to_export(writer: Counters) -> None:
     writer.add(2, np.array([1, 0, 0]))
     writer.totals()
     assert writer.take_unexported()[0] == 2
     assert writer.totals()[0] == 2
 
 
-def test_what_one_reader_took_no_other_takes(tmp_path, writer):
+def test_what_one_reader_took_no_other_takes(tmp_path: Path, writer: Counters) -> None:
     first, second = Counters(str(tmp_path), 0, K), Counters(str(tmp_path), 0, K)
     writer.add(3, np.array([1, 1, 0]))
     assert (first.take_unexported()[0], second.take_unexported()[0]) == (3, 0)
@@ -90,14 +95,14 @@ def test_what_one_reader_took_no_other_takes(tmp_path, writer):
     assert first.take_unexported()[0] == 0
 
 
-def test_engines_do_not_share_counters(tmp_path, writer):
+def test_engines_do_not_share_counters(tmp_path: Path, writer: Counters) -> None:
     other = Counters(str(tmp_path), 1, K)
     other.open(create=True)
     writer.add(1, np.array([0, 0, 0]))
     assert other.totals()[0] == 0
 
 
-def test_a_worker_that_starts_again_does_not_export_again(tmp_path, writer):
+def test_a_worker_that_starts_again_does_not_export_again(tmp_path: Path, writer: Counters) -> None:
     writer.add(3, np.array([1, 0, 0]))
     writer.take_unexported()
     restarted = Counters(str(tmp_path), 0, K)
@@ -108,7 +113,7 @@ def test_a_worker_that_starts_again_does_not_export_again(tmp_path, writer):
 
 
 @pytest.mark.parametrize("read", ["totals", "take_unexported"])
-def test_a_reader_before_the_writer_sees_zeros_and_then_the_counts(tmp_path, read):
+def test_a_reader_before_the_writer_sees_zeros_and_then_the_counts(tmp_path: Path, read: str) -> None:
     reader = Counters(str(tmp_path / "later"), 0, K)
     mismatches, overrides, unhealthy = getattr(reader, read)()
     assert (mismatches, overrides.tolist(), unhealthy.tolist()) == (0, [0] * K, [0] * len(REASONS))
@@ -119,21 +124,21 @@ def test_a_reader_before_the_writer_sees_zeros_and_then_the_counts(tmp_path, rea
     assert (mismatches, overrides.tolist()) == (2, [1, 0, 0])
 
 
-def test_a_reader_creates_nothing(tmp_path):
+def test_a_reader_creates_nothing(tmp_path: Path) -> None:
     Counters(str(tmp_path / "none"), 0, K).take_unexported()
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("read", ["totals", "take_unexported"])
 @pytest.mark.parametrize("size", [0, 1, 8 * K, 2 * 8 * (K + 1)])
-def test_a_file_of_another_size_reads_as_zeros(tmp_path, size, read):
+def test_a_file_of_another_size_reads_as_zeros(tmp_path: Path, size: int, read: str) -> None:
     (tmp_path / "engine-0").write_bytes(b"\x01" * size)
     mismatches, overrides, _ = getattr(Counters(str(tmp_path), 0, K), read)()
     assert (mismatches, overrides.tolist()) == (0, [0] * K)
     assert (tmp_path / "engine-0").read_bytes() == b"\x01" * size
 
 
-def test_reading_goes_on_when_the_directory_was_cleaned_away(tmp_path, writer):
+def test_reading_goes_on_when_the_directory_was_cleaned_away(tmp_path: Path, writer: Counters) -> None:
     reader = Counters(str(tmp_path), 0, K)
     reader.take_unexported()
     shutil.rmtree(tmp_path)  # what cleaners of temporary directories do under a long-running server
@@ -142,7 +147,7 @@ def test_reading_goes_on_when_the_directory_was_cleaned_away(tmp_path, writer):
     assert reader.take_unexported()[0] == 2
 
 
-def _write(directory, num_positions, rounds, stop=None):
+def _write(directory: str, num_positions: int, rounds: int, stop: Event | None = None) -> None:
     """Count ``rounds`` times, with ``stop`` again and again until it is set; every mismatch is overridden."""
     counters = Counters(directory, 0, num_positions)
     counters.open(create=True)
@@ -154,7 +159,7 @@ def _write(directory, num_positions, rounds, stop=None):
         again = stop is not None and not stop.is_set()
 
 
-def _take(directory, num_positions, stop, queue):
+def _take(directory: str, num_positions: int, stop: Event, queue: Queue[tuple[int, list[int]]]) -> None:
     counters = Counters(directory, 0, num_positions)
     mismatches, overrides = 0, np.zeros(num_positions, np.int64)
     finished = False
@@ -168,7 +173,7 @@ def _take(directory, num_positions, stop, queue):
     queue.put((mismatches, overrides.tolist()))
 
 
-def test_two_processes_export_everything_exactly_once_while_a_third_counts(tmp_path):
+def test_two_processes_export_everything_exactly_once_while_a_third_counts(tmp_path: Path) -> None:
     rounds, stop, queue = 20_000, fork.Event(), fork.Queue()
     readers = [fork.Process(target=_take, args=(str(tmp_path), K, stop, queue)) for _ in range(2)]
     writer = fork.Process(target=_write, args=(str(tmp_path), K, rounds))
@@ -186,13 +191,14 @@ def test_two_processes_export_everything_exactly_once_while_a_third_counts(tmp_p
 
 # 100 positions: so wide that one copy of the row does not read it strictly from front to back
 @pytest.mark.parametrize("num_positions", [1, 5, 16, 100])
-def test_a_reader_never_sees_more_overrides_than_mismatches(tmp_path, num_positions):
+def test_a_reader_never_sees_more_overrides_than_mismatches(tmp_path: Path, num_positions: int) -> None:
     stop = fork.Event()
     writer = fork.Process(target=_write, args=(str(tmp_path), num_positions, 1000, stop))
     reader = Counters(str(tmp_path), 0, num_positions)
     writer.start()
     exported_mismatches = exported_overrides = 0
-    seen, enough = set(), time.monotonic() + 1
+    seen: set[int] = set()
+    enough = time.monotonic() + 1
     while len(seen) < 2 or time.monotonic() < enough:  # at least two moments of the writer, on a busy machine too
         for _ in range(1000):
             mismatches, overrides, _ = reader.totals()
@@ -209,7 +215,7 @@ def test_a_reader_never_sees_more_overrides_than_mismatches(tmp_path, num_positi
     assert mismatches == overrides.sum() == num_positions * overrides[0]
 
 
-def test_every_configured_engine_gets_a_directory_of_its_own():
+def test_every_configured_engine_gets_a_directory_of_its_own() -> None:
     first, second = counters_directory(), counters_directory()
     assert first != second
     assert Path(first).is_dir()
@@ -217,7 +223,7 @@ def test_every_configured_engine_gets_a_directory_of_its_own():
     assert os.environ[DIRECTORY_VARIABLE] == f"{os.getpid()}:{second}"
 
 
-def test_a_child_process_inherits_the_directory():
+def test_a_child_process_inherits_the_directory() -> None:
     directory = counters_directory()
     queue = fork.Queue()
     child = fork.Process(target=lambda: queue.put(counters_directory()))
@@ -227,7 +233,7 @@ def test_a_child_process_inherits_the_directory():
     assert Path(directory).is_dir()
 
 
-def test_a_directory_that_is_gone_is_not_inherited(monkeypatch, tmp_path):
+def test_a_directory_that_is_gone_is_not_inherited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(DIRECTORY_VARIABLE, f"1:{tmp_path / 'gone'}")
     directory = counters_directory()
     assert directory != str(tmp_path / "gone")
@@ -235,12 +241,12 @@ def test_a_directory_that_is_gone_is_not_inherited(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["", ":", "1", "1:", "nonsense", "x:y:z", "1:/dev/null"])
-def test_a_variable_that_makes_no_sense_is_ignored(monkeypatch, value):
+def test_a_variable_that_makes_no_sense_is_ignored(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv(DIRECTORY_VARIABLE, value)
     assert Path(counters_directory()).is_dir()
 
 
-def test_the_directory_goes_with_the_process_that_made_it_and_not_with_its_children():
+def test_the_directory_goes_with_the_process_that_made_it_and_not_with_its_children() -> None:
     script = (
         "import os, sys; from vllm_cospec.metrics import counters_directory; d = counters_directory()\n"
         "pid = os.fork()\n"
@@ -254,18 +260,18 @@ def test_the_directory_goes_with_the_process_that_made_it_and_not_with_its_child
     assert not Path(directory).exists()
 
 
-def _prom(speculative_config):
+def _prom(speculative_config: SimpleNamespace) -> Any:
     class Prom(CoSpecDecodingProm):
-        _counter_cls = functools.partial(Counter, registry=CollectorRegistry())
+        _counter_cls = functools.partial(Counter, registry=CollectorRegistry())  # type: ignore[assignment]
 
     return Prom(speculative_config, ["model_name", "engine"], {0: ["m", "0"], 1: ["m", "1"]})
 
 
-def _value(counter):
+def _value(counter: Any) -> float:
     return counter._value.get()
 
 
-def test_prometheus_gets_each_count_once_and_for_its_own_engine(tmp_path, writer):
+def test_prometheus_gets_each_count_once_and_for_its_own_engine(tmp_path: Path, writer: Counters) -> None:
     prom = _prom(SimpleNamespace(num_speculative_tokens=K, cospec=settings_for(tmp_path)))
     stats = SpecDecodingStats.new(K)
     stats.observe_draft(num_draft_tokens=K, num_accepted_tokens=2)
@@ -281,39 +287,39 @@ def test_prometheus_gets_each_count_once_and_for_its_own_engine(tmp_path, writer
     assert _value(prom.counter_spec_decode_num_accepted_tokens[0]) == 4  # vLLM's own go on counting
 
 
-def test_prometheus_without_cospec_is_stock():
+def test_prometheus_without_cospec_is_stock() -> None:
     prom = _prom(SimpleNamespace(num_speculative_tokens=K))
     prom.observe(SpecDecodingStats.new(K), 0)
     assert not prom.cospec
     assert not hasattr(prom, "cospec_mismatches")
 
 
-def test_the_log_line_tells_what_was_counted_since_the_last_one(tmp_path, writer):
+def test_the_log_line_tells_what_was_counted_since_the_last_one(tmp_path: Path, writer: Counters) -> None:
     vllm_config = SimpleNamespace(speculative_config=SimpleNamespace(cospec=settings_for(tmp_path)))
     stat_logger = SimpleNamespace(vllm_config=vllm_config, engine_index=0)
     assert log_line(stat_logger) is None
     writer.add(4, np.array([1, 0, 0]))
-    assert "Mismatches: 4, Overrides: 1, Override rate: 25.0%" in log_line(stat_logger)
+    assert "Mismatches: 4, Overrides: 1, Override rate: 25.0%" in (log_line(stat_logger) or "")
     assert log_line(stat_logger) is None
     writer.add(2, np.array([1, 1, 0]))
-    assert "Mismatches: 2, Overrides: 2, Override rate: 100.0%" in log_line(stat_logger)
+    assert "Mismatches: 2, Overrides: 2, Override rate: 100.0%" in (log_line(stat_logger) or "")
 
 
-def test_the_log_line_tells_why_drafts_were_verified_strictly(tmp_path, writer):
+def test_the_log_line_tells_why_drafts_were_verified_strictly(tmp_path: Path, writer: Counters) -> None:
     vllm_config = SimpleNamespace(speculative_config=SimpleNamespace(cospec=settings_for(tmp_path)))
     stat_logger = SimpleNamespace(vllm_config=vllm_config, engine_index=0)
     unhealthy = np.zeros(len(REASONS), np.int64)
     unhealthy[REASONS.index("context")], unhealthy[REASONS.index("cache")] = 10, 2
     writer.add(0, np.zeros(K, np.int64), unhealthy)
-    line = log_line(stat_logger)
+    line = log_line(stat_logger) or ""
     assert line.endswith("Strict for want of a whole draft: 12 positions (context 10, cache 2)")
     assert "rate" not in line
     assert log_line(stat_logger) is None
     writer.add(1, np.zeros(K, np.int64))
-    assert log_line(stat_logger).endswith("Override rate: 0.0%")
+    assert (log_line(stat_logger) or "").endswith("Override rate: 0.0%")
 
 
 @pytest.mark.parametrize("speculative_config", [None, SimpleNamespace()])
-def test_there_is_no_log_line_without_cospec(speculative_config):
+def test_there_is_no_log_line_without_cospec(speculative_config: SimpleNamespace | None) -> None:
     vllm_config = SimpleNamespace(speculative_config=speculative_config)
     assert log_line(SimpleNamespace(vllm_config=vllm_config, engine_index=0)) is None

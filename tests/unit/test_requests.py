@@ -1,6 +1,7 @@
 """What a request may set through ``vllm_xargs``, and that nothing it sends can reach the engine unchecked."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +12,15 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm_cospec import patches
 from vllm_cospec.config import Settings
 from vllm_cospec.errors import ConfigError
-from vllm_cospec.kernels.policies import Learned, Strict, Typical
+from vllm_cospec.kernels.policies import Learned, Policy, Strict, Typical
 from vllm_cospec.requests import Branch, RequestSettings, action_coin, request_settings
 
 NAN, INF = float("nan"), float("inf")
 MAX_INT64 = 2**63 - 1
 
 
-def server(policy, **changes):
-    values = {
+def server(policy: Policy, **changes: Any) -> Settings:
+    values: dict[str, Any] = {
         "policy": policy,
         "threshold": 0.6,
         "max_overrides": 7,
@@ -37,18 +38,22 @@ TYPICAL = server(Typical())
 STRICT = server(Strict())
 
 
-def asked(settings=LEARNED, structured=False, **extra_args):
-    structured_outputs = StructuredOutputsParams(json={"type": "object"}) if structured else None
-    return request_settings(SamplingParams(extra_args=extra_args, structured_outputs=structured_outputs), settings)
+def asked(settings: Settings = LEARNED, /, **extra_args: Any) -> RequestSettings:
+    return request_settings(SamplingParams(extra_args=extra_args), settings)
 
 
-def assert_one_sentence(message):
+def asked_structured(settings: Settings = LEARNED, /, **extra_args: Any) -> RequestSettings:
+    schema = StructuredOutputsParams(json={"type": "object"})
+    return request_settings(SamplingParams(extra_args=extra_args, structured_outputs=schema), settings)
+
+
+def assert_one_sentence(message: str) -> None:
     assert message.isprintable(), f"not one line: {message!r}"
     assert len(message) < 600
 
 
 @pytest.mark.parametrize("params", [None, SamplingParams(), SamplingParams(extra_args={})])
-def test_a_request_that_asks_for_nothing_gets_the_servers_settings(params):
+def test_a_request_that_asks_for_nothing_gets_the_servers_settings(params: Any) -> None:
     assert request_settings(params, LEARNED) == RequestSettings(
         arbitrated=True, threshold=0.6, max_overrides=7, exact_tokens=2
     )
@@ -57,9 +62,9 @@ def test_a_request_that_asks_for_nothing_gets_the_servers_settings(params):
 BRANCH = {"written": 4, "overrides": 1, "decided_at": 6, "keep": True}
 
 
-def test_a_branch_is_taken_where_decisions_are_collected_and_refused_elsewhere():
+def test_a_branch_is_taken_where_decisions_are_collected_and_refused_elsewhere() -> None:
     collecting = server(Learned(artefact="arbiter"), collect=True)
-    assert asked(collecting, cospec_branch=BRANCH).branch == Branch(**BRANCH)
+    assert asked(collecting, cospec_branch=BRANCH).branch == Branch(written=4, overrides=1, decided_at=6, keep=True)
     with pytest.raises(ConfigError, match="cospec_branch: is for training"):
         asked(cospec_branch=BRANCH)
     for bad in ({"written": -1}, {"keep": 1}, {"decided_at": 2**31}, {"more": 1}):
@@ -67,7 +72,7 @@ def test_a_branch_is_taken_where_decisions_are_collected_and_refused_elsewhere()
             asked(collecting, cospec_branch={**BRANCH, **bad})
 
 
-def test_the_coin_of_an_action_depends_on_seed_and_place_alone_and_is_uniform():
+def test_the_coin_of_an_action_depends_on_seed_and_place_alone_and_is_uniform() -> None:
     coins = np.array([[action_coin(seed, place) for place in range(100)] for seed in range(100)])
     assert action_coin(7, 3) == coins[7, 3]
     assert len(np.unique(coins)) == coins.size
@@ -96,23 +101,23 @@ def test_the_coin_of_an_action_depends_on_seed_and_place_alone_and_is_uniform():
         ({"cospec_exact_tokens": 1}, "exact_tokens", 1),
     ],
 )
-def test_each_key_overrides_the_server_and_leaves_the_rest(extra_args, field, value):
+def test_each_key_overrides_the_server_and_leaves_the_rest(extra_args: dict[str, Any], field: str, value: Any) -> None:
     result = asked(**extra_args)
     expected = {"arbitrated": True, "threshold": 0.6, "max_overrides": 7, "exact_tokens": 2} | {field: value}
     assert result == RequestSettings(**expected)
 
 
-def test_all_keys_together():
+def test_all_keys_together() -> None:
     result = asked(cospec_policy="learned", cospec_threshold=0.1, cospec_max_overrides=1, cospec_exact_tokens=9)
     assert result == RequestSettings(arbitrated=True, threshold=0.1, max_overrides=1, exact_tokens=9)
 
 
-def test_a_null_leaves_the_servers_setting():
+def test_a_null_leaves_the_servers_setting() -> None:
     nulls = dict.fromkeys(("cospec_policy", "cospec_threshold", "cospec_max_overrides", "cospec_exact_tokens"))
     assert asked(**nulls) == asked()
 
 
-def test_a_request_may_limit_overrides_where_the_server_does_not():
+def test_a_request_may_limit_overrides_where_the_server_does_not() -> None:
     unlimited = server(Typical(), max_overrides=None)
     assert asked(unlimited).max_overrides is None
     assert asked(unlimited, cospec_max_overrides=0).max_overrides == 0
@@ -136,7 +141,7 @@ BAD_NUMBERS = {
 
 @pytest.mark.parametrize("value", BAD_NUMBERS.values(), ids=BAD_NUMBERS)
 @pytest.mark.parametrize("key", ["cospec_threshold", "cospec_max_overrides", "cospec_exact_tokens"])
-def test_a_bad_number_is_refused_in_one_sentence_that_names_the_key(key, value):
+def test_a_bad_number_is_refused_in_one_sentence_that_names_the_key(key: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         asked(**{key: value})
     assert f"vllm_xargs.{key}" in str(caught.value)
@@ -156,20 +161,20 @@ def test_a_bad_number_is_refused_in_one_sentence_that_names_the_key(key, value):
         ("cospec_exact_tokens", 2.0),
     ],
 )
-def test_a_number_out_of_range_or_not_whole_is_refused(key, value):
+def test_a_number_out_of_range_or_not_whole_is_refused(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"vllm_xargs.{key}: .*{value}"):
         asked(**{key: value})
 
 
 @pytest.mark.parametrize("key", ["cospec_max_overrides", "cospec_exact_tokens"])
 @pytest.mark.parametrize("value", [MAX_INT64 + 1, 2**64 - 1])  # the largest vLLM lets through in extra_args
-def test_an_integer_the_engine_cannot_hold_is_refused(key, value):
+def test_an_integer_the_engine_cannot_hold_is_refused(key: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"vllm_xargs.{key}"):
         asked(**{key: value})
 
 
 @pytest.mark.parametrize("key", ["max_overrides", "exact_tokens"])
-def test_the_largest_integer_that_is_taken_fits_the_engines_arrays(key):
+def test_the_largest_integer_that_is_taken_fits_the_engines_arrays(key: str) -> None:
     accepted = []
     for bits in (31, 32, 48, 62, 63, 64):
         try:
@@ -198,14 +203,14 @@ BAD_POLICIES = {
 
 
 @pytest.mark.parametrize("value", BAD_POLICIES.values(), ids=BAD_POLICIES)
-def test_a_policy_that_is_not_served_is_refused_in_one_sentence(value):
+def test_a_policy_that_is_not_served_is_refused_in_one_sentence(value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         asked(cospec_policy=value)
     assert "vllm_xargs.cospec_policy" in str(caught.value)
     assert_one_sentence(str(caught.value))
 
 
-def test_the_refusal_of_a_policy_says_what_is_served():
+def test_the_refusal_of_a_policy_says_what_is_served() -> None:
     with pytest.raises(ConfigError, match=r"'fly'.*'strict' or 'learned'"):
         asked(cospec_policy="fly")
     with pytest.raises(ConfigError, match=r"'typical'.*pass 'strict'$"):
@@ -222,7 +227,7 @@ UNKNOWN_KEYS = {
 
 
 @pytest.mark.parametrize("key", UNKNOWN_KEYS.values(), ids=UNKNOWN_KEYS)
-def test_an_unknown_key_of_ours_is_refused_and_the_known_ones_are_listed(key):
+def test_an_unknown_key_of_ours_is_refused_and_the_known_ones_are_listed(key: str) -> None:
     with pytest.raises(ConfigError, match="unknown key") as caught:
         asked(**{key: 1})
     for known in ("cospec_policy", "cospec_threshold", "cospec_max_overrides", "cospec_exact_tokens"):
@@ -230,7 +235,7 @@ def test_an_unknown_key_of_ours_is_refused_and_the_known_ones_are_listed(key):
     assert_one_sentence(str(caught.value))
 
 
-def test_the_unknown_key_is_named():
+def test_the_unknown_key_is_named() -> None:
     with pytest.raises(ConfigError, match=r"vllm_xargs\.cospec_treshold"):
         asked(cospec_treshold=0.5)
 
@@ -238,54 +243,54 @@ def test_the_unknown_key_is_named():
 @pytest.mark.parametrize(
     "key", ["threshold", "policy", "cospec", "cospecpolicy", "Cospec_policy", "other_cospec_policy"]
 )
-def test_keys_of_other_extensions_are_ignored(key):
+def test_keys_of_other_extensions_are_ignored(key: str) -> None:
     assert asked(**{key: object()}) == asked()
 
 
 @pytest.mark.parametrize("settings", [LEARNED, TYPICAL], ids=["learned", "typical"])
-def test_structured_output_is_strict_unless_the_request_asks_otherwise(settings):
-    assert not asked(settings, structured=True).arbitrated
-    assert asked(settings, structured=True, cospec_policy=settings.policy.policy).arbitrated
-    assert not asked(settings, structured=True, cospec_policy="strict").arbitrated
-    assert not asked(settings, structured=True, cospec_max_overrides=5).arbitrated
+def test_structured_output_is_strict_unless_the_request_asks_otherwise(settings: Settings) -> None:
+    assert not asked_structured(settings).arbitrated
+    assert asked_structured(settings, cospec_policy=settings.policy.policy).arbitrated
+    assert not asked_structured(settings, cospec_policy="strict").arbitrated
+    assert not asked_structured(settings, cospec_max_overrides=5).arbitrated
 
 
-def test_a_threshold_alone_does_not_arbitrate_structured_output():
-    result = asked(structured=True, cospec_threshold=0.1)
+def test_a_threshold_alone_does_not_arbitrate_structured_output() -> None:
+    result = asked_structured(cospec_threshold=0.1)
     assert (result.arbitrated, result.threshold) == (False, 0.1)
 
 
-def test_a_strict_server_arbitrates_nothing():
+def test_a_strict_server_arbitrates_nothing() -> None:
     assert not asked(STRICT).arbitrated
     assert not asked(STRICT, cospec_policy="strict").arbitrated
-    assert not asked(STRICT, structured=True).arbitrated
+    assert not asked_structured(STRICT).arbitrated
     assert not asked(STRICT, cospec_max_overrides=100, cospec_exact_tokens=0).arbitrated
 
 
 @pytest.mark.parametrize("policy", ["learned", "typical"])
-def test_a_strict_server_cannot_be_talked_into_arbitration(policy):
+def test_a_strict_server_cannot_be_talked_into_arbitration(policy: str) -> None:
     with pytest.raises(ConfigError, match=r"vllm_xargs\.cospec_policy"):
         asked(STRICT, cospec_policy=policy)
 
 
 @pytest.mark.parametrize("settings", [TYPICAL, STRICT], ids=["typical", "strict"])
-def test_a_threshold_is_refused_where_no_trained_arbiter_serves(settings):
+def test_a_threshold_is_refused_where_no_trained_arbiter_serves(settings: Settings) -> None:
     with pytest.raises(ConfigError, match=rf"vllm_xargs\.cospec_threshold: 0\.5 .*{settings.policy.policy}"):
         asked(settings, cospec_threshold=0.5)
 
 
-def test_a_strict_request_may_carry_a_threshold():
+def test_a_strict_request_may_carry_a_threshold() -> None:
     assert not asked(cospec_policy="strict", cospec_threshold=0.5).arbitrated
 
 
-def test_a_requests_extra_args_are_not_changed():
+def test_a_requests_extra_args_are_not_changed() -> None:
     extra_args = {"cospec_policy": "strict", "cospec_exact_tokens": 4, "other": [1]}
     params = SamplingParams(extra_args=dict(extra_args))
     request_settings(params, LEARNED)
     assert params.extra_args == extra_args
 
 
-def validate(params, cospec=LEARNED):
+def validate(params: Any, cospec: Settings | None = LEARNED) -> list[Any] | None:
     """Run the check the way vLLM's input processor does."""
     seen = []
     check = patches._make_validate_params(lambda self, params, supported_tasks: seen.append(params))
@@ -294,17 +299,17 @@ def validate(params, cospec=LEARNED):
     return seen
 
 
-def test_the_server_answers_a_bad_value_with_the_error_it_turns_into_a_400():
+def test_the_server_answers_a_bad_value_with_the_error_it_turns_into_a_400() -> None:
     with pytest.raises(VLLMValidationError, match=r"vllm_xargs\.cospec_threshold") as caught:
         validate(SamplingParams(extra_args={"cospec_threshold": "high"}))
     assert caught.value.parameter == "vllm_xargs"
 
 
-def test_the_server_lets_good_requests_and_other_kinds_pass_and_vllm_checks_first():
+def test_the_server_lets_good_requests_and_other_kinds_pass_and_vllm_checks_first() -> None:
     for params in (SamplingParams(extra_args={"cospec_policy": "strict"}), SamplingParams(), PoolingParams()):
         assert validate(params) == [params]
 
 
-def test_without_cospec_the_keys_mean_nothing():
+def test_without_cospec_the_keys_mean_nothing() -> None:
     params = SamplingParams(extra_args={"cospec_threshold": "high"})
     assert validate(params, cospec=None) == [params]

@@ -47,7 +47,7 @@ def plot_accuracy(
             fmt="o-" if len(rows) > 1 else "s", capsize=3, elinewidth=0.8, label=label,
         )  # fmt: skip
         for row in rows:
-            if labels in row:
+            if labels is not None and labels in row:
                 axes.annotate(f"{row[labels]:g}", (row[key], row["accuracy"]), xytext=(4, 4),
                               textcoords="offset points", fontsize=8)  # fmt: skip
     if level is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cospec.arbiter import Arbiter, save_artefact
+from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.artefact import artefact_config
 from vllm_cospec.training.config import PairConfig
 from vllm_cospec.training.counts import Counts
@@ -61,6 +62,8 @@ class Engine:
         from vllm import LLM
 
         model = pair.target if role == "target" else pair.draft
+        if model is None:
+            raise ConfigError("pair.draft: none is named, so there is no draft model to run alone")
         speculative = pair.speculative_config(None) if stock else None
         with tempfile.TemporaryDirectory(prefix="cospec-arbiter-") as scratch:
             if arbiter is not None:

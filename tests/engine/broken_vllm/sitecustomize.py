@@ -14,7 +14,7 @@ CHANGED = "vllm.v1.spec_decode.llm_base_proposer"
 class ChangedLoader(importlib.abc.Loader):
     """Loads the real module, then renames the parameters of one method."""
 
-    def __init__(self, loader: importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import arbitration_cases as cases
 import pytest
 import torch
@@ -12,7 +14,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what arbitration allocates with NaN or a sentinel, so that a read of unwritten memory shows."""
     new_empty = torch.Tensor.new_empty
 
-    def poisoned(self, *args, **kwargs):
+    def poisoned(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         out = new_empty(self, *args, **kwargs)
         return out.fill_(torch.nan if out.is_floating_point() else cases.POISON)
 

@@ -67,7 +67,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     class Recorder:
-        def __init__(self, name: str):
+        def __init__(self, name: str) -> None:
             self.name = name
 
         def __getitem__(self, grid: tuple[int, ...]):

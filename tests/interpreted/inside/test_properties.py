@@ -110,7 +110,7 @@ def test_the_coin_is_the_same_on_every_path() -> None:
     from vllm.triton_utils import tl, triton
 
     @triton.jit
-    def flip(out_ptr, seed, position_ptr, draft_ptr, target_ptr, SIZE: tl.constexpr):
+    def flip(out_ptr, seed, position_ptr, draft_ptr, target_ptr, SIZE: tl.constexpr) -> None:
         i = tl.arange(0, SIZE)
         out = coin(seed, tl.load(position_ptr + i), tl.load(draft_ptr + i), tl.load(target_ptr + i))
         tl.store(out_ptr + i, out)
@@ -128,7 +128,7 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = []
 
     class Recorder:
-        def __init__(self, name: str):
+        def __init__(self, name: str) -> None:
             self.name = name
 
         def __getitem__(self, grid: tuple[int, ...]):

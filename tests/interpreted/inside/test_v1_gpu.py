@@ -82,7 +82,9 @@ class Drafter:
 class Step:
     """One step of a V1 batch: B requests with up to K drafts, greedy and sampled, some with a restricted vocabulary."""
 
-    def __init__(self, seed: int, ids: list[str], sampled: float = 0.5, probabilities: bool = True, junk: bool = True):
+    def __init__(
+        self, seed: int, ids: list[str], sampled: float = 0.5, probabilities: bool = True, junk: bool = True
+    ) -> None:
         self.seed, self.ids = seed, ids
         g = np.random.default_rng(seed)
         batch = len(ids)
@@ -142,7 +144,7 @@ class Step:
 class Runner:
     """As much of a V1 runner as the adapters touch."""
 
-    def __init__(self, ids: list[str], extra: dict[str, dict[str, Any]], size: int = 8):
+    def __init__(self, ids: list[str], extra: dict[str, dict[str, Any]], size: int = 8) -> None:
         self.device = CPU
         self.max_num_reqs = size
         self.rejection_sampler = RejectionSampler(Sampler())

@@ -166,7 +166,7 @@ def make_case(
     slots = make_slots(size, g, arbitrated)
     pos = torch.cat(
         [
-            torch.arange(n + 1) + int(slots.response_start[s] - 1 + g.integers(0, 9))
+            torch.arange(n + 1) + int(slots.response_start[s]) - 1 + int(g.integers(0, 9))
             for n, s in zip(num_drafts, slot, strict=True)
         ]
     )
@@ -178,7 +178,7 @@ def make_case(
 
 
 @triton.jit
-def _uniform_kernel(out_ptr, seed_ptr, pos_ptr, SIZE: tl.constexpr, n):
+def _uniform_kernel(out_ptr, seed_ptr, pos_ptr, SIZE: tl.constexpr, n) -> None:
     index = tl.arange(0, SIZE)
     mask = index < n
     u = tl_rand32(tl.load(seed_ptr + index, mask=mask), tl.load(pos_ptr + index, mask=mask), includes_zero=False)
@@ -245,6 +245,7 @@ def expected(case: Case, policy: Policy, arbiter: Arbiter | None = None) -> Expe
         def keep(statistics: Tensor, position: int) -> bool:
             row = rows[position]  # noqa: B023 - called within this iteration
             if isinstance(policy, Learned):
+                assert arbiter is not None
                 score = float(arbiter(statistics[None])[0])
                 bound = float(settings.threshold[slot])  # noqa: B023
                 near[0] |= abs(score - bound) < 1e-4  # noqa: B023

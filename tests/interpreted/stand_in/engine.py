@@ -19,7 +19,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     if request.get("v1_on_a_device"):  # the CPU worker installs what the GPU worker would on Model Runner V1
         from vllm_cospec.runners import v1_cpu, v1_gpu
 
-        v1_cpu.install = v1_gpu.install
+        v1_cpu.install = v1_gpu.install  # type: ignore[assignment]
     if request.get("max_chunk_logits"):
         from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
@@ -40,7 +40,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     chunks: list[int] = []
     if request.get("max_chunk_logits"):
         verify = worker.cospec._verify
-        worker.cospec._verify = lambda logits, *args: chunks.append(len(logits)) or verify(logits, *args)
+        worker.cospec._verify = lambda logits, *args: chunks.append(len(logits)) or verify(logits, *args)  # type: ignore[func-returns-value]
     texts, logprobs = [], []
     for batch in request["batches"]:
         prompts = [entry.pop("prompt") for entry in batch]

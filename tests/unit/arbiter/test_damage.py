@@ -59,6 +59,10 @@ def config_damage(name: str, names: str, **changes: Any) -> None:
     damage(name, names)(change)
 
 
+def _cut(length: int) -> Callable[[bytes], bytes]:
+    return lambda data: data[:length]
+
+
 def bytes_damage(name: str, file: str, change: Callable[[bytes], bytes]) -> None:
     def rewrite(directory: Path) -> None:
         path = directory / file
@@ -91,7 +95,7 @@ def header_damage(name: str, change: Callable[[dict[str, Any]], Any]) -> None:
 
 # model.safetensors, as bytes
 for length in (0, 1, 7, 8, 9, 100, 600, 1000, 5000):
-    bytes_damage(f"weights cut to {length} bytes", WEIGHTS_FILE, lambda data, length=length: data[:length])
+    bytes_damage(f"weights cut to {length} bytes", WEIGHTS_FILE, _cut(length))
 bytes_damage("weights without the last byte", WEIGHTS_FILE, lambda data: data[:-1])
 bytes_damage("weights with a byte too many", WEIGHTS_FILE, lambda data: data + b"\0")
 bytes_damage("weights of zeros", WEIGHTS_FILE, lambda data: bytes(len(data)))
@@ -156,7 +160,7 @@ tensor_damage("complex weights", "mean", _cast("mean", torch.complex64))
 # config.json, as bytes
 bytes_damage("an empty configuration", CONFIG_FILE, lambda data: b"")
 for length in (1, 40, 400, -3):  # the last cuts the closing brace
-    bytes_damage(f"configuration cut to {length} bytes", CONFIG_FILE, lambda data, length=length: data[:length])
+    bytes_damage(f"configuration cut to {length} bytes", CONFIG_FILE, _cut(length))
 bytes_damage("a configuration of noise", CONFIG_FILE, lambda data: bytes(i * 167 % 251 for i in range(3000)))
 bytes_damage("a configuration in UTF-16", CONFIG_FILE, lambda data: data.decode().encode("utf-16"))
 bytes_damage("a configuration with a null byte", CONFIG_FILE, lambda data: data[:20] + b"\0" + data[20:])
@@ -303,20 +307,20 @@ def _long_name(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_artefact_is_refused_with_one_line_that_names_the_culprit(artefact, name):
+def test_a_damaged_artefact_is_refused_with_one_line_that_names_the_culprit(artefact: Path, name: str) -> None:
     change, culprit = DAMAGES[name]
     directory = change(artefact) or artefact
     assert culprit in refusal(lambda: load_artefact(directory))
 
 
-def test_enough_ways_to_damage_an_artefact_are_tried():
+def test_enough_ways_to_damage_an_artefact_are_tried() -> None:
     assert len(DAMAGES) >= 40
 
 
 class Trap:
     """Unpickled, it creates a directory."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = str(path)
 
     def __reduce__(self) -> tuple:
@@ -325,25 +329,25 @@ class Trap:
 
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 @pytest.mark.parametrize("file", [WEIGHTS_FILE, CONFIG_FILE])
-def test_a_pickle_is_refused_and_never_executed(artefact, tmp_path, file, protocol):
+def test_a_pickle_is_refused_and_never_executed(artefact: Path, tmp_path: Path, file: str, protocol: int) -> None:
     sprung = tmp_path / "sprung"
     (artefact / file).write_bytes(pickle.dumps(Trap(sprung), protocol))
     assert file in refusal(lambda: load_artefact(artefact))
     assert not sprung.exists()
 
 
-def test_a_torch_checkpoint_is_refused_and_never_executed(artefact, tmp_path):
+def test_a_torch_checkpoint_is_refused_and_never_executed(artefact: Path, tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
     torch.save({"mean": Trap(sprung)}, artefact / WEIGHTS_FILE)
     assert WEIGHTS_FILE in refusal(lambda: load_artefact(artefact))
     assert not sprung.exists()
 
 
-def test_the_configuration_can_be_read_without_the_weights(artefact):
+def test_the_configuration_can_be_read_without_the_weights(artefact: Path) -> None:
     (artefact / WEIGHTS_FILE).unlink()
     assert load_config(artefact) == make_config()
 
 
-def test_a_link_to_an_artefact_is_followed(artefact, tmp_path):
+def test_a_link_to_an_artefact_is_followed(artefact: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(artefact)
     assert load_artefact(tmp_path / "link")[1] == make_config()

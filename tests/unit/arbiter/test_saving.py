@@ -27,7 +27,9 @@ from vllm_cospec.errors import ArtefactError
 
 @pytest.mark.parametrize("hidden_sizes", [(1,), (32,), (32, 32), (7, 256)])
 @pytest.mark.parametrize("draft_logits", [True, False])
-def test_what_is_loaded_scores_bit_for_bit_as_what_was_saved(tmp_path, hidden_sizes, draft_logits):
+def test_what_is_loaded_scores_bit_for_bit_as_what_was_saved(
+    tmp_path: Path, hidden_sizes: tuple[int, ...], draft_logits: bool
+) -> None:
     arbiter, config = make_arbiter(hidden_sizes), make_config(hidden_sizes, draft_logits)
     save_artefact(tmp_path / "new" / "arbiter", arbiter, config, "# Card\n")
     loaded, loaded_config = load_artefact(tmp_path / "new" / "arbiter")
@@ -39,7 +41,7 @@ def test_what_is_loaded_scores_bit_for_bit_as_what_was_saved(tmp_path, hidden_si
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
-def test_an_artefact_is_three_readable_files_and_no_pickle(artefact):
+def test_an_artefact_is_three_readable_files_and_no_pickle(artefact: Path) -> None:
     assert sorted(path.name for path in artefact.iterdir()) == [CARD_FILE, CONFIG_FILE, WEIGHTS_FILE]
     config = json.loads((artefact / CONFIG_FILE).read_text())
     assert config["format_version"] == 1
@@ -48,7 +50,7 @@ def test_an_artefact_is_three_readable_files_and_no_pickle(artefact):
     assert load_file(artefact / WEIGHTS_FILE).keys() == make_arbiter().state_dict().keys()
 
 
-def test_the_network_standardises_and_applies_its_layers():
+def test_the_network_standardises_and_applies_its_layers() -> None:
     arbiter = make_arbiter((5,))
     rows = some_statistics()
     state = arbiter.state_dict()
@@ -60,7 +62,7 @@ def test_the_network_standardises_and_applies_its_layers():
     assert ((scores >= 0) & (scores <= 1)).all()
 
 
-def test_saving_replaces_an_older_artefact_and_leaves_nothing_else(artefact):
+def test_saving_replaces_an_older_artefact_and_leaves_nothing_else(artefact: Path) -> None:
     newer = make_arbiter((16,), seed=5)
     save_artefact(artefact, newer, make_config((16,)), "# New\n")
     loaded, config = load_artefact(artefact)
@@ -82,7 +84,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("written", [b"", b"\x08\x00\x00\x00", None])
-def test_a_save_that_dies_while_writing_leaves_the_old_artefact(artefact, monkeypatch, written):
+def test_a_save_that_dies_while_writing_leaves_the_old_artefact(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch, written: bytes | None
+) -> None:
     def dies(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if written is None:
             save_file(tensors, path)  # complete, and dies right after
@@ -101,7 +105,9 @@ def test_a_save_that_dies_while_writing_leaves_the_old_artefact(artefact, monkey
     assert torch.equal(load_artefact(artefact)[0](some_statistics()), make_arbiter(seed=9)(some_statistics()))
 
 
-def test_a_save_that_dies_while_tidying_up_is_no_obstacle_to_the_next(artefact, monkeypatch):
+def test_a_save_that_dies_while_tidying_up_is_no_obstacle_to_the_next(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # In a container every run of a program may have the same process id, and with it the same temporary names.
     def dies(path: Path, *args: Any, **kwargs: Any) -> None:
         if Path(path).exists():
@@ -116,7 +122,9 @@ def test_a_save_that_dies_while_tidying_up_is_no_obstacle_to_the_next(artefact, 
     assert torch.equal(load_artefact(artefact)[0](some_statistics()), make_arbiter(seed=9)(some_statistics()))
 
 
-def test_a_first_save_that_dies_leaves_nothing_under_the_final_name(tmp_path, monkeypatch):
+def test_a_first_save_that_dies_leaves_nothing_under_the_final_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def dies(tensors: dict[str, torch.Tensor], path: Path) -> None:
         Path(path).write_bytes(b"part")
         raise Killed
@@ -127,7 +135,9 @@ def test_a_first_save_that_dies_leaves_nothing_under_the_final_name(tmp_path, mo
     assert not (tmp_path / "arbiter").exists()
 
 
-def test_a_reader_sees_the_old_or_the_new_artefact_at_every_moment_of_a_save(artefact, monkeypatch):
+def test_a_reader_sees_the_old_or_the_new_artefact_at_every_moment_of_a_save(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Look after every step that moves something into or out of place."""
     looked = []
 
@@ -149,7 +159,7 @@ def test_a_reader_sees_the_old_or_the_new_artefact_at_every_moment_of_a_save(art
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["mean", "scale", "layers.0.weight", "layers.2.bias"])
-def test_weights_that_are_not_finite_are_not_saved(artefact, name, value):
+def test_weights_that_are_not_finite_are_not_saved(artefact: Path, name: str, value: float) -> None:
     diverged = make_arbiter()
     diverged.state_dict()[name].view(-1)[0] = value
     with pytest.raises(ArtefactError, match=name):
@@ -158,7 +168,7 @@ def test_weights_that_are_not_finite_are_not_saved(artefact, name, value):
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
-def test_what_could_not_be_loaded_again_is_not_saved(artefact, value):
+def test_what_could_not_be_loaded_again_is_not_saved(artefact: Path, value: float) -> None:
     # The deviation of a statistic that never varies is 0.
     constant = make_arbiter()
     constant.scale[3] = value
@@ -167,20 +177,20 @@ def test_what_could_not_be_loaded_again_is_not_saved(artefact, value):
     check_old_one_is_intact(artefact)
 
 
-def test_a_configuration_of_another_network_is_not_saved(tmp_path):
+def test_a_configuration_of_another_network_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="hidden_sizes"):
         save_artefact(tmp_path / "arbiter", make_arbiter((8,)), make_config((32,)), "# Card\n")
     assert not (tmp_path / "arbiter").exists()
 
 
-def test_a_directory_of_something_else_is_not_replaced(tmp_path):
+def test_a_directory_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ArtefactError, match="not an arbiter"):
         save_artefact(tmp_path, make_arbiter(), make_config(), "# Card\n")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_model_directory_is_not_replaced(tmp_path):
+def test_a_model_directory_is_not_replaced(tmp_path: Path) -> None:
     # Every Hugging Face model has a config.json and most a model.safetensors, too.
     model = tmp_path / "model"
     model.mkdir()
@@ -191,14 +201,14 @@ def test_a_model_directory_is_not_replaced(tmp_path):
     assert (model / "model.safetensors").read_bytes() == b"weights of a model"
 
 
-def test_a_file_is_not_replaced(tmp_path):
+def test_a_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "arbiter").write_text("a file")
     with pytest.raises(ArtefactError, match="arbiter"):
         save_artefact(tmp_path / "arbiter", make_arbiter(), make_config(), "# Card\n")
     assert (tmp_path / "arbiter").read_text() == "a file"
 
 
-def test_an_empty_directory_is_filled(tmp_path):
+def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     (tmp_path / "arbiter").mkdir()
     save_artefact(tmp_path / "arbiter", make_arbiter(), make_config(), "# Card\n")
     load_artefact(tmp_path / "arbiter")

@@ -1,5 +1,6 @@
 """A pair of tiny models with an arbiter, and no network."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -11,7 +12,7 @@ from vllm_cospec.metrics import DIRECTORY_VARIABLE
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory):
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     root = tmp_path_factory.mktemp("pair")
     return Pair(
         write_model(root / "target"),
@@ -22,7 +23,7 @@ def pair(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _offline_and_alone(monkeypatch, tmp_path):
+def _offline_and_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(repo_utils, "time", SimpleNamespace(sleep=lambda seconds: None))  # vLLM retries bad files
     monkeypatch.setenv(DIRECTORY_VARIABLE, "")  # recorded by monkeypatch, so it is taken back

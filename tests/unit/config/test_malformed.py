@@ -1,26 +1,28 @@
 """Whatever is wrong with a configuration ends in one sentence, before any engine process exists."""
 
+from typing import Any
+
 import pytest
-from configurations import INF, LEFT_OUT, NAN, refused, user_config
+from configurations import INF, LEFT_OUT, NAN, Pair, refused, user_config
 
 
-def nested(depth):
-    value = {}
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
     for _ in range(depth):
         value = {"a": value}
     return value
 
 
-def rule(name, **parameters):
+def rule(name: Any, **parameters: Any) -> dict[str, Any]:
     return {"arbiter": {"policy": name, **parameters}}
 
 
-def wrong(field, values):
+def wrong(field: str, values: dict[str, Any]) -> dict[str, Any]:
     """Return cases of one key with each of these values, named after the value; the message must name the key."""
     return {f"{field} {name}": ({field: value}, f"speculative_config.{field}") for name, value in values.items()}
 
 
-def wrong_parameter(policy, parameter, values, **others):
+def wrong_parameter(policy: str, parameter: str, values: dict[str, Any], **others: Any) -> dict[str, Any]:
     """Return cases of one parameter of a policy with each of these values; the message must name the parameter."""
     return {
         f"{policy} {parameter} {name}": (rule(policy, **others, **{parameter: value}), f"arbiter.{parameter}")
@@ -157,7 +159,7 @@ MALFORMED = OWN_FIELDS | UNKNOWN_KEYS | POLICIES | ENGINES_KEYS
 
 
 @pytest.mark.parametrize(("changes", "names"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_configuration_is_refused_in_one_sentence(pair, changes, names):
+def test_a_malformed_configuration_is_refused_in_one_sentence(pair: Pair, changes: dict[Any, Any], names: str) -> None:
     refused(pair.target, user_config(pair, changes), names)
 
 
@@ -171,9 +173,11 @@ ENGINE_SETTINGS = {
 
 
 @pytest.mark.parametrize(("engine", "names"), ENGINE_SETTINGS.values(), ids=ENGINE_SETTINGS)
-def test_settings_of_the_engine_that_exclude_cospec_are_refused_in_one_sentence(pair, engine, names):
+def test_settings_of_the_engine_that_exclude_cospec_are_refused_in_one_sentence(
+    pair: Pair, engine: dict[str, Any], names: str
+) -> None:
     refused(pair.target, user_config(pair), names, **engine)
 
 
-def test_there_are_more_than_a_hundred_malformed_configurations():
+def test_there_are_more_than_a_hundred_malformed_configurations() -> None:
     assert len(MALFORMED) + len(ENGINE_SETTINGS) > 100  # paths, artefacts, drafts and recipes not counted

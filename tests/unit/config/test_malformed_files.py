@@ -2,44 +2,46 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from configurations import CURVE, LEFT_OUT, NAN, edit_json, refused, symlink_loop, user_config, write_artefact
+from configurations import CURVE, LEFT_OUT, NAN, Pair, edit_json, refused, symlink_loop, user_config, write_artefact
 from safetensors.torch import load_file, save_file
 
-from vllm_cospec.arbiter import current_schema
+from vllm_cospec.arbiter import CurvePoint, current_schema
 
 
-def empty_directory(place):
+def empty_directory(place: Path) -> Path:
     (place / "empty").mkdir()
     return place / "empty"
 
 
-def file(place):
+def file(place: Path) -> Path:
     (place / "file").write_text("{}")
     return place / "file"
 
 
-def fifo(place):
+def fifo(place: Path) -> Path:
     os.mkfifo(place / "fifo")  # opening it would hang
     return place / "fifo"
 
 
-def directory_of_devices(place):
+def directory_of_devices(place: Path) -> Path:
     (place / "devices").mkdir()
     for name in ("config.json", "model.safetensors"):
         (place / "devices" / name).symlink_to("/dev/zero")  # reading it would never end
     return place / "devices"
 
 
-def directory_of_directories(place):
+def directory_of_directories(place: Path) -> Path:
     (place / "directories" / "config.json").mkdir(parents=True)
     return place / "directories"
 
 
-def relative_directory(place):
+def relative_directory(place: Path) -> str:
     (place / "here" / "org" / "empty").mkdir(parents=True)
     return "org/empty"
 
@@ -79,24 +81,28 @@ PATHS = {
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_a_hostile_path_of_the_draft_is_refused_in_one_sentence(pair, tmp_path, path):
+def test_a_hostile_path_of_the_draft_is_refused_in_one_sentence(
+    pair: Pair, tmp_path: Path, path: Callable[..., Any]
+) -> None:
     value = str(path(tmp_path))
     refused(pair.target, user_config(pair, model=value), "speculative_config.model", repr(value))
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_a_hostile_path_of_the_arbiter_is_refused_in_one_sentence(pair, tmp_path, path):
+def test_a_hostile_path_of_the_arbiter_is_refused_in_one_sentence(
+    pair: Pair, tmp_path: Path, path: Callable[..., Any]
+) -> None:
     refused(
         pair.target, user_config(pair, arbiter=str(path(tmp_path))), "speculative_config.arbiter", "no arbiter here"
     )
 
 
-def edit_weights(directory, change):
+def edit_weights(directory: Path, change: Callable[..., Any]) -> None:
     path = directory / "model.safetensors"
     save_file(change(load_file(path)), path)
 
 
-def poison(tensors):
+def poison(tensors: dict[str, Any]) -> dict[str, Any]:
     tensors["layers.0.weight"][0, 0] = NAN
     return tensors
 
@@ -139,13 +145,15 @@ ARTEFACTS = {
 
 
 @pytest.mark.parametrize(("damage", "names"), ARTEFACTS.values(), ids=ARTEFACTS)
-def test_a_damaged_or_foreign_artefact_is_refused_in_one_sentence(pair, tmp_path, damage, names):
+def test_a_damaged_or_foreign_artefact_is_refused_in_one_sentence(
+    pair: Pair, tmp_path: Path, damage: Callable[..., Any], names: str
+) -> None:
     directory = Path(shutil.copytree(pair.artefact, tmp_path / "arbiter"))
     damage(directory)
     refused(pair.target, user_config(pair, arbiter=str(directory)), names)
 
 
-def test_an_artefact_trained_with_draft_logits_is_refused_for_ngram(pair):
+def test_an_artefact_trained_with_draft_logits_is_refused_for_ngram(pair: Pair) -> None:
     refused(
         pair.target,
         user_config(pair, arbiter=str(pair.artefact), draft_method="ngram", model=LEFT_OUT),
@@ -154,7 +162,9 @@ def test_an_artefact_trained_with_draft_logits_is_refused_for_ngram(pair):
 
 
 @pytest.mark.parametrize("calibration", [(), CURVE], ids=["no curve", "no safe point"])
-def test_a_loss_the_artefact_cannot_promise_is_refused_in_one_sentence(pair, tmp_path, calibration):
+def test_a_loss_the_artefact_cannot_promise_is_refused_in_one_sentence(
+    pair: Pair, tmp_path: Path, calibration: tuple[CurvePoint, ...]
+) -> None:
     directory = write_artefact(tmp_path / "arbiter", calibration=calibration)
     refused(pair.target, user_config(pair, arbiter=str(directory), max_accuracy_loss=0.001), "max_accuracy_loss")
 
@@ -173,11 +183,11 @@ DRAFTS = {
 
 
 @pytest.mark.parametrize("damage", DRAFTS.values(), ids=DRAFTS)
-def test_a_damaged_draft_is_refused_in_one_sentence(pair, tmp_path, damage):
+def test_a_damaged_draft_is_refused_in_one_sentence(pair: Pair, tmp_path: Path, damage: Callable[..., Any]) -> None:
     directory = Path(shutil.copytree(pair.draft, tmp_path / "draft"))
     damage(directory)
     refused(pair.target, user_config(pair, model=str(directory)), "speculative_config.model", str(directory))
 
 
-def test_a_draft_with_another_vocabulary_is_refused_in_one_sentence(pair):
+def test_a_draft_with_another_vocabulary_is_refused_in_one_sentence(pair: Pair) -> None:
     refused(pair.target, user_config(pair, model=str(pair.other_draft)), "vocabulary")

@@ -3,10 +3,11 @@
 import fnmatch
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
-from configurations import ENGINE_KEYS, NAN, refused, symlink_loop, user_config, write_artefact, write_recipe
+from configurations import ENGINE_KEYS, NAN, Pair, refused, symlink_loop, user_config, write_artefact, write_recipe
 
 from vllm_cospec.config import CoSpecConfig
 from vllm_cospec.errors import ConfigError
@@ -15,7 +16,7 @@ from vllm_cospec.recipe import MAX_RECIPE_BYTES
 from vllm_cospec.translate import resolve
 
 
-def test_a_recipe_beside_the_target_says_everything(pair, tmp_path):
+def test_a_recipe_beside_the_target_says_everything(pair: Pair, tmp_path: Path) -> None:
     target = write_recipe(
         tmp_path / "target",
         {
@@ -47,7 +48,7 @@ def test_a_recipe_beside_the_target_says_everything(pair, tmp_path):
     }
 
 
-def test_explicit_keys_win_over_the_recipe_and_the_rest_stays(pair, tmp_path):
+def test_explicit_keys_win_over_the_recipe_and_the_rest_stays(pair: Pair, tmp_path: Path) -> None:
     target = write_recipe(
         tmp_path / "target",
         {
@@ -64,7 +65,7 @@ def test_explicit_keys_win_over_the_recipe_and_the_rest_stays(pair, tmp_path):
     assert inner == {"model": str(pair.draft), "num_speculative_tokens": 4}
 
 
-def test_an_arbiter_replaces_the_recipes_whole_and_does_not_inherit_its_parameters(tmp_path):
+def test_an_arbiter_replaces_the_recipes_whole_and_does_not_inherit_its_parameters(tmp_path: Path) -> None:
     target = write_recipe(
         tmp_path / "target",
         {"model": "org/draft", "num_speculative_tokens": 3, "arbiter": {"policy": "typical", "posterior_alpha": 0.9}},
@@ -75,7 +76,7 @@ def test_an_arbiter_replaces_the_recipes_whole_and_does_not_inherit_its_paramete
 
 @pytest.mark.parametrize("style", ["../{0}", "./../{0}", "{0}"])
 @pytest.mark.parametrize("as_object", [False, True])
-def test_paths_of_a_recipe_are_relative_to_it(pair, tmp_path, style, as_object):
+def test_paths_of_a_recipe_are_relative_to_it(pair: Pair, tmp_path: Path, style: str, as_object: bool) -> None:
     root = tmp_path / "models"
     beside = root / "target" if style == "{0}" else root
     shutil.copytree(pair.draft, beside / "draft")
@@ -94,7 +95,9 @@ def test_paths_of_a_recipe_are_relative_to_it(pair, tmp_path, style, as_object):
     assert config.arbiter == Learned(artefact=str(beside / "arbiter"))
 
 
-def test_a_recipe_of_a_target_given_by_a_relative_path_is_found(pair, tmp_path, monkeypatch):
+def test_a_recipe_of_a_target_given_by_a_relative_path_is_found(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(pair.draft, tmp_path / "draft")
     write_recipe(
         tmp_path / "target", {"model": "../draft", "num_speculative_tokens": 3, "arbiter": {"policy": "strict"}}
@@ -105,7 +108,9 @@ def test_a_recipe_of_a_target_given_by_a_relative_path_is_found(pair, tmp_path, 
     assert resolve({"method": "cospec"}, "../target", ENGINE_KEYS)[1]["model"] == str(tmp_path / "draft")
 
 
-def test_paths_a_user_writes_are_relative_to_the_working_directory_and_hub_ids_stay(pair, tmp_path, monkeypatch):
+def test_paths_a_user_writes_are_relative_to_the_working_directory_and_hub_ids_stay(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = write_recipe(
         tmp_path / "target", {"model": "org/draft", "num_speculative_tokens": 3, "arbiter": {"policy": "strict"}}
     )
@@ -117,7 +122,7 @@ def test_paths_a_user_writes_are_relative_to_the_working_directory_and_hub_ids_s
 
 @pytest.mark.parametrize("knob", ["threshold", "max_accuracy_loss"])
 @pytest.mark.parametrize("recipes", ["threshold", "max_accuracy_loss"])
-def test_an_explicit_knob_replaces_the_one_of_the_recipe(pair, tmp_path, knob, recipes):
+def test_an_explicit_knob_replaces_the_one_of_the_recipe(pair: Pair, tmp_path: Path, knob: str, recipes: str) -> None:
     content = {"model": "org/draft", "num_speculative_tokens": 3, "arbiter": str(pair.artefact), recipes: 0.4}
     target = write_recipe(tmp_path / "target", content)
     config, _ = resolve({"method": "cospec", knob: 0.2}, str(target), ENGINE_KEYS)
@@ -129,7 +134,7 @@ def test_an_explicit_knob_replaces_the_one_of_the_recipe(pair, tmp_path, knob, r
 
 @pytest.mark.parametrize("recipes", ["threshold", "max_accuracy_loss"])
 @pytest.mark.parametrize("rule", [True, False])
-def test_the_recipes_knob_goes_with_the_recipes_arbiter(pair, tmp_path, recipes, rule):
+def test_the_recipes_knob_goes_with_the_recipes_arbiter(pair: Pair, tmp_path: Path, recipes: str, rule: bool) -> None:
     content = {"model": "org/draft", "num_speculative_tokens": 3, "arbiter": str(pair.artefact), recipes: 0.4}
     target = write_recipe(tmp_path / "target", content)
     arbiter = {"policy": "typical"} if rule else str(write_artefact(tmp_path / "mine"))
@@ -138,22 +143,22 @@ def test_the_recipes_knob_goes_with_the_recipes_arbiter(pair, tmp_path, recipes,
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A hub with one repository, org/target, in this directory; only what is asked for is downloaded."""
     remote, cache = tmp_path / "remote", tmp_path / "cache"
     remote.mkdir()
 
-    def fetch(path):
+    def fetch(path: str) -> None:
         (cache / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(remote / path, cache / path)
 
-    def hf_hub_download(repo, filename, **_):
+    def hf_hub_download(repo: str, filename: str, **_: Any) -> str | None:
         if repo != "org/target" or not (remote / filename).is_file():
             raise OSError(f"{repo} has no {filename}")
         fetch(filename)
         return str(cache / filename)
 
-    def snapshot_download(repo, allow_patterns=None, **_):
+    def snapshot_download(repo: str, allow_patterns: list[str] | None = None, **_: Any) -> str:
         if repo != "org/target":
             raise OSError(f"no repository {repo}")
         patterns = [allow_patterns] if isinstance(allow_patterns, str) else allow_patterns
@@ -168,7 +173,7 @@ def hub(monkeypatch, tmp_path):
     return remote
 
 
-def test_the_recipe_of_a_repository_is_used(hub):
+def test_the_recipe_of_a_repository_is_used(hub: Path) -> None:
     write_recipe(hub, {"model": "org/draft", "num_speculative_tokens": 6, "arbiter": {"policy": "typical"}})
     config, inner = resolve({"method": "cospec"}, "org/target", ENGINE_KEYS)
     assert config.arbiter == Typical()
@@ -176,16 +181,17 @@ def test_the_recipe_of_a_repository_is_used(hub):
 
 
 @pytest.mark.parametrize("arbiter", ["arbiter", "./arbiter"])
-def test_an_arbiter_inside_the_repository_of_the_recipe_is_found(hub, arbiter):
+def test_an_arbiter_inside_the_repository_of_the_recipe_is_found(hub: Path, arbiter: str) -> None:
     write_artefact(hub / "arbiter")
     write_recipe(hub, {"model": "org/draft", "num_speculative_tokens": 6, "arbiter": arbiter})
     config, _ = resolve({"method": "cospec"}, "org/target", ENGINE_KEYS)
+    assert isinstance(config.arbiter, Learned)
     assert Path(config.arbiter.artefact, "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", ["../../arbiter", "arbiter/../../../x", "/etc", "./../x"])
 @pytest.mark.parametrize("key", ["model", "arbiter", "artefact"])
-def test_the_recipe_of_a_repository_cannot_point_out_of_it(hub, key, path):
+def test_the_recipe_of_a_repository_cannot_point_out_of_it(hub: Path, key: str, path: str) -> None:
     content = {"model": "org/draft", "num_speculative_tokens": 6, "arbiter": {"policy": "typical"}}
     content |= {"arbiter": {"policy": "learned", "artefact": path}} if key == "artefact" else {key: path}
     write_recipe(hub, content)
@@ -193,7 +199,7 @@ def test_the_recipe_of_a_repository_cannot_point_out_of_it(hub, key, path):
         resolve({"method": "cospec"}, "org/target", ENGINE_KEYS)
 
 
-def test_a_repository_without_a_recipe_asks_for_the_keys(hub):
+def test_a_repository_without_a_recipe_asks_for_the_keys(hub: Path) -> None:
     with pytest.raises(ConfigError, match=r"speculative_config\.arbiter: missing"):
         resolve({"method": "cospec"}, "org/target", ENGINE_KEYS)
 
@@ -242,7 +248,7 @@ RECIPES_GONE_WRONG = {
 
 
 @pytest.mark.parametrize(("content", "names"), RECIPES_GONE_WRONG.values(), ids=RECIPES_GONE_WRONG)
-def test_a_malformed_recipe_is_refused_in_one_sentence(pair, tmp_path, content, names):
+def test_a_malformed_recipe_is_refused_in_one_sentence(pair: Pair, tmp_path: Path, content: Any, names: str) -> None:
     target = Path(shutil.copytree(pair.target, tmp_path / "target"))
     (tmp_path / "other").symlink_to(pair.other_draft)
     symlink_loop(target)
@@ -253,7 +259,7 @@ def test_a_malformed_recipe_is_refused_in_one_sentence(pair, tmp_path, content, 
     refused(target, {"method": "cospec"}, names)
 
 
-def test_a_recipe_that_cannot_be_read_is_an_error_even_when_nothing_of_it_is_needed(pair, tmp_path):
+def test_a_recipe_that_cannot_be_read_is_an_error_even_when_nothing_of_it_is_needed(pair: Pair, tmp_path: Path) -> None:
     target = Path(shutil.copytree(pair.target, tmp_path / "target"))
     write_recipe(target, b"{")
     refused(target, user_config(pair), "cospec.json")

@@ -8,12 +8,15 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from configurations import (
     LEFT_OUT,
     PARAMETERS,
+    Pair,
     build,
     engine_args,
     learned,
@@ -31,7 +34,7 @@ from vllm_cospec.errors import CompatibilityError, CoSpecError
 from vllm_cospec.kernels.policies import Fly, Random, Typical, policy_class, policy_names
 
 
-def test_vllm_gets_the_inner_method_our_worker_and_the_settings(pair):
+def test_vllm_gets_the_inner_method_our_worker_and_the_settings(pair: Pair) -> None:
     config = build(pair.target, user_config(pair, draft_tensor_parallel_size=1, max_model_len=48))
     speculative = config.speculative_config
     assert speculative.method == "draft_model"
@@ -53,7 +56,7 @@ def test_vllm_gets_the_inner_method_our_worker_and_the_settings(pair):
     assert Path(speculative.cospec.counters).is_dir()
 
 
-def test_ngram_drafts_without_a_model(pair):
+def test_ngram_drafts_without_a_model(pair: Pair) -> None:
     config = build(pair.target, user_config(pair, draft_method="ngram", model=LEFT_OUT, prompt_lookup_max=4))
     assert config.speculative_config.method == "ngram"
     assert config.speculative_config.prompt_lookup_max == 4
@@ -61,25 +64,25 @@ def test_ngram_drafts_without_a_model(pair):
 
 
 @pytest.mark.parametrize("name", policy_names())
-def test_every_policy_gets_through_vllm(pair, name):
+def test_every_policy_gets_through_vllm(pair: Pair, name: str) -> None:
     parameters = {"artefact": str(pair.artefact)} if name == "learned" else PARAMETERS[name]
     settings = settings_of(pair, arbiter={"policy": name, **parameters})
     expected = policy_class(name)(**parameters)
     assert settings.policy == (Fly(window=2) if name == "fly" else expected)
 
 
-def test_an_explicit_way_of_drafting_stays(pair):
+def test_an_explicit_way_of_drafting_stays(pair: Pair) -> None:
     config = build(pair.target, user_config(pair, draft_sample_method="greedy"))
     assert config.speculative_config.draft_sample_method == "greedy"
 
 
-def test_a_trained_arbiter_is_checked_against_the_real_tokenizer(pair):
+def test_a_trained_arbiter_is_checked_against_the_real_tokenizer(pair: Pair) -> None:
     settings = settings_of(pair, arbiter=str(pair.artefact), max_accuracy_loss=0.1)
     assert settings.policy == learned(pair.artefact)
     assert settings.threshold == 0.6
 
 
-def test_the_method_alone_is_enough_beside_a_recipe(pair, tmp_path):
+def test_the_method_alone_is_enough_beside_a_recipe(pair: Pair, tmp_path: Path) -> None:
     shutil.copytree(pair.target, tmp_path / "target")
     write_recipe(
         tmp_path / "target", {"model": str(pair.draft), "num_speculative_tokens": 4, "arbiter": str(pair.artefact)}
@@ -88,7 +91,7 @@ def test_the_method_alone_is_enough_beside_a_recipe(pair, tmp_path):
     assert (settings.policy, settings.num_speculative_tokens) == (learned(pair.artefact), 4)
 
 
-def test_vllms_short_flags_mean_the_same(pair):
+def test_vllms_short_flags_mean_the_same(pair: Pair) -> None:
     args = engine_args(
         pair.target,
         {"arbiter": {"policy": "random", "rate": 0.5}},
@@ -101,7 +104,7 @@ def test_vllms_short_flags_mean_the_same(pair):
     assert (args.spec_method, args.spec_model, args.spec_tokens) == ("cospec", str(pair.draft), 4)
 
 
-def test_the_users_arguments_are_not_changed_and_give_the_same_twice(pair):
+def test_the_users_arguments_are_not_changed_and_give_the_same_twice(pair: Pair) -> None:
     raw = user_config(pair, arbiter={"policy": "typical", "posterior_alpha": 0.4})
     before = copy.deepcopy(raw)
     args = engine_args(pair.target, raw)
@@ -116,7 +119,7 @@ def test_the_users_arguments_are_not_changed_and_give_the_same_twice(pair):
     assert first.compute_hash() == second.compute_hash() == third.compute_hash()
 
 
-def test_a_refusal_changes_the_users_arguments_as_little(pair):
+def test_a_refusal_changes_the_users_arguments_as_little(pair: Pair) -> None:
     for changes in ({"exact_tokens": -1}, {"arbiter": {"policy": "fly", "window": 3}}, {"quantization": "made-up"}):
         raw = user_config(pair, changes)
         before = copy.deepcopy(raw)
@@ -127,28 +130,28 @@ def test_a_refusal_changes_the_users_arguments_as_little(pair):
         assert args.speculative_config == before
 
 
-def test_a_second_engine_is_not_refused_for_the_environment_the_first_one_left(pair):
+def test_a_second_engine_is_not_refused_for_the_environment_the_first_one_left(pair: Pair) -> None:
     for _ in range(2):
         build(pair.target, user_config(pair), fail_on_environ_validation=True)
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, copy.copy, lambda value: pickle.loads(pickle.dumps(value))])
-def test_the_settings_travel_with_vllms_configuration(pair, way):
+def test_the_settings_travel_with_vllms_configuration(pair: Pair, way: Callable[..., Any]) -> None:
     config = build(pair.target, user_config(pair, arbiter=str(pair.artefact), threshold=0.25, max_overrides=3))
     expected = config.speculative_config.cospec
     assert way(config.speculative_config).cospec == expected
     assert way(config).speculative_config.cospec == expected
 
 
-def test_the_settings_leave_vllms_hash_alone(pair):
+def test_the_settings_leave_vllms_hash_alone(pair: Pair) -> None:
     stock = build(pair.target, {"model": str(pair.draft), "num_speculative_tokens": 3}).speculative_config
     assert build(pair.target, user_config(pair)).speculative_config.compute_hash() == stock.compute_hash()
 
 
-def test_lossy_verification_is_warned_of_once(pair):
-    records = []
+def test_lossy_verification_is_warned_of_once(pair: Pair) -> None:
+    records: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = records.append
+    handler.emit = records.append  # type: ignore[method-assign,assignment]
     translate.logger.addHandler(handler)
     try:
         for _ in range(2):
@@ -159,12 +162,14 @@ def test_lossy_verification_is_warned_of_once(pair):
     assert [(line.levelname, "LOSSY" in line.getMessage()) for line in lines] == [("WARNING", True)]
 
 
-def test_an_untested_version_is_served_when_every_hook_is_there(pair, monkeypatch):
+def test_an_untested_version_is_served_when_every_hook_is_there(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "vllm_version", lambda: "0.99.0")
     assert settings_of(pair).policy == Typical()
 
 
-def test_a_vllm_that_lost_a_hook_is_refused_before_an_engine_starts(pair, monkeypatch):
+def test_a_vllm_that_lost_a_hook_is_refused_before_an_engine_starts(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(RejectionSampler, "apply_logits_processors")
     error = refused(pair.target, user_config(pair), "RejectionSampler.apply_logits_processors")
     assert isinstance(error, CompatibilityError)
@@ -218,7 +223,7 @@ print("SAME", len(cases))
 """
 
 
-def test_without_cospec_everything_is_as_without_the_plugin(pair):
+def test_without_cospec_everything_is_as_without_the_plugin(pair: Pair) -> None:
     result = subprocess.run(
         [sys.executable, "-c", STOCK, pair.target, pair.draft],
         capture_output=True,
@@ -230,7 +235,7 @@ def test_without_cospec_everything_is_as_without_the_plugin(pair):
     assert "SAME 10" in result.stdout, result.stderr[-3000:]
 
 
-def test_vllms_own_command_ends_with_the_sentence_alone(pair):
+def test_vllms_own_command_ends_with_the_sentence_alone(pair: Pair) -> None:
     """No traceback of vLLM's above it, and no engine process."""
     module = "vllm.entrypoints.openai.api_server"
     config = json.dumps(user_config(pair, exact_tokens=-1))

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from kernel_cases import INF, REGIMES, Case, cases, check_against_reference, consulted_rows
+from kernel_cases import INF, REGIMES, Case, cases, check_against_reference, consulted_rows, decisions
 
 from vllm_cospec.kernels.cpu import PLACEHOLDER, verify_batch
 from vllm_cospec.kernels.reference import verify_block
@@ -16,7 +16,7 @@ from vllm_cospec.kernels.statistics import NUM_STATISTICS
 
 
 @pytest.mark.parametrize("name", REGIMES)
-def test_cpu_path_equals_the_reference(name):
+def test_cpu_path_equals_the_reference(name: str) -> None:
     for number, case in enumerate(cases(name)):
         k = case.blocks[0].num_speculative_tokens
         width = k if number % 3 == 0 else max(len(block.draft_tokens) for block in case.blocks)
@@ -24,7 +24,7 @@ def test_cpu_path_equals_the_reference(name):
         check_against_reference(case, verify_batch(batch, case.decide, collect=True), width)
 
 
-def test_regimes_reach_what_they_are_there_for():
+def test_regimes_reach_what_they_are_there_for() -> None:
     """An agreement over thousands of requests in which nothing is ever overridden would mean nothing."""
     total = 0
     seen = dict.fromkeys(("complete", "override", "several_overrides", "stopped_by_policy", "not_consulted", "nan"), 0)
@@ -32,7 +32,7 @@ def test_regimes_reach_what_they_are_there_for():
         for case in cases(name) if "wide" not in name else []:
             total += len(case.blocks)
             for block, row in zip(case.blocks, case.keep, strict=True):
-                truth = verify_block(block, lambda _, position, row=row: bool(row[position]))
+                truth = verify_block(block, decisions(row))
                 n = len(block.draft_tokens)
                 seen["complete"] += 0 < n == truth.num_accepted
                 seen["override"] += bool(truth.overrides)
@@ -45,7 +45,7 @@ def test_regimes_reach_what_they_are_there_for():
     assert min(seen.values()) >= 50, seen
 
 
-def test_a_policy_that_reads_statistics_decides_as_in_the_reference():
+def test_a_policy_that_reads_statistics_decides_as_in_the_reference() -> None:
     """The table of the other tests ignores statistics; here a linear score of all of them decides."""
     several = cases("mixed") + cases("ties")
     rows: list[torch.Tensor] = []
@@ -81,7 +81,7 @@ def test_a_policy_that_reads_statistics_decides_as_in_the_reference():
 
 
 @pytest.mark.parametrize("name", ["mixed", "limits", "nan_and_inf", "saturated_bf16"])
-def test_permuting_the_requests_permutes_the_results(name):
+def test_permuting_the_requests_permutes_the_results(name: str) -> None:
     rng = np.random.default_rng(1)
     for case in cases(name)[:15]:
         permutation = rng.permutation(len(case.blocks))
@@ -101,7 +101,7 @@ def test_permuting_the_requests_permutes_the_results(name):
 
 
 @pytest.mark.parametrize("name", ["mixed", "mixed_bf16", "nan_and_inf", "not_tokens", "no_drafts_at_all"])
-def test_inputs_are_not_modified(name):
+def test_inputs_are_not_modified(name: str) -> None:
     for case in cases(name)[:10]:
         batch = case.batch()
         before = copy.deepcopy(replace(batch, draft_logits=None))
@@ -119,7 +119,7 @@ def test_inputs_are_not_modified(name):
                 torch.testing.assert_close(block.draft_logits, old_block.draft_logits, rtol=0, atol=0, equal_nan=True)
 
 
-def test_collecting_changes_no_decision():
+def test_collecting_changes_no_decision() -> None:
     for case in cases("mixed")[:20]:
         plain, collected = (verify_batch(case.batch(), case.decide, collect=flag) for flag in (False, True))
         assert torch.equal(plain.output, collected.output)

@@ -13,15 +13,15 @@ from vllm_cospec.kernels.policies import Mismatches
 from vllm_cospec.kernels.reference import verify_block
 
 
-def test_everything_kept_ends_with_the_bonus_token():
+def test_everything_kept_ends_with_the_bonus_token() -> None:
     assert verify(block()).output.tolist() == [[1, 1, 1, 1, 3]]
 
 
-def test_nothing_kept_emits_the_target_token():
+def test_nothing_kept_emits_the_target_token() -> None:
     assert verify(block(), keep=False).output.tolist() == [[2, -1, -1, -1, -1]]
 
 
-def test_max_overrides_counts_the_whole_request():
+def test_max_overrides_counts_the_whole_request() -> None:
     result = verify(
         block(max_overrides=0),
         block(max_overrides=3),
@@ -35,7 +35,7 @@ def test_max_overrides_counts_the_whole_request():
     assert result.overrides_per_position.tolist() == [3, 2, 2, 1]
 
 
-def test_exact_tokens_end_with_the_position_that_has_them_all_before_it():
+def test_exact_tokens_end_with_the_position_that_has_them_all_before_it() -> None:
     accepted = [True, True, False, False]
     result = verify(
         block(accepted_by_strict=accepted, exact_tokens=2),
@@ -47,7 +47,7 @@ def test_exact_tokens_end_with_the_position_that_has_them_all_before_it():
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_forced_decision_overrides_the_policy_and_what_lies_before_it_is_kept(keep):
+def test_a_forced_decision_overrides_the_policy_and_what_lies_before_it_is_kept(keep: bool) -> None:
     blocks = [block(output_position=10), block(output_position=10), block(output_position=10)]
     batch = Case(blocks, np.full((3, 4), keep)).batch()
     batch.requests.forced_at = np.array([12, 12, -1])
@@ -60,14 +60,14 @@ def test_a_forced_decision_overrides_the_policy_and_what_lies_before_it_is_kept(
     assert kept[1, 12] is False
 
 
-def test_requests_that_are_strict_leave_the_others_alone():
+def test_requests_that_are_strict_leave_the_others_alone() -> None:
     result = verify(block(), block(arbitrated=False), block(junk=True), block())
     assert result.overrides.tolist() == [4, 0, 0, 4]
     assert result.num_mismatches == 8  # of arbitrated requests; what nobody proposed disagrees with nothing
 
 
 @pytest.mark.parametrize("token", [-1, 5, 6, 2**31 - 1])
-def test_a_draft_that_is_no_token_is_strict(token):
+def test_a_draft_that_is_no_token_is_strict(token: int) -> None:
     result = verify(block(draft_tokens=[1, token, 1, 1]))
     assert result.output.tolist() == [[1, 2, -1, -1, -1]]
     assert result.overrides.tolist() == [1]
@@ -75,7 +75,7 @@ def test_a_draft_that_is_no_token_is_strict(token):
 
 
 @pytest.mark.parametrize("value", [-INF, INF, math.nan])
-def test_a_draft_without_a_finite_processed_logit_is_illegal(value):
+def test_a_draft_without_a_finite_processed_logit_is_illegal(value: float) -> None:
     processed = torch.zeros(4, 5)
     processed[1, 1] = value
     result = verify(block(processed_target_logits=processed))
@@ -85,23 +85,24 @@ def test_a_draft_without_a_finite_processed_logit_is_illegal(value):
 @pytest.mark.parametrize("name", ["raw_target_logits", "draft_logits"])
 @pytest.mark.parametrize("oddity", ["nan elsewhere", "nan at the draft", "plus inf", "only minus inf"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_with_nan_is_strict_and_its_neighbours_are_not(name, oddity, dtype):
+def test_a_row_with_nan_is_strict_and_its_neighbours_are_not(name: str, oddity: str, dtype: torch.dtype) -> None:
     logits = torch.zeros(4, 5, dtype=dtype)
-    column, value = {
+    oddities: dict[str, tuple[int | slice, float]] = {
         "nan elsewhere": (4, math.nan),
         "nan at the draft": (1, math.nan),
         "plus inf": (4, INF),
         "only minus inf": (slice(None), -INF),
-    }[oddity]
+    }
+    column, value = oddities[oddity]
     logits[1, column] = value
-    damaged = block(**{name: logits})
+    damaged = replace(block(), **{name: logits})  # type: ignore[arg-type]
     result = verify(block(), damaged, block())
     assert result.output.tolist() == [[1, 1, 1, 1, 3], [1, 2, -1, -1, -1], [1, 1, 1, 1, 3]]
     assert result.overrides.tolist() == [4, 1, 4]
     assert verify_block(damaged, lambda statistics, position: True).tokens == [1, 2]
 
 
-def test_rows_with_nan_are_not_recorded_as_consulted():
+def test_rows_with_nan_are_not_recorded_as_consulted() -> None:
     # What is collected is trained on; one NaN among it would make every weight of the arbiter NaN.
     logits = torch.zeros(4, 5)
     logits[1, 4] = math.nan
@@ -112,7 +113,7 @@ def test_rows_with_nan_are_not_recorded_as_consulted():
     assert all(statistics.isfinite().all() for _, statistics, _ in recorded)
 
 
-def test_draft_logits_are_asked_for_only_where_a_decision_needs_them():
+def test_draft_logits_are_asked_for_only_where_a_decision_needs_them() -> None:
     # Requests whose drafts are junk have no draft logits to ask for.
     batch = Case([block(), block(junk=True), block(arbitrated=False), block(max_overrides=1)], np.ones((4, 4), bool))
     asked: list[tuple[int, int]] = []
@@ -125,7 +126,7 @@ def test_draft_logits_are_asked_for_only_where_a_decision_needs_them():
     assert sorted(asked) == [(0, 0), (0, 1), (0, 2), (0, 3), (3, 0)]
 
 
-def test_the_policy_is_not_called_when_there_is_nothing_to_decide():
+def test_the_policy_is_not_called_when_there_is_nothing_to_decide() -> None:
     def decide(rows: Mismatches, request: np.ndarray) -> tuple[torch.Tensor, None]:
         raise AssertionError("called")
 
@@ -134,13 +135,13 @@ def test_the_policy_is_not_called_when_there_is_nothing_to_decide():
     assert result.output.tolist() == [[2, -1, -1, -1, -1], [2, -1, -1, -1, -1], [1, 1, 1, 1, 3]]
 
 
-def test_an_empty_batch_is_verified():
+def test_an_empty_batch_is_verified() -> None:
     result = verify(block(n=0, num_speculative_tokens=3), block(n=0, num_speculative_tokens=3, bonus_token=4))
     assert result.output.tolist() == [[3, -1, -1, -1], [4, -1, -1, -1]]
     assert (result.num_mismatches, result.overrides_per_position.tolist()) == (0, [0, 0, 0])
 
 
-def test_mismatches_describe_what_surrounds_them():
+def test_mismatches_describe_what_surrounds_them() -> None:
     """The figures outside the statistics that rules read: logits, tokens, native run, rest of the block, coins."""
     first = block(accepted_by_strict=[True, False, True, True], output_position=7)
     second = block(n=2, num_speculative_tokens=4, output_position=100)

@@ -1,6 +1,7 @@
 """The statistics of the CPU path against rows worked out by hand."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,18 +20,19 @@ def logs(*probabilities: float) -> list[float]:
 def both(target: list[float], draft: list[float] | None, token: int) -> list[dict[str, float]]:
     """The logit statistics of one row, as the CPU path and as the reference compute them."""
     rows = torch.tensor([target])
-    drafts = None if draft is None else torch.tensor([draft])
+    draft_row = None if draft is None else torch.tensor(draft)
+    drafts = None if draft_row is None else draft_row[None]
     cpu = logit_statistics(rows, drafts, torch.tensor([token]), rows.argmax(dim=-1))[0]
     context = reference.Context(position=0, num_speculative_tokens=1)
-    truth = reference.row_statistics(rows[0], None if draft is None else drafts[0], token, context)
+    truth = reference.row_statistics(rows[0], draft_row, token, context)
     return [dict(zip(NAMES[:10], row.tolist(), strict=False)) for row in (cpu, truth)]
 
 
-def close(value: float):
+def close(value: float) -> Any:
     return pytest.approx(value, abs=2e-5)  # two or three float32 roundings at 100, the magnitude of the floor
 
 
-def test_statistics_of_a_row_worked_out_by_hand():
+def test_statistics_of_a_row_worked_out_by_hand() -> None:
     log2 = math.log(2)
     for row in both(logs(1 / 2, 1 / 4, 1 / 4), logs(1 / 4, 1 / 4, 1 / 2), token=2):
         assert row == {
@@ -47,7 +49,7 @@ def test_statistics_of_a_row_worked_out_by_hand():
         }
 
 
-def test_statistics_do_not_depend_on_a_shift_of_the_logits():
+def test_statistics_do_not_depend_on_a_shift_of_the_logits() -> None:
     target, draft = logs(0.7, 0.2, 0.1), logs(0.1, 0.6, 0.3)
     moved = both([x + 64 for x in target], [x - 64 for x in draft], 1)
     for plain, shifted in zip(both(target, draft, 1), moved, strict=True):
@@ -55,20 +57,20 @@ def test_statistics_do_not_depend_on_a_shift_of_the_logits():
 
 
 @pytest.mark.parametrize("token", range(5))
-def test_rank_breaks_ties_by_index(token):
+def test_rank_breaks_ties_by_index(token: int) -> None:
     ranks = [2, 0, 3, 1, 4]  # of the logits below; 5 = 5 and 2 = 2 are ties
     for row in both([2.0, 5.0, 2.0, 5.0, -INF], None, token):
         assert row["target_rank_draft"] == pytest.approx(math.log1p(ranks[token]), rel=1e-6)
 
 
-def test_minus_inf_entries_rank_last_and_tie_by_index():
+def test_minus_inf_entries_rank_last_and_tie_by_index() -> None:
     for token, rank in ((1, 1), (2, 2), (0, 0)):
         for row in both([1.0, -INF, -INF], None, token):
             assert row["target_rank_draft"] == pytest.approx(math.log1p(rank), rel=1e-6)
 
 
 @pytest.mark.parametrize("low", [-101.0, -1000.0, -1e30, -INF])
-def test_logarithms_are_floored_and_gaps_bounded(low):
+def test_logarithms_are_floored_and_gaps_bounded(low: float) -> None:
     for row in both([0.0, low], [low, 0.0], token=1):
         assert row["target_logprob_draft"] == LOGPROB_FLOOR == -100
         assert row["target_logprob_top"] == 0
@@ -78,19 +80,19 @@ def test_logarithms_are_floored_and_gaps_bounded(low):
         assert row["draft_top2_gap"] == 100
 
 
-def test_logarithms_above_the_floor_are_kept():
+def test_logarithms_above_the_floor_are_kept() -> None:
     for row in both([0.0, -99.0], None, token=1):
         assert row["target_logprob_draft"] == close(-99)
         assert row["target_top2_gap"] == close(99)
 
 
-def test_entropy_with_minus_inf_entries_is_finite():
+def test_entropy_with_minus_inf_entries_is_finite() -> None:
     for row in both([0.0, 0.0, -INF, -INF], [-INF, 0.0, -INF, -INF], token=0):
         assert row["target_entropy"] == close(math.log(2))
         assert row["draft_entropy"] == close(0)
 
 
-def test_divergence_where_the_target_rules_a_token_out_is_finite():
+def test_divergence_where_the_target_rules_a_token_out_is_finite() -> None:
     for row in both([0.0, -INF], [-INF, 0.0], token=1):
         assert row["kl_draft_target"] == close(100)  # q = (0, 1), p = (1, 0): log 1 - floor
     for row in both([0.0, -INF], [0.0, 0.0], token=1):
@@ -99,7 +101,7 @@ def test_divergence_where_the_target_rules_a_token_out_is_finite():
         assert row["kl_draft_target"] == close(math.log1p(math.e))  # q = (1, 0): what q rules out costs nothing
 
 
-def test_divergence_is_never_negative_nor_above_its_ceiling():
+def test_divergence_is_never_negative_nor_above_its_ceiling() -> None:
     rng = np.random.default_rng(0)
     for scale in (1e-3, 1.0, 1e4):
         rows = torch.from_numpy(rng.normal(0, scale, (50, 30))).float()
@@ -111,7 +113,7 @@ def test_divergence_is_never_negative_nor_above_its_ceiling():
 
 
 @pytest.mark.parametrize("token", [0, 1])
-def test_every_statistic_of_a_row_without_nan_is_finite(token):
+def test_every_statistic_of_a_row_without_nan_is_finite(token: int) -> None:
     rows = [[1e38, -1e38], [-INF, -3e38], [0.0, 0.0], [88.0, -INF], [3e38, 3e38], [-1e4, 1e4]]
     for target in rows:
         for draft in rows:
@@ -121,13 +123,13 @@ def test_every_statistic_of_a_row_without_nan_is_finite(token):
 
 @pytest.mark.parametrize("where", ["target", "draft"])
 @pytest.mark.parametrize("bad", [[0.0, math.nan], [math.nan, 0.0], [-INF, -INF], [INF, 0.0], [math.nan, math.nan]])
-def test_every_row_with_nan_or_without_a_distribution_shows_it(where, bad):
+def test_every_row_with_nan_or_without_a_distribution_shows_it(where: str, bad: list[float]) -> None:
     good = [0.0, 1.0]
     for row in both(bad if where == "target" else good, bad if where == "draft" else good, token=1):
         assert any(math.isnan(value) for value in row.values())
 
 
-def test_draft_statistics_are_zero_without_draft_logits():
+def test_draft_statistics_are_zero_without_draft_logits() -> None:
     for row in both(logs(0.5, 0.3, 0.2), None, token=1):
         assert [row[name] for name in DRAFT_STATISTICS] == [0.0] * 5
         assert row["target_logprob_draft"] == close(math.log(0.3))
@@ -136,7 +138,7 @@ def test_draft_statistics_are_zero_without_draft_logits():
     assert (statistics[:, [INDEX[name] for name in DRAFT_STATISTICS]] == 0).all()
 
 
-def test_context_statistics_of_a_block_worked_out_by_hand():
+def test_context_statistics_of_a_block_worked_out_by_hand() -> None:
     # K = 8, n = 6. Argmax is 1 at positions 0, 2, 3 and 5, where the draft (1) matches; strict accepts only 0 and 3.
     raw = torch.zeros(6, 5)
     for position, top in enumerate([1, 4, 1, 1, 4, 1]):
@@ -160,13 +162,13 @@ def test_context_statistics_of_a_block_worked_out_by_hand():
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 40])
-def test_top_k_entropy_sums_over_the_most_likely_tokens(k):
+def test_top_k_entropy_sums_over_the_most_likely_tokens(k: int) -> None:
     probabilities = [0.05, 0.4, 0.25, 0.3, 0.0]
     expected = -sum(p * math.log(p) for p in sorted(probabilities, reverse=True)[:k] if p > 0)
     assert top_k_entropy(torch.tensor([logs(*probabilities)]), k).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_schema_hash_tells_the_variants_apart_and_is_stable():
+def test_schema_hash_tells_the_variants_apart_and_is_stable() -> None:
     assert schema_hash(True) != schema_hash(False)
     for draft_logits in (True, False):
         value = schema_hash(draft_logits)
@@ -175,7 +177,7 @@ def test_schema_hash_tells_the_variants_apart_and_is_stable():
         assert int(value, 16) >= 0
 
 
-def test_schema_is_the_documented_one():
+def test_schema_is_the_documented_one() -> None:
     assert NUM_STATISTICS == len(NAMES) == len(set(NAMES)) == 16
     assert [INDEX[name] for name in NAMES] == list(range(16))
     assert set(DRAFT_STATISTICS) < set(NAMES)

@@ -1,6 +1,7 @@
 """What holds for all policies, and which parameters they refuse."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from vllm_cospec.kernels.policies import (
 # learned
 
 
-def test_learned_is_left_to_the_runner():
+def test_learned_is_left_to_the_runner() -> None:
     with pytest.raises(TypeError, match="learned"):
         Learned(artefact="somewhere").keep(one([0.0, 0.0], 1))
 
@@ -50,7 +51,7 @@ def every_rule() -> list[Policy]:
 
 @settings(quick, max_examples=15)  # nine rules on every row
 @given(mismatch_rows())
-def test_rules_decide_each_row_by_itself_and_change_nothing(rows):
+def test_rules_decide_each_row_by_itself_and_change_nothing(rows: list[tuple[Any, ...]]) -> None:
     together = mismatches(rows)
     before = together.statistics.clone()
     for rule in every_rule():
@@ -59,7 +60,7 @@ def test_rules_decide_each_row_by_itself_and_change_nothing(rows):
     assert torch.equal(together.statistics, before)
 
 
-def test_every_registered_policy_is_covered_and_named_as_users_write_it():
+def test_every_registered_policy_is_covered_and_named_as_users_write_it() -> None:
     names = [rule.policy for rule in every_rule()] + ["learned"]
     assert names == list(policies.policy_names())
     for rule in every_rule():
@@ -102,7 +103,7 @@ def test_every_registered_policy_is_covered_and_named_as_users_write_it():
     ],
     ids=str,
 )
-def test_parameters_out_of_range_are_refused(parameters):
+def test_parameters_out_of_range_are_refused(parameters: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TYPE_ADAPTER.validate_python(parameters)
 
@@ -116,19 +117,19 @@ def test_parameters_out_of_range_are_refused(parameters):
         ({"policy": "learned"}, "artefact"),
     ],
 )
-def test_parameters_without_a_safe_default_must_be_given(parameters, missing):
+def test_parameters_without_a_safe_default_must_be_given(parameters: dict[str, Any], missing: str) -> None:
     with pytest.raises(ValidationError, match=missing):
         TYPE_ADAPTER.validate_python(parameters)
 
 
 @pytest.mark.parametrize("rule", [*every_rule(), Learned(artefact="somewhere")], ids=lambda rule: rule.policy)
-def test_unknown_keys_are_refused(rule):
+def test_unknown_keys_are_refused(rule: Any) -> None:
     with pytest.raises(ValidationError, match="treshold"):
         TYPE_ADAPTER.validate_python({**rule.model_dump(), "treshold": 0.5})
 
 
 @pytest.mark.parametrize("value", [{"policy": "tipical"}, {"policy": None}, {"policy": ["strict"]}, {}, "strict", 3])
-def test_what_names_no_policy_is_refused(value):
+def test_what_names_no_policy_is_refused(value: Any) -> None:
     with pytest.raises(ValidationError):
         TYPE_ADAPTER.validate_python(value)
 
@@ -148,14 +149,14 @@ def test_what_names_no_policy_is_refused(value):
     ],
     ids=str,
 )
-def test_parameters_of_the_wrong_type_are_refused(parameters):
+def test_parameters_of_the_wrong_type_are_refused(parameters: dict[str, Any]) -> None:
     # JSON knows numbers from strings and booleans; {"rate": true} is a mistake, not a request to keep everything.
     with pytest.raises(ValidationError):
         TYPE_ADAPTER.validate_python(parameters)
 
 
 @pytest.mark.parametrize("rule", every_rule()[1:], ids=lambda rule: rule.policy)
-def test_parameters_cannot_be_changed(rule):
+def test_parameters_cannot_be_changed(rule: Any) -> None:
     name = next(name for name in type(rule).model_fields if name != "policy")
     with pytest.raises(ValidationError):
         setattr(rule, name, 1)

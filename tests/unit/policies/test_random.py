@@ -1,6 +1,7 @@
 """The control: a coin that is seeded, fair, and independent of everything but its mismatch."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def coin_inputs(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["one response", "one position", "one draft", "everything"])
 @pytest.mark.parametrize("rate", [0.02, 0.3, 0.5, 0.9])
-def test_random_keeps_at_its_rate(kind, rate):
+def test_random_keeps_at_its_rate(kind: str, rate: float) -> None:
     # Five standard deviations of the binomial: one in 1.7 million by chance, and these coins never change.
     bound = 5 * math.sqrt(COINS * rate * (1 - rate))
     for seed in (0, 1, 12345, 2**31 - 1):
@@ -57,7 +58,7 @@ def test_random_keeps_at_its_rate(kind, rate):
         assert abs(kept - COINS * rate) < bound, seed
 
 
-def test_random_is_the_same_on_every_call_and_whatever_it_is_batched_with():
+def test_random_is_the_same_on_every_call_and_whatever_it_is_batched_with() -> None:
     inputs = coin_inputs("everything")
     policy = Random(rate=0.5, seed=3)
     kept = coins(policy, *inputs)
@@ -67,7 +68,7 @@ def test_random_is_the_same_on_every_call_and_whatever_it_is_batched_with():
 
 
 @pytest.mark.parametrize("kind", ["one response", "everything"])
-def test_random_differs_by_seed(kind):
+def test_random_differs_by_seed(kind: str) -> None:
     # Independent coins of rate 1/2 agree half of the time, here too within five standard deviations.
     inputs = coin_inputs(kind)
     first = coins(Random(rate=0.5, seed=0), *inputs)
@@ -77,7 +78,7 @@ def test_random_differs_by_seed(kind):
 
 
 @pytest.mark.parametrize("change", [0, 1, 2])
-def test_random_coins_of_neighbouring_mismatches_are_independent(change):
+def test_random_coins_of_neighbouring_mismatches_are_independent(change: int) -> None:
     inputs = list(coin_inputs("everything"))
     first = coins(Random(rate=0.5), *inputs)
     inputs[change] = inputs[change] + 1
@@ -87,14 +88,14 @@ def test_random_coins_of_neighbouring_mismatches_are_independent(change):
 
 @quick
 @given(mismatch_rows(), st.integers(0, 2**31 - 1))
-def test_random_keeps_nothing_at_zero_and_everything_at_one(rows, seed):
+def test_random_keeps_nothing_at_zero_and_everything_at_one(rows: list[tuple[Any, ...]], seed: int) -> None:
     assert not Random(rate=0, seed=seed).keep(mismatches(rows)).any()
     assert Random(rate=1, seed=seed).keep(mismatches(rows)).all()
 
 
 @quick
 @given(st.integers(0, 2**31 - 1), st.integers(0, 2**31), st.integers(0, 2**31), st.integers(0, 2**31))
-def test_random_coin_is_a_number_below_one_for_any_integers(seed, position, draft, target):
+def test_random_coin_is_a_number_below_one_for_any_integers(seed: int, position: int, draft: int, target: int) -> None:
     value = policies.coin(seed, *(torch.tensor([x]) for x in (position, draft, target)))
     assert value.dtype == torch.float32
     assert 0 <= value.item() < 1

@@ -60,6 +60,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_whole_vocabulary() -> None:
     full_targets = torch.randint(FULL, (600,), generator=torch.manual_seed(3))
     loss = token_loss(states, embedding, VOCABULARY.rows(full_targets), VOCABULARY.others)
     (3 * loss).backward()
+    assert states.grad is not None
     found = states.grad.float(), embedding.grad
     same_states, same_embedding = states.detach().float().requires_grad_(), embedding.detach().requires_grad_()
     logits = same_states @ same_embedding[VOCABULARY.rows(torch.arange(FULL))].T
@@ -68,6 +69,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_whole_vocabulary() -> None:
     # logits, slopes and products are bfloat16, of which a number keeps 8 bits
     assert loss.item() == pytest.approx(wanted.item(), rel=2e-3)
     for ours, theirs in zip(found, (same_states.grad, same_embedding.grad), strict=True):
+        assert theirs is not None
         torch.testing.assert_close(ours, theirs, atol=0.01 * theirs.abs().max().item(), rtol=0)
 
 
@@ -95,7 +97,7 @@ def test_it_learns_and_ends_with_a_rate_of_zero(tmp_path: Path) -> None:
     assert (tmp_path / HELD).is_file()
 
 
-def test_the_decay_begins_when_it_takes_the_rest_of_the_time(tmp_path: Path, monkeypatch) -> None:
+def test_the_decay_begins_when_it_takes_the_rest_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(0, 10_000, 5))  # the clock is read twice a step: 10 seconds each
     monkeypatch.setattr("time.monotonic", lambda: next(now))
     run = new_run()
@@ -150,7 +152,7 @@ def test_the_vocabulary_keeps_what_occurs_often_enough() -> None:
     assert stream.tolist().count(0) == 2
     vocabulary = vocabulary_of(stream, len(tokenizer))
     assert tokenizer.convert_ids_to_tokens(vocabulary.used.tolist()) == ["a", "b"]
-    a, b, z = tokenizer.convert_tokens_to_ids(["a", "b", "z"])
+    a, b, z = (tokenizer.convert_tokens_to_ids(letter) for letter in "abz")
     assert vocabulary.rows(torch.tensor([b, z, a])).tolist() == [1, 2, 0]
     assert vocabulary.others == len(tokenizer) - 2
 
@@ -171,7 +173,9 @@ def test_an_exact_match_is_the_answer_and_the_end_of_its_line() -> None:
     assert exact_match(run, [right, longer, shorter, right], tokenizer) == 0.5
 
 
-def test_a_packed_draft_is_the_trained_one_over_the_whole_vocabulary(tmp_path: Path, monkeypatch) -> None:
+def test_a_packed_draft_is_the_trained_one_over_the_whole_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(build, "LEARNT_PACKAGE", "typer")  # a small one
     splits = fingerprint(read_corpus("typer"))
     target = bundled("target")

@@ -148,7 +148,7 @@ def test_an_answer_is_the_rest_of_the_line_and_nothing_else(package: Path) -> No
     assert similarity("abcd", "") == 0.0
 
 
-def test_figures_tell_lines_that_the_draft_was_trained_on_apart(package: Path, monkeypatch) -> None:
+def test_figures_tell_lines_that_the_draft_was_trained_on_apart(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code_lines, "LEARNT_PACKAGE", package.name)
     code_lines.learnt_lines.cache_clear()
     task = load_task("code_lines", **options(package))
@@ -171,7 +171,9 @@ def test_a_missing_package_or_tokenizer_is_refused(package: Path) -> None:
         task.problems(1, 1)
 
 
-def test_another_version_than_the_draft_learnt_is_refused(package: Path, tmp_path: Path, monkeypatch) -> None:
+def test_another_version_than_the_draft_learnt_is_refused(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(code_lines, "LEARNT_PACKAGE", package.name)
     record = tmp_path / "training.json"
     check_corpus(package.name, record)  # no pair yet

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +92,7 @@ def accuracy(learner: Learner) -> float:
 
 
 @pytest.mark.parametrize("advantages", [branch_advantages, group_advantages])
-def test_the_learner_reaches_the_known_best_policy(advantages) -> None:
+def test_the_learner_reaches_the_known_best_policy(advantages: Callable[..., Any]) -> None:
     learner = Learner(LearnerConfig(initial_keep=0.4, entropy_bonus=1e-3), seed=1, updates=40)
     generator = np.random.default_rng(1)
     learner.normalise(play(learner, generator, 500).statistics)

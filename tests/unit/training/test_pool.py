@@ -38,7 +38,7 @@ class Numbers:
 class Squarer:
     """An actor that squares, and does not survive some numbers."""
 
-    def __init__(self, directory: str, start: str = "well"):
+    def __init__(self, directory: str, start: str = "well") -> None:
         if start != "well":
             os._exit(1)
         self._directory = Path(directory)
@@ -121,7 +121,7 @@ def test_an_actor_killed_from_outside_loses_nothing(tmp_path: Path) -> None:
         workers.wait_until_ready()
         work = units(40)
         workers.submit(work, payload=1)
-        killed = []
+        killed: list[bool] = []
 
         def kill_one(result: Any) -> None:
             if not killed:
@@ -172,7 +172,7 @@ class Simulated:
 class Handle:
     """One simulated actor."""
 
-    def __init__(self, process: Any, actor: int):
+    def __init__(self, process: Any, actor: int) -> None:
         self.ready, self.work = process.ready, self
         self._work, self._actor = process.work, actor
 
@@ -183,7 +183,9 @@ class Handle:
 def test_the_driver_keeps_256_actors_busy() -> None:
     """Units of some seconds, as spread as engines' are: while there is work, no more than a tenth may stand idle."""
     size, per_actor, seconds = 256, 6, 4.0
-    processes = [ray.remote(Simulated).options(num_cpus=0.1, max_concurrency=1000).remote() for _ in range(4)]
+    processes: list[Any] = [
+        ray.remote(Simulated).options(num_cpus=0.1, max_concurrency=1000).remote() for _ in range(4)
+    ]
     ray.get([process.ready.remote() for process in processes])
     handles = iter([Handle(processes[i % 4], i) for i in range(size)])
     work = [Numbers(i, ()) for i in range(size * per_actor)]

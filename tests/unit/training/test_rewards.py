@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -72,7 +74,7 @@ def hangs(problem: Problem, text: str) -> float:
         (lambda p, t: None, "raised TypeError"),
     ],
 )
-def test_a_bad_reward_is_named_with_its_problem(function, message: str) -> None:
+def test_a_bad_reward_is_named_with_its_problem(function: Callable[..., Any], message: str) -> None:
     with pytest.raises(RewardError, match=message) as caught:
         guarded(function, PROBLEM, "", 0.3)
     assert "1/2+1/4?" in str(caught.value)

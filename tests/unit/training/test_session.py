@@ -14,7 +14,7 @@ from vllm_cospec.training.rollout.session import START_ATTEMPTS, ray_session
 class Ray:
     """Stands for ray.init: fails some times."""
 
-    def __init__(self, failures: int):
+    def __init__(self, failures: int) -> None:
         self.failures = failures
         self.calls: list[dict[str, Any]] = []
 

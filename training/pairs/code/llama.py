@@ -149,4 +149,4 @@ def token_loss(states: torch.Tensor, embedding: torch.Tensor, targets: torch.Ten
         targets: int64 [n].
         others: number of tokens that share the last row, at least 1.
     """
-    return _TokenLoss.apply(states, embedding, targets, others)  # type: ignore[no-any-return]
+    return _TokenLoss.apply(states, embedding, targets, others)
