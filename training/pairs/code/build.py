@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 from vllm_cospec.atomic import new_directory, write_text
 from vllm_cospec.errors import ConfigError, CoSpecError
 from vllm_cospec.training.config import cached_pair
+from vllm_cospec.training.measure.provenance import environment
 from vllm_cospec.training.pairs.code.draft import LOG, STATE
 from vllm_cospec.training.pairs.code.llama import EMBEDDING, Shape
 from vllm_cospec.training.pairs.code.text import END_OF_FILE, line_ends
@@ -55,8 +56,10 @@ def finish(tokenizer: Any, directory: Path) -> None:
 def pack(work: Path, directory: Path) -> None:
     """Write what a training run made to ``directory``: its weights in bfloat16, and what they were trained on.
 
+    A run that has not come to its end can be packed too; ``progress`` says where it was.
+
     Raises:
-        ConfigError: the run has not come to its end.
+        ConfigError: there is no run, or other files are installed than it was made with.
     """
     try:
         with safe_open(work / STATE, "pt") as file:
@@ -66,16 +69,14 @@ def pack(work: Path, directory: Path) -> None:
             tensors["used"] = file.get_tensor("used").int()
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--pack: {work} holds no training run ({error})") from None
-    progress = about["progress"]
-    if progress["decay_from"] < 0 or progress["step"] < progress["decay_from"] + progress["decay_steps"]:
-        raise ConfigError(f"--pack: the run in {work} is at step {progress['step']} of its way; let it come to its end")
     records = [json.loads(line) for line in (work / LOG).read_text().splitlines()]
     text = next(record for record in records if "text" in record)
     last = [record for record in records if "held_out_loss" in record][-1]
     splits = fingerprint(read_corpus(LEARNT_PACKAGE))
     if splits["pretrain"] != text["text"]:
         raise ConfigError(f"--pack: the run in {work} was made with other files of {LEARNT_PACKAGE} than are installed")
-    made = {"version": version(LEARNT_PACKAGE), "splits": splits, "recipe": about["recipe"], "end": last}
+    made = {"version": version(LEARNT_PACKAGE), "splits": splits, **about, "last_measured": last}
+    made["environment"] = environment()
     write_text(directory / TRAINING, json.dumps(made, indent=2) + "\n")
     save_file(tensors, directory / WEIGHTS)
     (directory / WEIGHTS).chmod(0o644)
