@@ -63,6 +63,8 @@ class Patch:
 _SAMPLER = "vllm.v1.sample.rejection_sampler"
 _V2 = "vllm.v1.worker.gpu"
 _V2_SAMPLER = f"{_V2}.spec_decode.rejection_sampler:RejectionSampler"
+V2_NGRAM = f"{_V2}.spec_decode.ngram.speculator:NgramGPUSpeculator"
+V2_STANDALONE = f"{_V2}.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"
 _V2_KERNELS = f"{_V2}.spec_decode.rejection_sampler_utils"
 PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 
@@ -113,9 +115,17 @@ HOOKS: tuple[Hook, ...] = (
          ("self", "logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping", "idx_mapping_np",
           "expanded_idx_mapping", "expanded_local_pos", "seq_lens_upper_bound_np", "verify_draft_sampled"), "v2"),
     Hook("process logits", f"{_V2}.sample.sampler:Sampler.apply_sampling_params", None, "v2"),
-    Hook("learn a request's settings", f"{_V2}.sample.sampler:Sampler.add_request",
-         ("self", "req_idx", "sampling_params"), "v2"),
+    Hook("learn a request's settings", f"{_V2}.model_states.interface:ModelState.add_request",
+         ("self", "req_index", "new_req_data"), "v2"),
     Hook("learn a request's settings", f"{_V2}.sample.sampler:Sampler.apply_staged_writes", ("self",), "v2"),
+    Hook("know which drafts are whole", f"{_V2_SAMPLER}.__call__",
+         ("self", "logits", "input_batch", "draft_logits", "invalid_drafts"), "v2"),
+    Hook("know which drafts are whole", f"{V2_NGRAM}.propose", None, "v2"),
+    Hook("keep a draft model within its bounds", f"{V2_STANDALONE}._run_model",
+         ("self", "input_ids", "positions", "attn_metadata", "slot_mappings", "num_tokens_across_dp"), "v2"),
+    Hook("keep a draft model within its bounds", f"{V2_STANDALONE}.propose", None, "v2"),
+    Hook("keep a draft model within its bounds", f"{V2_STANDALONE}._copy_request_inputs",
+         ("self", "num_reqs", "idx_mapping", "temperature", "seeds", "dummy_run"), "v2"),
     Hook("keep a preempted request's budget", f"{_V2}.model_runner:GPUModelRunner.finish_requests",
          ("self", "scheduler_output"), "v2"),
     Hook("keep settings where the device reads them", f"{_V2}.buffer_utils:UvaBackedTensor", None, "v2"),
@@ -161,74 +171,86 @@ PATCHES: tuple[Patch, ...] = (
         why="there is no hook for verification",
         how="an instance of a subclass takes the place of the runner's sampler; strict batches go to the stock method",
         remove_when="vLLM lets plugins register rejection samplers",
-        when="cospec runs on Model Runner V1",
-        level="instance",
+        when="cospec runs on Model Runner V1", level="instance",
     ),
     Patch(
         f"{PROPOSER}.propose",
         why="what was proposed must be known again when it is verified, perhaps a step later",
         how="calls the original of the runner's proposer, of whichever kind, and keeps its tokens",
         remove_when="the sampler is given the drafts' origin and logits",
-        when="cospec runs on Model Runner V1",
-        level="instance",
+        when="cospec runs on Model Runner V1", level="instance",
     ),
     Patch(
         f"{PROPOSER}._sample_draft_tokens",
         why="the statistics need the draft's raw logits, and stock keeps none",
         how="as the original, with a copy of the logits kept",
         remove_when="the sampler is given the drafts' origin and logits",
-        when="cospec runs on Model Runner V1 with a drafter that has logits",
-        level="instance",
+        when="cospec runs on Model Runner V1 with a drafter that has logits", level="instance",
     ),
     Patch(
         f"{_V2_SAMPLER}._verify",
         why="there is no hook for verification",
         how="an instance of a subclass takes the place of the runner's sampler; strict chunks go to the stock method",
         remove_when="vLLM lets plugins register rejection samplers",
-        when="cospec runs on Model Runner V2",
-        level="instance",
+        when="cospec runs on Model Runner V2", level="instance",
     ),
     Patch(
-        f"{_V2}.sample.sampler:Sampler.add_request",
-        why="a request's settings must reach the device with its slot",
-        how="calls the original, then writes the settings beside its own",
+        f"{_V2}.model_states.interface:ModelState.add_request",
+        why="a request's settings, and whether the drafter has seen its prompt, must be known with its slot",
+        how="calls the original, then writes them down",
         remove_when="per-slot state of plugins is told of requests, with speculative decoding too",
-        when="cospec runs on Model Runner V2",
-        level="instance",
+        when="cospec runs on Model Runner V2", level="instance",
     ),
     Patch(
         f"{_V2}.sample.sampler:Sampler.apply_staged_writes",
         why="the settings must become visible with the sampler's own",
         how="calls the original, then copies the settings",
         remove_when="per-slot state of plugins is told of requests, with speculative decoding too",
-        when="cospec runs on Model Runner V2",
-        level="instance",
+        when="cospec runs on Model Runner V2", level="instance",
     ),
     Patch(
         f"{_V2}.model_runner:GPUModelRunner.finish_requests",
         why="a preempted request must keep what it has used of its budget",
         how="remembers it, then calls the original",
         remove_when="per-slot state of plugins is told of preemption",
-        when="cospec runs on Model Runner V2",
-        level="instance",
+        when="cospec runs on Model Runner V2", level="instance",
+    ),
+    Patch(
+        f"{V2_NGRAM}.propose",
+        why="the last sampled token stands for drafts that were not found, and an arbiter might keep it",
+        how="calls the original, then reads from its scratch how many drafts were found",
+        remove_when="vLLM marks such drafts as the placeholders they are",
+        when="cospec runs on Model Runner V2 with the ngram drafter", level="instance",
+    ),
+    Patch(
+        f"{V2_STANDALONE}._run_model",
+        why="vLLM feeds a draft model positions beyond its own context: what is read there lies outside its tables",
+        how="calls the original with positions no larger than the last one the draft has",
+        remove_when="vLLM keeps a draft model within its context",
+        when="cospec runs on Model Runner V2 with a draft model of a shorter context", level="instance",
+    ),
+    Patch(
+        f"{V2_STANDALONE}.propose",
+        why="dummy runs of a data-parallel rank write into the KV caches and draft logits of the first slots' requests",
+        how="calls the original; in dummy runs with block tables that map no token, and slots marked as nobody's",
+        remove_when="vLLM's separate draft model ignores dummy requests, as its other drafters do",
+        when="cospec runs on Model Runner V2 with a draft model", level="instance",
     ),
     Patch(
         f"{_SAMPLER}:expand_kernel",
         why="the CPU build drops its result for float32 and int32: temperature, top-k and top-p are garbage",
         how="the same function in torch",
         remove_when="vLLM's CPU build writes the result back",
-        when="cospec runs on the CPU",
-        level="registry",
+        when="cospec runs on the CPU", level="registry",
     ),
     Patch(
         "sys:excepthook",
         why="fifty lines of frames hide the sentence that says what to change",
         how="prints the sentence of an error of this package; everything else goes to the hook that was there",
         remove_when="vLLM's command prints errors of its configuration without a traceback",
-        when="cospec refuses to start under vLLM's own command",
-        level="process",
+        when="cospec refuses to start under vLLM's own command", level="process",
     ),
-)
+)  # fmt: skip
 
 
 def vllm_version() -> str | None:

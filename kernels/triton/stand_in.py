@@ -19,6 +19,7 @@ def install() -> None:
         backends["cpu"] = Backend(compiler=_Compiler, driver=_Driver)
     if os.environ.get("TRITON_INTERPRET") == "1":
         _patch_language_once()
+        _count_with_tensors()
         _accept_integer_masks()
         _give_log1p()
 
@@ -86,6 +87,30 @@ def _patch_language_once() -> None:
 
     patch.__wrapped__ = original  # type: ignore[attr-defined]
     interpreter._patch_lang = patch
+
+
+def _count_with_tensors() -> None:
+    """Let ``tl.range`` count with tensors, as compiled loops do: vLLM's top-k and top-p kernel casts its counter."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_core
+    if hasattr(original, "__wrapped__"):
+        return
+
+    def patch(language: Any, scope: Any) -> None:
+        original(language, scope)
+        numbers = language.range
+
+        def count(*args: Any, **options: Any) -> Any:
+            for number in numbers(*args, **options):
+                yield tl.tensor(interpreter.TensorHandle(np.array([number], np.int32), tl.int32), tl.int32)
+
+        scope.set_attr(language, "range", count)
+
+    patch.__wrapped__ = original  # type: ignore[attr-defined]
+    interpreter._patch_lang_core = patch
 
 
 def _accept_integer_masks() -> None:

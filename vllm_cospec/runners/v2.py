@@ -2,6 +2,7 @@
 
 Chunks in which no request is arbitrated go to stock verification untouched. Everything else stays stock as well: which
 rows are verified, the processing of logits, logprobs, the grammar's invalid drafts. Nothing here waits for the device.
+Legality needs no care of ours: on V2 vLLM's top-k and top-p leave the rows of requests that set neither as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_cospec import compat
@@ -21,6 +23,7 @@ from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.kernels.triton.launch import Slots, arbitrate, warm_up
 from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, slot_entry
+from vllm_cospec.runners.v2_health import DraftHealth, NgramMatches, protect
 
 logger = init_logger("vllm.cospec")
 
@@ -44,27 +47,29 @@ class SlotTable:
         self._forced = UvaBackedTensor(size, dtype=torch.int32)
         self._overrides_so_far = torch.zeros(size, dtype=torch.int32, device=runner.device)
         self._preempted: dict[str, Tensor] = {}
-        sampler, wrap = "vllm.v1.worker.gpu.sample.sampler:Sampler", compat.wrap
-        self._add_request = wrap(f"{sampler}.add_request", runner.sampler, self.add_request)
-        self._apply_staged_writes = wrap(f"{sampler}.apply_staged_writes", runner.sampler, self.apply_staged_writes)
+        self._resumed: set[str] = set()  # and not decoding yet
+        staged = "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_staged_writes"
+        self._apply_staged_writes = compat.wrap(staged, runner.sampler, self.apply_staged_writes)
         finish = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests"
-        self._finish_requests = wrap(finish, runner, self.finish_requests)
+        self._finish_requests = compat.wrap(finish, runner, self.finish_requests)
 
-    def add_request(self, req_idx: int, sampling_params: Any) -> None:
-        """As the sampler's, which this wraps; slots are recycled, so everything is overwritten."""
-        self._add_request(req_idx, sampling_params)
-        entry = slot_entry(sampling_params, self._settings)
-        self.arbitrated.np[req_idx] = entry.arbitrated
-        self._threshold.np[req_idx] = entry.threshold
-        self._max_overrides.np[req_idx] = entry.max_overrides
-        self._exact_tokens.np[req_idx] = entry.exact_tokens
-        self._written.np[req_idx] = entry.written
-        self._forced.np[req_idx] = entry.forced
-        before = self._preempted.pop(self._runner.req_states.index_to_req_id.get(req_idx, ""), None)
+    def add_request(self, slot: int, request: Any) -> None:
+        """Take up a request, vLLM's NewRequestData; slots are recycled, so everything is overwritten."""
+        entry = slot_entry(request.sampling_params, self._settings)
+        self.arbitrated.np[slot] = entry.arbitrated
+        self._threshold.np[slot] = entry.threshold
+        self._max_overrides.np[slot] = entry.max_overrides
+        self._exact_tokens.np[slot] = entry.exact_tokens
+        self._written.np[slot] = entry.written
+        self._forced.np[slot] = entry.forced
+        if len(request.prefill_token_ids) > request.prompt_len:  # the drafter goes on from the last token
+            self._resumed.add(request.req_id)
+            self._runner.req_states.last_sampled_tokens[slot].fill_(request.prefill_token_ids[-1])
+        before = self._preempted.pop(request.req_id, None)
         if before is None:
-            self._overrides_so_far[req_idx].fill_(entry.overrides)
+            self._overrides_so_far[slot].fill_(entry.overrides)
         else:
-            self._overrides_so_far[req_idx].copy_(before)
+            self._overrides_so_far[slot].copy_(before)
 
     def apply_staged_writes(self) -> None:
         """As the sampler's, which this wraps."""
@@ -75,22 +80,44 @@ class SlotTable:
             tensor.copy_to_uva()
 
     def finish_requests(self, scheduler_output: Any) -> None:
-        """As the runner's, which this wraps: remember what a preempted request has used of its budget."""
+        """As the runner's, which this wraps.
+
+        A preempted request keeps what it has used of its budget, and the block it had: the scheduler resumes it with
+        all but its last token, after which the drafter proposes that block again.
+        """
         for req_id in scheduler_output.preempted_req_ids or ():
             slot = self._runner.req_states.req_id_to_index.get(req_id)
             if slot is not None:
                 self._preempted[req_id] = self._overrides_so_far[slot].clone()
         for req_id in scheduler_output.finished_req_ids:
             self._preempted.pop(req_id, None)
+            self._resumed.discard(req_id)
         self._finish_requests(scheduler_output)
+        if self._resumed:
+            self._let_resumed_requests_decode(scheduler_output)
 
-    def on_device(self) -> Slots:
-        """Return the table as the kernels take it."""
+    def _let_resumed_requests_decode(self, scheduler_output: Any) -> None:
+        """Take the last token of a resumed request for one it has sampled: vLLM ignores drafts behind a prompt's."""
+        states, cached, changed = self._runner.req_states, scheduler_output.scheduled_cached_reqs, False
+        for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if req_id not in self._resumed:
+                continue
+            slot = states.req_id_to_index[req_id]
+            if computed == states.prefill_len.np[slot] - 1 and req_id in scheduler_output.scheduled_spec_decode_tokens:
+                states.prefill_len.np[slot] -= 1
+                changed = True
+            if computed >= states.prefill_len.np[slot]:
+                self._resumed.discard(req_id)
+        if changed and not scheduler_output.scheduled_new_reqs:  # else the runner sends it, and once is enough
+            states.prefill_len.copy_to_uva()
+
+    def on_device(self, arbitrated: Tensor) -> Slots:
+        """Return the table as the kernels take it; ``arbitrated``, int32 [S], is this step's."""
         response_start = self._runner.req_states.prompt_len.gpu
         if self._settings.collect:
             response_start = response_start - self._written.gpu
         return Slots(
-            self.arbitrated.gpu,
+            arbitrated,
             self._threshold.gpu,
             self._max_overrides.gpu,
             self._exact_tokens.gpu,
@@ -108,7 +135,33 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
         self._runner = runner
         self._slots = SlotTable(runner, settings)
         self._counters = DeviceCounters(counters, settings.num_speculative_tokens, runner.device)
+        self._health = DraftHealth(runner, settings, self._counters)
+        speculator = runner.speculator
+        protect(speculator, self._health.context, runner.max_model_len)
+        self._matches = NgramMatches(speculator) if isinstance(speculator, NgramGPUSpeculator) else None
+        add = "vllm.v1.worker.gpu.model_states.interface:ModelState.add_request"
+        self._add_request = compat.wrap(add, runner.model_state, self.add_request)
         self.load_policy(settings, runner.device)
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """As the model state's, which this wraps."""
+        self._add_request(req_index, new_req_data)
+        self._slots.add_request(req_index, new_req_data)
+        self._health.add_request(req_index, new_req_data)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        input_batch: Any,
+        draft_logits: Tensor | None = None,
+        invalid_drafts: Tensor | None = None,
+    ) -> Any:
+        """Verify one step; arguments and result are those of the stock sampler."""
+        self._arbitrated = self._health.arbitrated(input_batch, self._slots.arbitrated)
+        if self._matches is not None and self._arbitrated.on_host[input_batch.idx_mapping_np].any():
+            absent = self._matches.absent(input_batch, self._arbitrated.on_device)
+            invalid_drafts = absent if invalid_drafts is None else invalid_drafts | absent
+        return super().__call__(logits, input_batch, draft_logits, invalid_drafts)
 
     def _verify(
         self,
@@ -125,7 +178,7 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
         verify_draft_sampled: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Verify one chunk; arguments and result are those of the stock sampler."""
-        if not self._slots.arbitrated.np[idx_mapping_np].any():
+        if not self._arbitrated.on_host[idx_mapping_np].any():
             return super()._verify(
                 logits, draft_logits, draft_sampled, pos, cu_num_logits, idx_mapping, idx_mapping_np,
                 expanded_idx_mapping, expanded_local_pos, seq_lens_upper_bound_np, verify_draft_sampled,
@@ -135,7 +188,7 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
             seq_lens_upper_bound_np,
         )  # fmt: skip
         states = self.sampler.sampling_states
-        slots = self._slots.on_device()
+        slots = self._slots.on_device(self._arbitrated.on_device)
         verified = arbitrate(
             logits, processed, draft_logits, verify_draft_sampled, cu_num_logits, pos, idx_mapping,
             expanded_idx_mapping, expanded_local_pos, states.temperature.gpu, states.seeds.gpu,

@@ -3,59 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import DEMO, generate
 
-import vllm_cospec.demo
 from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_schema, save_artefact, tokenizer_hash
 
 pytestmark = pytest.mark.engine
 
-DEMO = Path(vllm_cospec.demo.__file__).parent
 PROMPTS = ["2+3*4?", "(7-2)*3?", "12+9-4?", "8*8+1?"]
 TOKENS = 10
-
-
-def generate(
-    speculative_config: dict[str, Any],
-    batches: list[list[dict[str, Any]]],
-    v1: bool = False,
-    max_chunk_logits: int = 0,
-    **options: Any,
-) -> dict[str, Any]:
-    """Run an engine in a process of its own, on Model Runner V2 or, with the path for GPUs, on V1."""
-    draft = {"model": str(DEMO / "draft"), "num_speculative_tokens": 3}
-    request = {
-        "target": str(DEMO / "target"),
-        "speculative_config": {**draft, **speculative_config},
-        "batches": batches,
-        "options": options,
-        "v1_on_a_device": v1,
-        "max_chunk_logits": max_chunk_logits,
-    }
-    path = os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parents[2] / "engine")])
-    runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if v1 else {}
-    environment = {
-        **os.environ,
-        **runner,
-        "PYTHONPATH": path,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "engine", json.dumps(request)],
-        env=environment, capture_output=True, text=True, timeout=1200, check=False,
-    )  # fmt: skip
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert len(results) == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(results[0].removeprefix("RESULT"))
 
 
 def requests(

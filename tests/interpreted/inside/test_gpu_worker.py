@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from vllm_cospec.kernels.policies import Kl
 from vllm_cospec.kernels.triton import launch, verdict
 from vllm_cospec.kernels.triton.policies import compile_policy
 from vllm_cospec.runners import v1_gpu, v2
+from vllm_cospec.runners.v2_health import Arbitrated
 from vllm_cospec.workers.gpu import CoSpecGPUWorker
 
 META = torch.device("meta")
@@ -100,8 +102,9 @@ def test_verification_on_v2_waits_for_nothing(launched: list[str], tmp_path: Pat
     slots = launch.Slots(**{name: value.to(META) for name, value in vars(case.slots).items()})
     sampler = object.__new__(v2.CoSpecRejectionSampler)
     sampler._settings = settings_of(tmp_path)
-    sampler._slots = SimpleNamespace(arbitrated=SimpleNamespace(np=np.ones(99)), on_device=lambda: slots)
+    sampler._slots = SimpleNamespace(on_device=lambda arbitrated: replace(slots, arbitrated=arbitrated))
     sampler._counters = counters()
+    sampler._arbitrated = Arbitrated(np.ones(99), slots.arbitrated)
     sampler._program = compile_policy(sampler._settings.policy, META, collect=True)
     sampler._steps, sampler.sample_actions, sampler.num_speculative_steps = [], False, K
     sampler._runner = SimpleNamespace(req_states=SimpleNamespace(index_to_req_id={}))

@@ -6,15 +6,21 @@ import json
 import sys
 from typing import Any
 
+import torch
+
+from vllm_cospec.health import REASONS
+
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
     """Run every batch of the request through one engine.
 
     Args:
-        request: ``target``, ``speculative_config``, and ``batches``: lists of {prompt, and sampling parameters};
-            ``options`` of the engine; ``v1_on_a_device``; ``max_chunk_logits``: verify at most so many rows at once.
+        request: ``target``, ``speculative_config``, and ``batches``: lists of {prompt, sampling parameters, ``regex``
+            for a structured output, ``as_embeddings``}; ``options`` of the engine; ``v1_on_a_device``;
+            ``max_chunk_logits``: verify at most so many rows at once; ``dummy_runs``: make one after every step, as a
+            data-parallel rank does that has nothing to do.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     if request.get("v1_on_a_device"):  # the CPU worker installs what the GPU worker would on Model Runner V1
         from vllm_cospec.runners import v1_cpu, v1_gpu
@@ -24,27 +30,22 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
         rejection_sampler.get_max_chunk_logits = lambda vocab_size: request["max_chunk_logits"]
-    llm = LLM(
-        model=request["target"],
-        speculative_config=request["speculative_config"],
-        max_model_len=128,
-        max_num_seqs=4,
-        kv_cache_memory_bytes=2**25,
-        dtype="float32",
-        enforce_eager=True,
-        seed=0,
-        disable_log_stats=False,
-        **request.get("options", {}),
-    )
+    options = {
+        "max_model_len": 128, "max_num_seqs": 4, "kv_cache_memory_bytes": 2**25, "dtype": "float32",
+        "enforce_eager": True, "seed": 0, "disable_log_stats": False, **request.get("options", {}),
+    }  # fmt: skip
+    llm = LLM(model=request["target"], speculative_config=request["speculative_config"], **options)
     worker = llm.llm_engine.model_executor.driver_worker.worker
     chunks: list[int] = []
     if request.get("max_chunk_logits"):
         verify = worker.cospec._verify
         worker.cospec._verify = lambda logits, *args: chunks.append(len(logits)) or verify(logits, *args)  # type: ignore[func-returns-value]
+    if request.get("dummy_runs"):
+        _follow_with_dummy_runs(worker)
     texts, logprobs = [], []
     for batch in request["batches"]:
-        prompts = [entry.pop("prompt") for entry in batch]
-        outputs = llm.generate(prompts, [SamplingParams(**entry) for entry in batch], use_tqdm=False)
+        prompts = [_prompt(entry, llm, worker) for entry in batch]
+        outputs = llm.generate(prompts, [_parameters(entry) for entry in batch], use_tqdm=False)
         texts.append([list(output.outputs[0].token_ids) for output in outputs])
         logprobs.append([_logprobs(output.outputs[0]) for output in outputs])
     answer: dict[str, Any] = {
@@ -56,7 +57,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     if hasattr(worker, "cospec"):
         sampler = worker.cospec
         answer["sampler"] = type(sampler).__module__
-        answer["counters"] = sampler._counters.on_device.tolist()
+        unhealthy = sampler._counters.unhealthy.tolist()
+        answer["counters"] = sampler._counters.on_device.tolist()[: -len(unhealthy)]
+        answer["unhealthy"] = {reason: count for reason, count in zip(REASONS, unhealthy, strict=True) if count}
         answer["decisions"] = [
             {
                 "request": d.request_id,
@@ -71,6 +74,35 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         m.name: m.value for m in llm.get_metrics() if m.name.startswith("vllm:") and hasattr(m, "value")
     }
     return answer
+
+
+def _prompt(entry: dict[str, Any], llm: Any, worker: Any) -> Any:
+    text = entry.pop("prompt")
+    if not entry.pop("as_embeddings", False):
+        return text
+    tokens = torch.tensor(llm.get_tokenizer().encode(text))
+    return {"prompt_embeds": worker.model_runner.model.embed_input_ids(tokens).detach()}
+
+
+def _parameters(entry: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    regex = entry.pop("regex", None)
+    if regex is not None:
+        entry["structured_outputs"] = StructuredOutputsParams(regex=regex)
+    return SamplingParams(**entry)
+
+
+def _follow_with_dummy_runs(worker: Any) -> None:
+    sample_tokens = worker.sample_tokens
+
+    def sample_and_idle(*args: Any, **options: Any) -> Any:
+        result = sample_tokens(*args, **options)
+        worker.execute_dummy_batch()
+        return result
+
+    worker.sample_tokens = sample_and_idle
 
 
 def _logprobs(completion: Any) -> list[float] | None:
