@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from vllm_cospec.kernels.cpu import logit_statistics, top_k_entropy
-from vllm_cospec.kernels.policies import AnyPolicy, Mismatches, Policy
+from vllm_cospec.kernels.policies import AnyPolicy, Mismatches, Rule
 
 INF = math.inf
 MARGIN = 1e-4  # float32 probabilities are good to 1e-6, divergences of a few terms of up to 100 each to 3e-5
@@ -105,7 +105,7 @@ def order(logits: list[float]) -> list[int]:
     return sorted(range(len(logits)), key=lambda i: (-logits[i], i))
 
 
-def agrees(policy: Policy, rows: list, statement: Callable[..., float], **context: list[float]) -> None:
+def agrees(policy: Rule, rows: list, statement: Callable[..., float], **context: list[float]) -> None:
     """Check a policy against the margins of its statement, where they are clear."""
     kept = policy.keep(mismatches(rows, **context))  # type: ignore[arg-type]
     assert kept.dtype == torch.bool

@@ -47,7 +47,7 @@ POLICIES: dict[str, Policy | None] = {
     "learned": None,  # its artefact is saved first, see save_arbiter
 }
 IDS = ["a", "b", "c", "d", "e"]
-EXTRA = {
+EXTRA: dict[str, dict[str, Any]] = {
     "b": {"cospec_policy": "strict"},
     "c": {"cospec_max_overrides": 2},
     "d": {"cospec_exact_tokens": 3},
@@ -58,8 +58,8 @@ def save_arbiter(directory: Path) -> str:
     """Save an untrained network with scores on both sides of the threshold, return where."""
     torch.manual_seed(0)
     network = Arbiter((16, 16))
-    network.mean.normal_()
-    torch.nn.init.normal_(network.layers[-1].weight)
+    torch.nn.init.normal_(network.mean)
+    torch.nn.init.normal_(list(network.parameters())[-2])  # weights of the last layer
     config = ArtefactConfig(
         schema=current_schema(draft_logits=True), hidden_sizes=(16, 16), threshold=0.5,
         provenance=Provenance(vocab_size=VOCAB, tokenizer_hash="0" * 16),
@@ -70,6 +70,11 @@ def save_arbiter(directory: Path) -> str:
 
 class Drafter:
     """Proposes what it is told, through the methods the adapters wrap."""
+
+    logits: Tensor  # [B, K, V]
+    tokens: Tensor  # [B, K]
+    metadata: SamplingMetadata
+    step: int
 
     def __init__(self) -> None:
         self.model = SimpleNamespace(compute_logits=lambda step: self.logits[:, step].clone())
@@ -84,8 +89,8 @@ class Drafter:
     def _sample_from_logits(self, logits: Tensor, metadata: Any, step: int | None = None) -> tuple[Tensor, None]:
         if not metadata.all_greedy:
             logits.div_(0.5)  # as stock: in place
-        step, self.step = self.step, self.step + 1
-        return self.tokens[:, step], None
+        place, self.step = self.step, self.step + 1
+        return self.tokens[:, place], None
 
 
 class Step:
@@ -160,7 +165,7 @@ class Runner:
         self.speculative_config = SimpleNamespace(rejection_sample_method="standard")
         self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCAB, head_dtype=torch.float32)
         self.drafter = Drafter()
-        self.requests = {}
+        self.requests: dict[str, CachedRequestState] = {}
         self.input_batch = SimpleNamespace(req_ids=[])
         for i, name in enumerate(ids):
             self.add(name, 3 + i, extra.get(name))
