@@ -9,48 +9,16 @@ from collections.abc import Iterator
 import arbitration_cases as cases
 import pytest
 import torch
+from arbitration_cases import POLICIES, arbiter
 
 from vllm_cospec.arbiter import Arbiter
-from vllm_cospec.kernels.policies import (
-    Cascade,
-    Fly,
-    Kl,
-    Learned,
-    Mars,
-    Random,
-    RelaxedTopK,
-    Strict,
-    Threshold,
-    Typical,
-)
+from vllm_cospec.kernels.policies import Learned, Strict
 from vllm_cospec.kernels.triton import launch
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 REPETITIONS = int(os.environ.get("COSPEC_TEST_REPETITIONS", "1"))
 """Multiplies the number of generated batches."""
-
-
-def arbiter(*hidden: int) -> Arbiter:
-    torch.manual_seed(sum(hidden))
-    network = Arbiter(hidden)
-    network.mean.normal_()
-    network.scale.uniform_(0.5, 3)
-    return network.eval().requires_grad_(False)
-
-
-POLICIES = {
-    "typical": Typical(posterior_threshold=0.2),
-    "relaxed_topk": RelaxedTopK(top_n=4, delta=0.5),
-    "threshold": Threshold(single=0.2, acc=0.6),
-    "cascade": Cascade(alpha=0.8),
-    "mars": Mars(ratio=0.7),
-    "fly": Fly(entropy_top_k=3, entropy_threshold=0.3, window=1),
-    "kl": Kl(max_kl=4.0),
-    "random": Random(rate=0.6, seed=5),
-    "learned": Learned(artefact="unused"),
-    "strict": Strict(),
-}
 
 
 def check(case: cases.Case, policy, network: Arbiter | None = None) -> int:
