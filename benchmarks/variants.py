@@ -10,8 +10,9 @@ from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils as stock
 
 from benchmarks.offline import Launch, compile_launch, recorded_launches
 from vllm_cospec.arbiter import Arbiter
-from vllm_cospec.kernels.policies import Fly, Learned, Policy, policy_class, policy_names
-from vllm_cospec.kernels.triton import launch, scan, target, verdict
+from vllm_cospec.kernels.policies import Policy, policy_class, policy_names
+from vllm_cospec.kernels.triton import draft, scan, target, verdict
+from vllm_cospec.kernels.triton.launch import Server, warm_up
 from vllm_cospec.kernels.triton.policies import compile_policy
 
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -20,6 +21,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "random": {"rate": 0.5},
     "learned": {"artefact": "-"},
 }
+MODULES = (target, verdict, draft, scan, stock)
+"""Where the kernels of a step are found."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -27,13 +30,10 @@ def policies(num_draft_tokens: int) -> Iterator[tuple[Policy, Arbiter | None]]:
     """Every policy, with parameters that leave its code as it is; the learned one with one and two layers."""
     for name in policy_names():
         policy = policy_class(name)(**REQUIRED.get(name, {}))
-        if isinstance(policy, Fly):
-            policy = policy.model_copy(update={"window": num_draft_tokens - 1})
-        if isinstance(policy, Learned):
-            yield policy, Arbiter((32,))
-            yield policy, Arbiter((32, 32))
-        else:
-            yield policy, None
+        if num_draft_tokens > 1 or name != "fly":  # which needs a draft that follows
+            policy = policy.for_block_length(num_draft_tokens)
+            networks = (None,) if policy.arbiter is None else (Arbiter((32,)), Arbiter((32, 32)))
+            yield from ((policy, network) for network in networks)
 
 
 def launches(vocab_size: int, num_draft_tokens: int) -> Iterator[tuple[str, Launch]]:
@@ -42,18 +42,16 @@ def launches(vocab_size: int, num_draft_tokens: int) -> Iterator[tuple[str, Laun
     cpu = torch.device("cpu")
     for dtype_name, dtype in DTYPES.items():
         for has_draft in (True, False):
-            draft = torch.empty(1, num_draft_tokens, vocab_size, dtype=dtype) if has_draft else None
+            logits = torch.empty(1, num_draft_tokens, vocab_size, dtype=dtype) if has_draft else None
             for policy, arbiter in policies(num_draft_tokens):
                 if policy.needs_draft_logits and not has_draft:
                     continue
                 for collect in (False, True):
                     program = compile_policy(policy, cpu, arbiter, collect)
-                    with recorded_launches(target, scan, verdict, stock) as recorded:
+                    with recorded_launches(*MODULES) as recorded:
                         for v1 in (False, True):
-                            launch.warm_up(
-                                vocab_size, dtype, draft, num_draft_tokens, program, cpu, collect=collect,
-                                given_verdict=v1,
-                            )  # fmt: skip
+                            server = Server(vocab_size, dtype, logits, num_draft_tokens, cpu, given_verdict=v1)
+                            warm_up(server, program)
                     for one in recorded:
                         if one.name.startswith("_"):  # stock's own, listed below
                             continue
@@ -62,7 +60,7 @@ def launches(vocab_size: int, num_draft_tokens: int) -> Iterator[tuple[str, Laun
                             seen.add(key)
                             yield _describe(one, dtype_name, policy.policy), one
             with recorded_launches(stock) as recorded:
-                _stock_step(vocab_size, num_draft_tokens, dtype, draft)
+                _stock_step(vocab_size, num_draft_tokens, dtype, logits)
             for one in recorded:
                 key = _identity(one)
                 if key not in seen:

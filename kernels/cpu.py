@@ -20,7 +20,6 @@ from vllm_cospec.kernels.statistics import LOGPROB_FLOOR, NUM_STATISTICS
 
 CEILING = -LOGPROB_FLOOR
 PLACEHOLDER = -1  # pads the output, as vLLM's own rejection sampler does
-UNLIMITED = np.iinfo(np.int64).max
 CACHED_FLOATS = 2**17  # a row's passes run several times faster while it is in the second-level cache
 
 Decide = Callable[[Mismatches, np.ndarray], tuple[Tensor, Tensor | None]]
@@ -35,7 +34,7 @@ class Requests:
     junk: np.ndarray  # bool; the drafter did not propose these tokens: strict
     output_position: np.ndarray  # int64, index in the response of the block's first token
     overrides_so_far: np.ndarray  # int64
-    max_overrides: np.ndarray  # int64, UNLIMITED for none
+    max_overrides: np.ndarray  # int64, vllm_cospec.kernels.UNLIMITED for none
     exact_tokens: np.ndarray  # int64
     threshold: np.ndarray  # float32, of the learned policy
     forced_at: np.ndarray | None = None  # int64, index in the response decided beforehand, -1 for none; training

@@ -1,8 +1,9 @@
 """Policies: the rules that decide at a mismatch whether the draft token is kept.
 
-A policy is a pydantic model of its parameters with one method, ``keep``, which maps :class:`Mismatches` to a mask.
-They are consulted only where strict verification would reject, and only where keeping the draft is legal. Like every
-configuration module this one imports no torch: the rules use methods of the tensors they are given.
+A policy is a pydantic model of its parameters: a :class:`Rule`, whose ``keep`` maps :class:`Mismatches` to a mask, or
+:class:`Learned`, whose network the runner holds. Policies are consulted only where strict verification would reject,
+and only where keeping the draft is legal. Like every configuration module this one imports no torch: the rules use
+methods of the tensors they are given.
 
 p, q, d and t* are defined in :mod:`vllm_cospec.kernels.statistics`.
 """
@@ -12,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
 from pydantic import Field
 
 from vllm_cospec.kernels.frozen import Frozen
-from vllm_cospec.kernels.statistics import INDEX
+from vllm_cospec.kernels.statistics import INDEX, NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,17 +45,54 @@ class Mismatches:
         return self.statistics[:, INDEX[name]]
 
 
-class Policy(Frozen):
-    """Base of all policies: immutable parameters, no unknown ones."""
+@dataclass(frozen=True)
+class Numbers:
+    """The parameters of a rule as its device code takes them."""
 
+    first: float = 0.0
+    second: float = 0.0
+    seed: int = 0  # of the coin, weighted, modulo 2^32
+    window: int = 0  # of drafts that follow
+    top_k: int = 0  # how many of the target's largest logits the top-k entropy is taken over
+
+
+class Policy(Frozen):
+    """What all policies have in common: immutable parameters, no unknown ones, a name and a code.
+
+    A policy's name stands in its ``policy`` field alone, its code on the device in ``code``.
+    """
+
+    code: ClassVar[int]
+    """Number of the policy in device code; unique."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Which of the statistics a decision depends on."""
     needs_draft_logits: ClassVar[bool] = False
-    """Whether the rule is meaningless for drafters without logits."""
+    """Whether the policy is meaningless for drafters without logits."""
 
     policy: str
 
-    def keep(self, rows: Mismatches) -> Tensor:
-        """Return a bool tensor [M]: True where the draft token is kept."""
-        raise NotImplementedError
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Register every class that has a name."""
+        name = cls.model_fields["policy"].default
+        if isinstance(name, str):
+            codes = {known.code: other for other, known in _REGISTRY.items()}
+            if codes.get(cls.code, name) != name:
+                raise TypeError(f"{cls.__name__}: code {cls.code} belongs to policy {codes[cls.code]!r}")
+            _REGISTRY[name] = cls
+
+    @property
+    def arbiter(self) -> str | None:
+        """Directory or hub id of the network that decides; None for a rule."""
+        return None
+
+    def for_block_length(self, num_speculative_tokens: int) -> Self:
+        """Return the policy with everything settled that depends on K.
+
+        Raises:
+            ValueError: one sentence that begins with the parameter's name.
+        """
+        return self
 
     def describe(self) -> str:
         """Return the policy and its parameters in a few words, for logs and tables."""
@@ -63,32 +101,34 @@ class Policy(Frozen):
 
 
 _REGISTRY: dict[str, type[Policy]] = {}
-_P = TypeVar("_P", bound=type[Policy])
-
-
-def policy(name: str) -> Callable[[_P], _P]:
-    """Register a :class:`Policy` subclass under the name users write in ``{"policy": NAME}``."""
-
-    def register(cls: _P) -> _P:
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
 
 
 def policy_names() -> tuple[str, ...]:
-    """Return the names of all registered policies."""
+    """Return the names of all policies, as users write them in ``{"policy": NAME}``."""
     return tuple(_REGISTRY)
 
 
 def policy_class(name: str) -> type[Policy]:
-    """Return the class registered under ``name``; raises KeyError."""
+    """Return the class of the policy with this name; raises KeyError."""
     return _REGISTRY[name]
 
 
-@policy("strict")
-class Strict(Policy):
+class Rule(Policy):
+    """A policy without a network: its own code decides."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        """Return a bool tensor [M]: True where the draft token is kept."""
+        raise NotImplementedError
+
+    def numbers(self) -> Numbers:
+        """Return the parameters as the branch of :mod:`vllm_cospec.kernels.triton.policies` reads them."""
+        return Numbers()
+
+
+class Strict(Rule):
     """Stock verification: every mismatch takes the target's token (arXiv 2211.17192)."""
+
+    code: ClassVar[int] = 0
 
     policy: Literal["strict"] = "strict"
 
@@ -96,9 +136,11 @@ class Strict(Policy):
         return rows["target_entropy"] < -1  # entropy is never negative: keeps nothing
 
 
-@policy("typical")
-class Typical(Policy):
+class Typical(Rule):
     """Keep d when p(d) > min(posterior_threshold, posterior_alpha * exp(-H(p))) (Medusa, arXiv 2401.10774)."""
+
+    code: ClassVar[int] = 1
+    reads: ClassVar[frozenset[str]] = frozenset({"target_logprob_draft", "target_entropy"})
 
     policy: Literal["typical"] = "typical"
     posterior_threshold: float = Field(0.09, ge=0, le=1)
@@ -110,10 +152,15 @@ class Typical(Policy):
         threshold = (self.posterior_alpha * (-rows["target_entropy"]).exp()).clamp(max=self.posterior_threshold)
         return rows["target_logprob_draft"].exp() > threshold
 
+    def numbers(self) -> Numbers:
+        return Numbers(self.posterior_threshold, self.posterior_alpha)
 
-@policy("relaxed_topk")
-class RelaxedTopK(Policy):
+
+class RelaxedTopK(Rule):
     """Keep d when it is among the target's first ``top_n`` and p(d) >= p(t*) - delta (TensorRT-LLM)."""
+
+    code: ClassVar[int] = 2
+    reads: ClassVar[frozenset[str]] = frozenset({"target_logprob_draft", "target_logprob_top", "target_rank_draft"})
 
     policy: Literal["relaxed_topk"] = "relaxed_topk"
     top_n: int = Field(10, ge=1, le=2**31 - 1)
@@ -128,10 +175,15 @@ class RelaxedTopK(Policy):
         close = rows["target_logprob_draft"].exp() >= rows["target_logprob_top"].exp() - self.delta
         return ranked & close
 
+    def numbers(self) -> Numbers:
+        return Numbers(self.top_n, self.delta)
 
-@policy("threshold")
-class Threshold(Policy):
+
+class Threshold(Rule):
     """Keep d when p(d) >= single or, for sampled requests, u <= min(1, p(d)/q(d)) / acc (SGLang)."""
+
+    code: ClassVar[int] = 3
+    reads: ClassVar[frozenset[str]] = frozenset({"target_logprob_draft"})
 
     policy: Literal["threshold"] = "threshold"
     single: float = Field(1.0, gt=0, le=1)
@@ -148,10 +200,15 @@ class Threshold(Policy):
             keep = keep | ((rows.uniform <= ratio / self.acc) & (ratio > 0))
         return keep
 
+    def numbers(self) -> Numbers:
+        return Numbers(self.single, self.acc)
 
-@policy("cascade")
-class Cascade(Policy):
+
+class Cascade(Rule):
     """Keep d when p(d) >= max p * (1 - alpha) (speculative cascades, TokenV3, arXiv 2405.19261)."""
+
+    code: ClassVar[int] = 4
+    reads: ClassVar[frozenset[str]] = frozenset({"target_logprob_draft", "target_logprob_top"})
 
     policy: Literal["cascade"] = "cascade"
     alpha: float = Field(ge=0, le=1)
@@ -161,13 +218,18 @@ class Cascade(Policy):
         floor = rows["target_logprob_top"].exp() * (1 - self.alpha)
         return rows["target_logprob_draft"].exp() >= floor
 
+    def numbers(self) -> Numbers:
+        return Numbers(1 - self.alpha)
 
-@policy("mars")
-class Mars(Policy):
+
+class Mars(Rule):
     """Keep d when it is the target's second choice and z(d) / z(t*) > ratio on raw logits (arXiv 2601.15498).
 
     The ratio of logits has a meaning only above zero: a row whose best logit is not positive is strict.
     """
+
+    code: ClassVar[int] = 5
+    reads: ClassVar[frozenset[str]] = frozenset({"target_rank_draft"})
 
     policy: Literal["mars"] = "mars"
     ratio: float = Field(0.9, ge=0, le=1)
@@ -179,14 +241,18 @@ class Mars(Policy):
         top = rows.target_logit_top
         return second & (top > 0) & (rows.target_logit_draft > self.ratio * top)
 
+    def numbers(self) -> Numbers:
+        return Numbers(self.ratio)
 
-@policy("fly")
-class Fly(Policy):
+
+class Fly(Rule):
     """Keep d when the target is unsure and the next drafts are accepted natively (FLy, arXiv 2511.22972).
 
     Unsure: entropy over the ``entropy_top_k`` most likely tokens >= ``entropy_threshold``. vLLM 0.33 offers the rule
     as ``rejection_sample_method: "fly"``; here the entropy is that of the raw target distribution.
     """
+
+    code: ClassVar[int] = 6
 
     policy: Literal["fly"] = "fly"
     entropy_top_k: int = Field(3, ge=1, le=64)
@@ -196,18 +262,35 @@ class Fly(Policy):
     window: int | None = Field(None, ge=1, le=127)
     """Following drafts that must be accepted natively; left out: min(6, K - 1)."""
 
-    def keep(self, rows: Mismatches) -> Tensor:
+    def for_block_length(self, num_speculative_tokens: int) -> Self:
+        window = self.window or min(6, num_speculative_tokens - 1)
+        if not 1 <= window < num_speculative_tokens:
+            raise ValueError(
+                f"window: {self.window} does not fit num_speculative_tokens={num_speculative_tokens}; "
+                f"fly needs 1 <= window < num_speculative_tokens"
+            )
+        return self.model_copy(update={"window": window})
+
+    def _window(self) -> int:
         if self.window is None:
             raise ValueError("fly: window must be resolved against num_speculative_tokens first")
+        return self.window
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        window = self._window()
         unsure = rows.top_k_entropy(self.entropy_top_k) >= self.entropy_threshold
-        deferred = (rows.block_remaining >= self.window) & (rows.natively_accepted_after >= self.window)
+        deferred = (rows.block_remaining >= window) & (rows.natively_accepted_after >= window)
         return unsure & deferred
 
+    def numbers(self) -> Numbers:
+        return Numbers(self.entropy_threshold, window=self._window(), top_k=self.entropy_top_k)
 
-@policy("kl")
-class Kl(Policy):
+
+class Kl(Rule):
     """Keep d when KL(q || p) <= max_kl and p(t*) <= 0.9 (arXiv 2601.04766)."""
 
+    code: ClassVar[int] = 7
+    reads: ClassVar[frozenset[str]] = frozenset({"target_logprob_top", "kl_draft_target"})
     needs_draft_logits: ClassVar[bool] = True
 
     policy: Literal["kl"] = "kl"
@@ -217,13 +300,17 @@ class Kl(Policy):
     def keep(self, rows: Mismatches) -> Tensor:
         return (rows["kl_draft_target"] <= self.max_kl) & (rows["target_logprob_top"].exp() <= 0.9)
 
+    def numbers(self) -> Numbers:
+        return Numbers(self.max_kl)
 
-@policy("random")
-class Random(Policy):
+
+class Random(Rule):
     """Keep d with a fixed probability: the control that shows what noise at the same rate does.
 
     The coin is a hash of (seed, output position, d, t*): it needs no state and is the same on every rank.
     """
+
+    code: ClassVar[int] = 8
 
     policy: Literal["random"] = "random"
     rate: float = Field(ge=0, le=1)
@@ -234,24 +321,33 @@ class Random(Policy):
     def keep(self, rows: Mismatches) -> Tensor:
         return coin(self.seed, rows.output_position, rows.draft_token, rows.target_token) < self.rate
 
+    def numbers(self) -> Numbers:
+        return Numbers(self.rate, seed=self.seed * COIN_SEED & 0xFFFFFFFF)
 
-@policy("learned")
+
 class Learned(Policy):
     """Keep d when the arbiter's score exceeds the threshold (CoSpec, arXiv 2605.24793).
 
     The network, its statistics and its training are this project's own design; the paper's are not public.
     """
 
+    code: ClassVar[int] = 9
+    reads: ClassVar[frozenset[str]] = frozenset(NAMES)
+
     policy: Literal["learned"] = "learned"
     artefact: str
     """Directory or hub id of the arbiter."""
 
-    def keep(self, rows: Mismatches) -> Tensor:
-        raise TypeError("learned: scored by the runner, which holds the network and the thresholds of the requests")
+    @property
+    def arbiter(self) -> str | None:
+        return self.artefact
 
 
 AnyPolicy: Any = Annotated[Union[tuple(_REGISTRY.values())], Field(discriminator="policy")]  # noqa: UP007
-"""The discriminated union of all registered policies, for use as a pydantic field type."""
+"""The discriminated union of all policies, for use as a pydantic field type."""
+
+COIN_SEED, COIN_POSITION, COIN_DRAFT, COIN_TARGET = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F
+"""Weights of what the coin of :class:`Random` is a hash of."""
 
 
 def coin(seed: int, output_position: Tensor, draft_token: Tensor, target_token: Tensor) -> Tensor:
@@ -260,10 +356,10 @@ def coin(seed: int, output_position: Tensor, draft_token: Tensor, target_token: 
     Shapes [M] int64 in, [M] float32 out. Int64 arithmetic wraps, and only the low 32 bits are kept at each step.
     """
     x = (
-        (seed * 0x9E3779B1 & 0xFFFFFFFF)
-        + output_position * 0x85EBCA77
-        + draft_token * 0xC2B2AE3D
-        + target_token * 0x27D4EB2F
+        (seed * COIN_SEED & 0xFFFFFFFF)
+        + output_position * COIN_POSITION
+        + draft_token * COIN_DRAFT
+        + target_token * COIN_TARGET
     )
     x = x & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):

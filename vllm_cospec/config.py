@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from vllm_cospec.kernels.frozen import Frozen
-from vllm_cospec.kernels.policies import AnyPolicy, Learned, Policy
+from vllm_cospec.kernels.policies import AnyPolicy, Policy
 
 METHOD = "cospec"
 WHERE = "speculative_config"
@@ -56,7 +56,7 @@ class CoSpecConfig(Frozen):
     def _check(self) -> CoSpecConfig:
         if self.threshold is not None and self.max_accuracy_loss is not None:
             raise ValueError("threshold and max_accuracy_loss exclude each other; pass one of them")
-        if isinstance(self.arbiter, Policy) and not isinstance(self.arbiter, Learned):
+        if isinstance(self.arbiter, Policy) and self.arbiter.arbiter is None:
             for name in ("threshold", "max_accuracy_loss"):
                 if getattr(self, name) is not None:
                     raise ValueError(
@@ -94,8 +94,8 @@ class Settings:
         """Return the one line that tells an operator what is on."""
         if not self.lossy:
             return "CoSpec: policy strict, output is exactly that of the target."
-        if isinstance(self.policy, Learned):
-            what = f"policy learned, threshold {self.threshold:g}, arbiter {self.policy.artefact}"
+        if self.policy.arbiter is not None:
+            what = f"policy {self.policy.policy}, threshold {self.threshold:g}, arbiter {self.policy.arbiter}"
         else:
             what = f"policy {self.policy.describe()}"
         return (

@@ -77,7 +77,7 @@ def request_settings(params: SamplingParams | None, settings: Settings) -> Reque
             f"{WHERE}.cospec_policy: {keys.cospec_policy!r} is not served here; "
             f"pass 'strict'{'' if server == 'strict' else f' or {server!r}'}"
         )
-    if keys.cospec_threshold is not None and server != "learned":
+    if keys.cospec_threshold is not None and settings.policy.arbiter is None:
         raise ConfigError(
             f"{WHERE}.cospec_threshold: {keys.cospec_threshold!r} is for a trained arbiter, "
             f"and this server runs policy {server!r}; leave it out"

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_cospec.config import DRAFT_METHODS, WHERE, CoSpecConfig, Settings
 from vllm_cospec.errors import ConfigError
-from vllm_cospec.kernels.policies import Fly, Learned, Policy
+from vllm_cospec.kernels.policies import Policy
 
 
 def settle_loaded(config: CoSpecConfig, speculative_config: Any, target_model_config: Any) -> Settings:
@@ -88,16 +88,12 @@ def settle(
             f"{WHERE}.arbiter: policy {policy.policy!r} needs draft logits, and drafter {method!r} has none"
         )
     threshold = 0.5
-    if isinstance(policy, Fly):
-        window = policy.window or min(6, num_speculative_tokens - 1)
-        if not 1 <= window < num_speculative_tokens:
-            raise ConfigError(
-                f"{WHERE}.arbiter.window: {policy.window} does not fit "
-                f"num_speculative_tokens={num_speculative_tokens}; fly needs 1 <= window < num_speculative_tokens"
-            )
-        policy = policy.model_copy(update={"window": window})
-    if isinstance(policy, Learned):
-        threshold = _settle_learned(config, policy, draft_logits, target_vocab_size, target_vocabulary)
+    try:
+        policy = policy.for_block_length(num_speculative_tokens)
+    except ValueError as error:
+        raise ConfigError(f"{WHERE}.arbiter.{error}") from None
+    if policy.arbiter is not None:
+        threshold = _settle_learned(config, policy.arbiter, draft_logits, target_vocab_size, target_vocabulary)
     elif config.threshold is not None or config.max_accuracy_loss is not None:
         raise ConfigError(f"{WHERE}.threshold: is for a trained arbiter, not for policy {policy.policy!r}; remove it")
     return Settings(
@@ -112,13 +108,11 @@ def settle(
     )
 
 
-def _settle_learned(
-    config: CoSpecConfig, policy: Learned, draft_logits: bool, vocab_size: int, vocabulary: Any
-) -> float:
+def _settle_learned(config: CoSpecConfig, arbiter: str, draft_logits: bool, vocab_size: int, vocabulary: Any) -> float:
     from vllm_cospec.arbiter import calibrated_threshold, check_fit, load_artefact, tokenizer_hash
 
-    _, artefact = load_artefact(Path(policy.artefact))
-    check_fit(artefact, policy.artefact, draft_logits, vocab_size, tokenizer_hash(vocabulary()))
+    _, artefact = load_artefact(Path(arbiter))
+    check_fit(artefact, arbiter, draft_logits, vocab_size, tokenizer_hash(vocabulary()))
     if config.max_accuracy_loss is not None:
-        return calibrated_threshold(artefact, policy.artefact, config.max_accuracy_loss)
+        return calibrated_threshold(artefact, arbiter, config.max_accuracy_loss)
     return artefact.threshold if config.threshold is None else config.threshold

@@ -114,8 +114,8 @@ def resolve(raw: dict[str, Any], target: str, engine_keys: frozenset[str]) -> tu
             f'artefact or {{"policy": NAME}} with NAME from {", ".join(policy_names())}'
         )
     policy = config.arbiter
-    if isinstance(policy, Learned):
-        policy = Learned(artefact=str(locate_artefact(policy.artefact)))
+    if policy.arbiter is not None:
+        policy = Learned(artefact=str(locate_artefact(policy.arbiter)))
     _check_inner(config, inner, target)
     return config.model_copy(update={"arbiter": policy}), inner
 

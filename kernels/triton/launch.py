@@ -6,7 +6,7 @@ a tensor. A machine without Triton has no Model Runner V2 either; there :mod:`vl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor
 from vllm.triton_utils import triton
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils as stock
 
+from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.statistics import NUM_STATISTICS
-from vllm_cospec.kernels.triton import scan, target
+from vllm_cospec.kernels.triton import draft, layout, scan, target, verdict
 from vllm_cospec.kernels.triton.policies import Program
-from vllm_cospec.kernels.triton.verdict import Verdict
+from vllm_cospec.kernels.triton.step import Kept, Rows, Sampling, Slots, Trace, Verdict, Verified
 
 # As stock: the strict verdict is bit-identical only when sums are taken over the same blocks.
 BLOCK_SIZE, RESAMPLE_BLOCK_SIZE = 8192, 1024
@@ -26,290 +27,281 @@ TILE_SIZE = 2048
 # Left alone, ptxas spills a pointer or two of the scan to fit more programs on a multiprocessor. There is one program
 # per request: let it have its registers. AMD's compiler does not know the option, nor need it.
 SCAN_OPTIONS = {} if torch.version.hip else {"maxnreg": 255}
-UNLIMITED = 2**31 - 1
-"""``max_overrides`` of a request without a limit."""
 
 
-@dataclass
-class Slots:
-    """Settings and state of every request slot; tensors of S entries on the device."""
-
-    arbitrated: Tensor  # int32, 0: strict
-    threshold: Tensor  # float32, of the learned policy
-    max_overrides: Tensor  # int32, UNLIMITED for none
-    exact_tokens: Tensor  # int32
-    overrides_so_far: Tensor  # int32, added to
-    response_start: Tensor  # int32, tokens before the response
-    forced: Tensor  # int32, 2 * (index in the response) + keep of a decision made beforehand, -1: none; for training
-
-
-@dataclass
-class Trace:
-    """What the policy saw and did; R rows, one per row of logits."""
-
-    statistics: Tensor  # [R, 16] float32, defined where action >= 0
-    action: Tensor  # [R] int32: 1 kept, 0 not, -1 not consulted
-    probability: Tensor  # [R] float32, of keeping, for the learned policy
-
-
-@dataclass
-class Verified:
-    """What verification makes of a step."""
-
-    sampled: Tensor  # [B, K + 1] int64, defined up to num_sampled
-    num_sampled: Tensor  # [B] int32, at least 1; with a given verdict the drafts kept, see :func:`arbitrate`
-    trace: Trace | None = None
-
-
-def arbitrate(
-    raw_logits: Tensor,
-    processed_logits: Tensor,
-    draft_logits: Tensor | None,
-    draft_sampled: Tensor,
-    cu_num_logits: Tensor,
-    pos: Tensor,
-    idx_mapping: Tensor,
-    expanded_idx_mapping: Tensor,
-    expanded_local_pos: Tensor,
-    temperature: Tensor,
-    seed: Tensor,
-    num_speculative_steps: int,
-    slots: Slots,
-    program: Program,
-    counters: Tensor,
-    use_fp64: bool = False,
-    collect: bool = False,
-    sample_actions: bool = False,
-    verdict: Verdict | None = None,
-) -> Verified:
-    """Verify one step of B requests with R rows of logits in all; rows of one request are consecutive.
+def arbitrate(rows: Rows, sampling: Sampling, slots: Slots, program: Program, counters: Tensor) -> Verified:
+    """Verify one step of a batch.
 
     Args:
-        raw_logits: [R, V] float32, bfloat16 or float16, after the grammar mask only; decides nothing but statistics.
-        processed_logits: [R, V], what tokens are drawn from and what is legal; may be ``raw_logits`` itself.
-        draft_logits: [S, K, V], before temperature; None for drafters without logits.
-        draft_sampled: [R] int; the draft of row r is entry r + 1, negative for a placeholder, which is never kept.
-        cu_num_logits: [B + 1] int, first row of each request; the last row of a request is its bonus row.
-        pos: [R] int64, position of each row in its sequence.
-        idx_mapping: [B] int, slot of each request.
-        expanded_idx_mapping: [R] int, slot of each row.
-        expanded_local_pos: [R] int, index of each row in its request.
-        temperature: [S] float32, 0 for greedy requests.
-        seed: [S] int64.
-        num_speculative_steps: K.
+        rows: the step.
+        sampling: how tokens are drawn.
         slots: per-request settings and state.
         program: the policy.
         counters: [K + 1] int64, added to: overrides per position, then mismatches.
-        use_fp64: draw Gumbel noise in float64, as vLLM's option of that name.
-        collect: return a trace.
-        sample_actions: training: keep with the score as probability instead of comparing it with the threshold.
-        verdict: what strict verification says, where it was reached elsewhere (Model Runner V1). Then the processed
-            logits are the raw ones, every temperature is 0, and nothing is drawn: the result holds the drafts kept
-            and, where one was not, the verdict's token; a request's last token after a complete block is the caller's.
+    """
+    stages = _Stages(rows, slots, program, counters)
+    stages.statistics(sampling.temperature, rows.draft)
+    stages.verdicts(sampling, rows.draft)
+    stages.draft_statistics()
+    target_lse, draft_lse = stages.scan(sampling.temperature, sampling.seed)
+    _resample(rows, sampling, stages.sampled, stages.num_sampled, target_lse, draft_lse)
+    return Verified(stages.sampled, stages.num_sampled, stages.trace)
+
+
+def arbitrate_given(rows: Rows, given: Verdict, slots: Slots, program: Program, counters: Tensor) -> Kept:
+    """Verify one step whose strict verdict was reached elsewhere (Model Runner V1); nothing is drawn.
+
+    Args:
+        rows: the step; its processed logits are the raw ones, those that count are the verdict's.
+        given: the verdict.
+        slots, program, counters: as for :func:`arbitrate`.
 
     Raises:
-        ValueError: shapes or strides the kernels do not take.
+        ValueError: the rows have processed logits of their own.
     """
-    if raw_logits.shape != processed_logits.shape or raw_logits.stride(-1) != 1 or processed_logits.stride(-1) != 1:
-        raise ValueError("raw and processed logits must have one shape and contiguous rows")
-    if draft_logits is not None and (draft_logits.ndim != 3 or draft_logits.stride(-1) != 1):
-        raise ValueError("draft logits must be [slots, K, V] with contiguous rows")
-    num_requests = cu_num_logits.shape[0] - 1
-    num_rows, vocab_size = raw_logits.shape
-    has_draft = draft_logits is not None
-    if draft_logits is not None:
-        vocab_size = min(vocab_size, draft_logits.shape[-1])  # as stock: one of the two may be padded
-    num_blocks = triton.cdiv(vocab_size, BLOCK_SIZE)
-    num_tiles = triton.cdiv(vocab_size, TILE_SIZE)
-    padded_steps = triton.next_power_of_2(num_speculative_steps + 1)
-    separate = processed_logits is not raw_logits
-    if separate and verdict is not None:
+    if rows.separate:
         raise ValueError("a given verdict brings its own processed logits")
-    needs_draft = has_draft and program.needs_draft
+    stages = _Stages(rows, slots, program, counters)
+    stages.statistics(None, None)  # the verdict has weighed the draft already
+    stages.verdicts(None, None)
+    stages.given_verdicts(given)
+    stages.draft_statistics()
+    stages.scan(None, given.seed)
+    return Kept(stages.sampled, stages.num_sampled, stages.trace)
 
-    def floats(*shape: int) -> Tensor:
-        return raw_logits.new_empty(shape, dtype=torch.float32)
 
-    def integers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return raw_logits.new_empty(shape, dtype=dtype)
+class _Stages:
+    """The launches of one step and the buffers between them."""
 
-    greedy_shape = (num_rows, num_tiles) if separate else (0, 0)
-    partials = (
-        *(floats(num_rows, num_blocks) for _ in range(4)), floats(*greedy_shape), integers(*greedy_shape),
-        floats(num_rows, program.top_k + 2, num_tiles), integers(num_rows, 3, num_tiles),
-    )  # fmt: skip
-    row_ints, row_floats = integers(num_rows, 6), floats(num_rows, 12)
-    raw = (raw_logits, raw_logits.stride(0))
-    processed = (processed_logits, processed_logits.stride(0))
-    draft = (draft_logits, draft_logits.stride(0), draft_logits.stride(1)) if draft_logits is not None else (None, 0, 0)
-    strict_draft = draft if verdict is None else (None, 0, 0)  # a given verdict has weighed the draft already
-    has_strict_draft = strict_draft[0] is not None
-    target.target_statistics_kernel[(num_rows, num_blocks)](
-        *partials, *raw, *processed, *strict_draft,
-        draft_sampled, expanded_idx_mapping, expanded_local_pos, temperature, slots.arbitrated,
-        num_rows, vocab_size, num_blocks, num_tiles,
-        BLOCK_SIZE=BLOCK_SIZE, TILE_SIZE=TILE_SIZE, TOP_K=program.top_k,
-        HAS_DRAFT_LOGITS=has_strict_draft, SEPARATE=separate,
-    )  # fmt: skip
-    target.row_kernel[(num_rows,)](
-        row_ints, row_floats, *partials, *raw, *processed, *strict_draft,
-        draft_sampled, expanded_idx_mapping, expanded_local_pos, pos, temperature, seed,
-        slots.arbitrated, slots.exact_tokens, slots.response_start, num_rows, vocab_size, num_blocks, num_tiles,
-        PADDED_BLOCKS=triton.next_power_of_2(num_blocks), PADDED_TILES=triton.next_power_of_2(num_tiles),
-        TOP_K=program.top_k, PADDED_TOP_K=triton.next_power_of_2(program.top_k), ENTROPY_K=program.entropy_k,
-        HAS_DRAFT_LOGITS=has_strict_draft, SEPARATE=separate,
-        num_warps=1,
-    )  # fmt: skip
-    if verdict is not None:
-        verdict.write(row_ints, row_floats, cu_num_logits, idx_mapping, padded_steps)
-    draft_partials = None
-    if needs_draft:
-        draft_partials = floats(num_requests, 6, num_tiles)
-        scan.draft_statistics_kernel[(num_requests, num_tiles)](
-            draft_partials, row_ints, row_floats, *raw, *draft, cu_num_logits, idx_mapping,
-            slots.max_overrides, slots.overrides_so_far, vocab_size, num_tiles,
-            TILE_SIZE=TILE_SIZE, PADDED_STEPS=padded_steps,
+    def __init__(self, rows: Rows, slots: Slots, program: Program, counters: Tensor):
+        self._rows, self._slots, self._program, self._counters = rows, slots, program, counters
+        self._num_rows, self._num_requests = rows.raw.shape[0], rows.first.shape[0] - 1
+        self._vocab_size = rows.vocab_size
+        self._num_blocks = triton.cdiv(self._vocab_size, BLOCK_SIZE)
+        self._num_tiles = triton.cdiv(self._vocab_size, TILE_SIZE)
+        self._padded_steps = triton.next_power_of_2(rows.num_steps + 1)
+        self._top_k = max(2, program.numbers.top_k)  # the gap needs two
+        self._needs_draft = rows.draft is not None and program.needs_draft
+        greedy = (self._num_rows, self._num_tiles) if rows.separate else (0, 0)
+        self._partials = (
+            *(self._floats(self._num_rows, self._num_blocks) for _ in range(4)),
+            self._floats(*greedy), self._integers(*greedy),
+            self._floats(self._num_rows, self._top_k + layout.TILE_SUMS.value, self._num_tiles),
+            self._integers(self._num_rows, layout.TILE_INTS.value, self._num_tiles),
         )  # fmt: skip
-    sampled = integers(num_requests, num_speculative_steps + 1, dtype=torch.int64)
-    num_sampled, target_lse, draft_lse = integers(num_requests), floats(num_requests), floats(num_requests)
-    trace = None
-    if collect:
-        action = torch.full((num_rows,), -1, dtype=torch.int32, device=raw_logits.device)
-        trace = Trace(floats(num_rows, NUM_STATISTICS), action, floats(num_rows))
-    hidden_1, hidden_2 = program.hidden
-    scan.scan_kernel[(num_requests,)](
-        sampled, sampled.stride(0), num_sampled, target_lse, draft_lse, counters,
-        *((trace.statistics, trace.action, trace.probability) if trace else (None, None, None)),
-        draft_partials, row_ints, row_floats, *((*raw, *draft) if needs_draft else (None, 0, None, 0, 0)),
-        draft_sampled, cu_num_logits, idx_mapping, pos, temperature, seed,
-        slots.arbitrated, slots.threshold, slots.max_overrides, slots.overrides_so_far, slots.response_start,
-        slots.forced if collect else None,
-        program.weights, vocab_size, num_tiles, num_speculative_steps,
-        program.first, program.second, program.seed, program.window,
-        TILE_SIZE=TILE_SIZE, PADDED_TILES=triton.next_power_of_2(num_tiles), PADDED_STEPS=padded_steps,
-        POLICY=program.code, NEEDS_DRAFT=needs_draft, COLLECT=collect, SAMPLE_ACTIONS=sample_actions,
-        HIDDEN_1=hidden_1, HIDDEN_2=hidden_2,
-        PADDED_1=triton.next_power_of_2(hidden_1), PADDED_2=triton.next_power_of_2(max(hidden_2, 16)),
-        **SCAN_OPTIONS,
-    )  # fmt: skip
-    if verdict is not None:
-        return Verified(sampled, num_sampled, trace)
-    _resample(
-        sampled, num_sampled, target_lse, draft_lse, processed, draft, draft_sampled, cu_num_logits, pos,
-        expanded_idx_mapping, temperature, seed, vocab_size, use_fp64,
-    )  # fmt: skip
-    return Verified(sampled, num_sampled, trace)
+        self._row_ints = self._integers(self._num_rows, layout.ROW_INTS.value)
+        self._row_floats = self._floats(self._num_rows, layout.ROW_FLOATS.value)
+        self._draft_partials: Tensor | None = None
+        self.sampled = self._integers(self._num_requests, rows.num_steps + 1, dtype=torch.int64)
+        self.num_sampled = self._integers(self._num_requests)
+        self.trace: Trace | None = None
+        if program.collect:
+            action = torch.full((self._num_rows,), -1, dtype=torch.int32, device=rows.raw.device)
+            self.trace = Trace(self._floats(self._num_rows, NUM_STATISTICS), action, self._floats(self._num_rows))
+
+    def _floats(self, *shape: int) -> Tensor:
+        return self._rows.raw.new_empty(shape, dtype=torch.float32)
+
+    def _integers(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return self._rows.raw.new_empty(shape, dtype=dtype)
+
+    def statistics(self, temperature: Tensor | None, strict_draft: Tensor | None) -> None:
+        """Read every target row; for strict verification of sampled rows the draft's as well."""
+        rows = self._rows
+        target.target_statistics_kernel[(self._num_rows, self._num_blocks)](
+            *self._partials, *_strided(rows.raw), *_strided(rows.processed), *_strided(strict_draft),
+            rows.drafted, rows.slot, rows.step, temperature, self._slots.arbitrated,
+            self._num_rows, self._vocab_size, self._num_blocks, self._num_tiles,
+            BLOCK_SIZE=BLOCK_SIZE, TILE_SIZE=TILE_SIZE, TOP_K=self._top_k,
+            HAS_DRAFT_LOGITS=strict_draft is not None, SEPARATE=rows.separate,
+        )  # fmt: skip
+
+    def verdicts(self, sampling: Sampling | None, strict_draft: Tensor | None) -> None:
+        """Combine the tiles of every row and decide it as strict verification does."""
+        rows, slots = self._rows, self._slots
+        temperature, seed = (sampling.temperature, sampling.seed) if sampling is not None else (None, None)
+        verdict.row_kernel[(self._num_rows,)](
+            self._row_ints, self._row_floats, *self._partials,
+            *_strided(rows.raw), *_strided(rows.processed), *_strided(strict_draft),
+            rows.drafted, rows.slot, rows.step, rows.position, temperature, seed,
+            slots.arbitrated, slots.exact_tokens, slots.response_start,
+            self._num_rows, self._vocab_size, self._num_blocks, self._num_tiles,
+            PADDED_BLOCKS=triton.next_power_of_2(self._num_blocks),
+            PADDED_TILES=triton.next_power_of_2(self._num_tiles),
+            TOP_K=self._top_k, PADDED_TOP_K=triton.next_power_of_2(self._top_k),
+            ENTROPY_K=self._program.numbers.top_k,
+            HAS_DRAFT_LOGITS=strict_draft is not None, SEPARATE=rows.separate,
+            num_warps=1,
+        )  # fmt: skip
+
+    def given_verdicts(self, given: Verdict) -> None:
+        """Put a given verdict over the one that :meth:`verdicts` has reached."""
+        verdict.given_verdict_kernel[(given.draft_tokens.shape[0],)](
+            self._row_ints, self._row_floats, self._rows.first, self._rows.request_slot,
+            given.draft_tokens, given.request, given.proposed, given.proposed.stride(0),
+            given.processed, given.processed.stride(0), given.argmax, given.temperature,
+            given.probabilities, given.draft_probabilities, given.recovered, given.uniform, given.processed.shape[1],
+            PADDED_STEPS=self._padded_steps,
+            num_warps=1,
+        )  # fmt: skip
+
+    def draft_statistics(self) -> None:
+        """Read target and draft row of each request's first mismatch, where the policy looks at the draft."""
+        if not self._needs_draft:
+            return
+        rows, slots = self._rows, self._slots
+        self._draft_partials = self._floats(self._num_requests, layout.DRAFT_FIELDS.value, self._num_tiles)
+        draft.draft_statistics_kernel[(self._num_requests, self._num_tiles)](
+            self._draft_partials, self._row_ints, self._row_floats, *_strided(rows.raw), *_strided(rows.draft),
+            rows.first, rows.request_slot, slots.max_overrides, slots.overrides_so_far,
+            self._vocab_size, self._num_tiles,
+            TILE_SIZE=TILE_SIZE, PADDED_STEPS=self._padded_steps,
+        )  # fmt: skip
+
+    def scan(self, temperature: Tensor | None, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """Walk every block; returns the log-sums of exponentials of target and draft at the rejected rows, [B]."""
+        rows, slots, program, trace = self._rows, self._slots, self._program, self.trace
+        target_lse, draft_lse = self._floats(self._num_requests), self._floats(self._num_requests)
+        numbers, (hidden_1, hidden_2) = program.numbers, program.hidden
+        logits = (*_strided(rows.raw), *_strided(rows.draft)) if self._needs_draft else (None, 0, None, 0, 0)
+        scan.scan_kernel[(self._num_requests,)](
+            self.sampled, self.sampled.stride(0), self.num_sampled, target_lse, draft_lse, self._counters,
+            *((trace.statistics, trace.action, trace.probability) if trace else (None, None, None)),
+            self._draft_partials, self._row_ints, self._row_floats, *logits,
+            rows.drafted, rows.first, rows.request_slot, rows.position, temperature, seed,
+            slots.arbitrated, slots.threshold, slots.max_overrides, slots.overrides_so_far, slots.response_start,
+            slots.forced if program.collect else None,
+            program.weights, self._vocab_size, self._num_tiles, rows.num_steps,
+            float(numbers.first), float(numbers.second), numbers.seed, numbers.window,
+            TILE_SIZE=TILE_SIZE, PADDED_TILES=triton.next_power_of_2(self._num_tiles),
+            PADDED_STEPS=self._padded_steps,
+            POLICY=program.code, NEEDS_DRAFT=self._needs_draft, COLLECT=program.collect,
+            SAMPLE_ACTIONS=program.sample_actions, HIDDEN_1=hidden_1, HIDDEN_2=hidden_2,
+            PADDED_1=triton.next_power_of_2(hidden_1), PADDED_2=triton.next_power_of_2(max(hidden_2, 16)),
+            **SCAN_OPTIONS,
+        )  # fmt: skip
+        return target_lse, draft_lse
+
+
+def _strided(logits: Tensor | None) -> tuple[Any, ...]:
+    """Return rows of logits as the kernels take them, with their strides; draft logits have two."""
+    return (None, 0, 0) if logits is None else (logits, *logits.stride()[:-1])
 
 
 def _resample(
-    sampled: Tensor,
-    num_sampled: Tensor,
-    target_lse: Tensor,
-    draft_lse: Tensor,
-    processed: tuple[Tensor, int],
-    draft: tuple[Any, int, int],
-    draft_sampled: Tensor,
-    cu_num_logits: Tensor,
-    pos: Tensor,
-    expanded_idx_mapping: Tensor,
-    temperature: Tensor,
-    seed: Tensor,
-    vocab_size: int,
-    use_fp64: bool,
+    rows: Rows, sampling: Sampling, sampled: Tensor, num_sampled: Tensor, target_lse: Tensor, draft_lse: Tensor
 ) -> None:
     """Draw the bonus token, or the replacement of a sampled request's rejected draft, with vLLM's own kernels."""
     num_requests = num_sampled.shape[0]
-    num_blocks = triton.cdiv(vocab_size, RESAMPLE_BLOCK_SIZE)
+    num_blocks = triton.cdiv(rows.vocab_size, RESAMPLE_BLOCK_SIZE)
     argmax = sampled.new_empty(num_requests, num_blocks)
-    value = target_lse.new_empty(num_requests, num_blocks, dtype=torch.float64 if use_fp64 else torch.float32)
-    has_draft = draft[0] is not None
+    value = target_lse.new_empty(
+        num_requests, num_blocks, dtype=torch.float64 if sampling.use_fp64 else torch.float32
+    )  # fmt: skip
     stock._resample_kernel[(num_requests, num_blocks)](
-        argmax, argmax.stride(0), value, value.stride(0), *processed, target_lse, *draft, draft_lse,
-        num_sampled, cu_num_logits, expanded_idx_mapping, draft_sampled, temperature, seed, pos,
+        argmax, argmax.stride(0), value, value.stride(0), *_strided(rows.processed), target_lse,
+        *_strided(rows.draft), draft_lse, num_sampled, rows.first, rows.slot, rows.drafted, sampling.temperature,
+        sampling.seed, rows.position,
         None,  # block verification
         None, 0, None, None, 0, 0,  # watermarking
-        vocab_size,
-        BLOCK_SIZE=RESAMPLE_BLOCK_SIZE, HAS_DRAFT_LOGITS=has_draft, USE_FP64=use_fp64, USE_BLOCK_VERIFICATION=False,
-        CONTEXT_WIDTH=1, WATERMARK=False, DEDUPLICATE_CONTEXTS=False,
+        rows.vocab_size,
+        BLOCK_SIZE=RESAMPLE_BLOCK_SIZE, HAS_DRAFT_LOGITS=rows.draft is not None, USE_FP64=sampling.use_fp64,
+        USE_BLOCK_VERIFICATION=False, CONTEXT_WIDTH=1, WATERMARK=False, DEDUPLICATE_CONTEXTS=False,
     )  # fmt: skip
     stock._insert_resampled_kernel[(num_requests,)](
         sampled, sampled.stride(0), num_sampled, argmax, argmax.stride(0), value, value.stride(0), num_blocks,
-        cu_num_logits, expanded_idx_mapping, temperature,
+        rows.first, rows.slot, sampling.temperature,
         PADDED_RESAMPLE_NUM_BLOCKS=triton.next_power_of_2(num_blocks),
     )  # fmt: skip
 
 
-def warm_up(
-    vocab_size: int,
-    dtype: torch.dtype,
-    draft_logits: Tensor | None,
-    num_speculative_steps: int,
-    program: Program,
-    device: torch.device,
-    use_fp64: bool = False,
-    collect: bool = False,
-    sample_actions: bool = False,
-    given_verdict: bool = False,
-) -> None:
-    """Compile every variant a server with these settings can launch, on a batch of one request.
+@dataclass(frozen=True)
+class Server:
+    """What a server's settings decide about the shapes and types of its steps."""
+
+    vocab_size: int
+    dtype: torch.dtype  # of the target's logits
+    draft_logits: Tensor | None  # [S, K, V], only read
+    num_steps: int  # K
+    device: torch.device
+    use_fp64: bool = False
+    given_verdict: bool = False  # Model Runner V1
+
+    @property
+    def num_slots(self) -> int:
+        """As many slots as the draft logits have."""
+        return 1 if self.draft_logits is None else self.draft_logits.shape[0]
+
+    def constant(self, size: int, value: float, of: torch.dtype = torch.int32) -> Tensor:
+        """Return a vector of one value."""
+        return torch.full((size,), value, dtype=of, device=self.device)
+
+    def chunks(self) -> list[Tensor]:
+        """Return the logits of one request, [K + 1, V], in every alignment a chunk of rows can have."""
+        rows = self.num_steps + 1
+        logits = torch.zeros(rows, self.vocab_size, dtype=self.dtype, device=self.device)
+        if self.given_verdict or self.vocab_size * logits.element_size() % 16 == 0:
+            return [logits]  # Model Runner V1 verifies no chunks
+        return [logits, torch.zeros(rows + 1, self.vocab_size, dtype=self.dtype, device=self.device)[1:]]
+
+    def rows(self, raw: Tensor, processed: Tensor) -> Rows:
+        """Return a step of one request."""
+        count, integer = self.num_steps + 1, torch.int32
+        return Rows(
+            raw, processed, self.draft_logits,
+            drafted=self.constant(count, 1),
+            first=torch.arange(0, count + 1, count, dtype=integer, device=self.device),
+            position=torch.arange(count, dtype=torch.int64, device=self.device),
+            request_slot=self.constant(1, 0, torch.int64),
+            slot=self.constant(count, 0, torch.int64),
+            step=torch.arange(count, dtype=integer, device=self.device),
+            num_steps=self.num_steps,
+        )  # fmt: skip
+
+    def slots(self) -> Slots:
+        """Return slots whose requests are arbitrated without limits."""
+        size = self.num_slots
+        return Slots(
+            arbitrated=self.constant(size, 1),
+            threshold=self.constant(size, 0.5, torch.float32),
+            max_overrides=self.constant(size, UNLIMITED),
+            exact_tokens=self.constant(size, 0),
+            overrides_so_far=self.constant(size, 0),
+            response_start=self.constant(size, 1),
+            forced=self.constant(size, -1),
+        )
+
+    def verdicts(self) -> list[Verdict]:
+        """Return a verdict of every form: of a greedy batch, of sampled ones without and with draft probabilities."""
+        k, integer = self.num_steps, torch.int32
+        drafts, place = self.constant(k, 1), self.constant(k, 0, torch.int64)
+        logits = torch.zeros(k, self.vocab_size, device=self.device)
+        proposed = torch.ones(self.num_slots, k, dtype=integer, device=self.device)
+        common = (drafts, place, proposed, logits, place, self.constant(self.num_slots, 0, torch.int64))
+        temperature, uniform = self.constant(1, 1, torch.float32), self.constant(k, 1, torch.float64)
+        return [
+            Verdict(*common),
+            Verdict(*common, temperature, logits, None, drafts, uniform),
+            Verdict(*common, temperature, logits, logits, drafts, uniform),
+        ]
+
+
+def warm_up(server: Server, program: Program) -> None:
+    """Compile every variant a server can launch, on a batch of one request.
 
     The variants differ in whether the processed logits are the raw ones, or, with a given verdict, in what was drawn;
     and, where rows are not a multiple of 16 bytes long, in whether the first row of a chunk happens to be aligned.
-    Whether rows are greedy is decided at run time. ``draft_logits`` is only read.
+    Whether rows are greedy is decided at run time.
     """
-    rows, k = num_speculative_steps + 1, num_speculative_steps
-    num_slots = 1 if draft_logits is None else draft_logits.shape[0]
-
-    def constant(size: int, value: float, of: torch.dtype) -> Tensor:
-        return torch.full((size,), value, dtype=of, device=device)
-
-    logits = torch.zeros(rows, vocab_size, dtype=dtype, device=device)
-    integer = torch.int32
-    slots = Slots(
-        *(constant(num_slots, value, torch.float32 if name == "threshold" else integer)
-          for name, value in zip((f.name for f in fields(Slots)), (1, 0.5, UNLIMITED, 0, 0, 1, -1), strict=True))
+    slots, counters = server.slots(), server.constant(server.num_steps + 1, 0, torch.int64)
+    sampling = Sampling(
+        server.constant(server.num_slots, 1, torch.float32), server.constant(server.num_slots, 0, torch.int64),
+        server.use_fp64,
     )  # fmt: skip
-    chunks = [logits]
-    if not given_verdict and vocab_size * logits.element_size() % 16:
-        chunks.append(torch.zeros(rows + 1, vocab_size, dtype=dtype, device=device)[1:])
-    variants: list[tuple[Tensor, Tensor, Verdict | None]] = []
-    for raw in chunks:
-        variants += [(raw, raw, None), (raw, raw.to(torch.float32, copy=True), None)]
-    if given_verdict:  # Model Runner V1 verifies no chunks
-        variants = [(logits, logits, verdict) for verdict in _verdicts(k, vocab_size, num_slots, device)]
-    for raw, processed, verdict in variants:
-        arbitrate(
-            raw,
-            processed,
-            draft_logits,
-            constant(rows, 1, integer),
-            torch.arange(0, rows + 1, rows, dtype=integer, device=device),
-            torch.arange(rows, dtype=torch.int64, device=device),
-            constant(1, 0, torch.int64),
-            constant(rows, 0, torch.int64),
-            torch.arange(rows, dtype=integer, device=device),
-            constant(num_slots, 0.0 if given_verdict else 1.0, torch.float32),
-            constant(num_slots, 0, torch.int64),
-            k,
-            slots,
-            program,
-            constant(k + 1, 0, torch.int64),
-            use_fp64,
-            collect,
-            sample_actions,
-            verdict,
-        )
-
-
-def _verdicts(k: int, vocab_size: int, num_slots: int, device: torch.device) -> list[Verdict]:
-    """Return a verdict of every form: of a greedy batch, and of sampled ones without and with draft probabilities."""
-    drafts = torch.ones(k, dtype=torch.int32, device=device)
-    rows = torch.zeros(k, vocab_size, device=device)
-    place = torch.zeros(k, dtype=torch.int64, device=device)
-    proposed = torch.ones(num_slots, k, dtype=torch.int32, device=device)
-    temperature, uniform = torch.ones(1, device=device), torch.ones(k, dtype=torch.float64, device=device)
-    return [
-        Verdict(drafts, place, proposed, rows, place),
-        Verdict(drafts, place, proposed, rows, place, temperature, rows, None, drafts, uniform),
-        Verdict(drafts, place, proposed, rows, place, temperature, rows, rows, drafts, uniform),
-    ]
+    for raw in server.chunks():
+        if server.given_verdict:
+            for given in server.verdicts():
+                arbitrate_given(server.rows(raw, raw), given, slots, program, counters)
+            continue
+        for processed in (raw, raw.to(torch.float32, copy=True)):
+            arbitrate(server.rows(raw, processed), sampling, slots, program, counters)

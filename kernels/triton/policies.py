@@ -10,74 +10,64 @@ Its weights lie in one float32 vector, layer after layer, so that new ones can b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.triton_utils import tl, triton
 
-from vllm_cospec.kernels.policies import Cascade, Fly, Learned, Policy
-from vllm_cospec.kernels.statistics import NUM_STATISTICS
+from vllm_cospec.kernels import policies
+from vllm_cospec.kernels.policies import Numbers, Policy, Rule
+from vllm_cospec.kernels.statistics import DRAFT_STATISTICS
+from vllm_cospec.kernels.triton.layout import STATISTICS
 
-STRICT, TYPICAL, RELAXED_TOPK, THRESHOLD, CASCADE, MARS, FLY, KL, RANDOM, LEARNED = map(tl.constexpr, range(10))
-CODES = ("strict", "typical", "relaxed_topk", "threshold", "cascade", "mars", "fly", "kl", "random", "learned")
-"""Names of the policies, each at the index of its code."""
-
-_STATISTICS = tl.constexpr(NUM_STATISTICS)
+TYPICAL, RELAXED_TOPK, THRESHOLD, CASCADE, MARS, FLY, KL, RANDOM, LEARNED = (
+    tl.constexpr(policy.code)
+    for policy in (
+        policies.Typical, policies.RelaxedTopK, policies.Threshold, policies.Cascade, policies.Mars, policies.Fly,
+        policies.Kl, policies.Random, policies.Learned,
+    )
+)  # fmt: skip
 _TILE = tl.constexpr(16)  # rows of the second layer at a time: 16 x 256 floats fit the registers of four warps
-_COIN_POSITION, _COIN_DRAFT, _COIN_TARGET = map(tl.constexpr, (0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F))
+_COIN_POSITION, _COIN_DRAFT, _COIN_TARGET = map(
+    tl.constexpr, (policies.COIN_POSITION, policies.COIN_DRAFT, policies.COIN_TARGET)
+)
 
 
 @dataclass(frozen=True)
 class Program:
-    """A policy as the kernels take it: a code, at most two numbers, the weights."""
+    """A policy as the kernels take it."""
 
     code: int
-    first: float = 0.0
-    second: float = 0.0
-    seed: int = 0  # of the coin, already multiplied, modulo 2^32
-    window: int = 0  # of fly
-    top_k: int = 2  # largest target logits that are kept; the gap needs two
-    entropy_k: int = 2  # how many of them the top-k entropy is taken over
+    numbers: Numbers = field(default_factory=Numbers)
     hidden: tuple[int, int] = (1, 0)  # widths of the learned network, 0 for no second layer
     weights: Tensor | None = None  # [number of weights] float32, on the device
-    needs_draft: bool = False  # whether the decision looks at the draft's distribution
-
-    @property
-    def name(self) -> str:
-        """The policy's name."""
-        return CODES[self.code]
+    needs_draft: bool = False  # whether the draft's distribution is looked at
+    collect: bool = False  # return a trace
+    sample_actions: bool = False  # training: keep with the score as probability, do not compare it with the threshold
 
 
 def compile_policy(policy: Policy, device: torch.device, arbiter: Any = None, collect: bool = False) -> Program:
     """Translate a policy.
 
     Args:
-        policy: with ``fly``'s window resolved.
+        policy: with everything settled that depends on K.
         device: where the weights go.
-        arbiter: the network, for the learned policy.
-        collect: statistics are wanted whatever the policy needs, so the draft's are computed too.
+        arbiter: the network, where the policy has one.
+        collect: statistics are wanted whatever the policy reads, so the draft's are computed too.
     """
-    code = CODES.index(policy.policy)
-    if isinstance(policy, Learned):
-        sizes = tuple(arbiter.hidden_sizes)
-        weights = flatten_weights(arbiter.state_dict()).to(device)
-        return Program(code, hidden=(sizes[0], sizes[1] if len(sizes) > 1 else 0), weights=weights, needs_draft=True)
-    needs_draft = collect or policy.needs_draft_logits
-    if isinstance(policy, Fly):
-        if policy.window is None:
-            raise ValueError("fly: window must be resolved against num_speculative_tokens first")
-        k = policy.entropy_top_k
-        return Program(
-            code, policy.entropy_threshold, window=policy.window, top_k=max(2, k), entropy_k=k, needs_draft=needs_draft
-        )
-    numbers: list[float] = list(policy.model_dump(exclude={"policy", "seed"}).values())
-    if isinstance(policy, Cascade):
-        numbers = [1 - policy.alpha]  # subtracted here, in double precision, as the rule does
-    first, second = (*map(float, numbers), 0.0, 0.0)[:2]
-    seed = (getattr(policy, "seed", 0) * 0x9E3779B1) & 0xFFFFFFFF
-    return Program(code, first, second, seed, needs_draft=needs_draft)
+    needs_draft = collect or not policy.reads.isdisjoint(DRAFT_STATISTICS)
+    if isinstance(policy, Rule):
+        return Program(policy.code, policy.numbers(), needs_draft=needs_draft, collect=collect)
+    sizes = tuple(arbiter.hidden_sizes)
+    return Program(
+        policy.code,
+        hidden=(sizes[0], sizes[1] if len(sizes) > 1 else 0),
+        weights=flatten_weights(arbiter.state_dict()).to(device),
+        needs_draft=needs_draft,
+        collect=collect,
+    )
 
 
 def flatten_weights(state_dict: dict[str, Tensor]) -> Tensor:
@@ -110,15 +100,15 @@ def network_score(
     PADDED_2: tl.constexpr,
 ):
     """The learned policy's score of one mismatch, in (0, 1)."""
-    column = tl.arange(0, _STATISTICS)
+    column = tl.arange(0, STATISTICS)
     mean = tl.load(weights_ptr + column)
-    scale = tl.load(weights_ptr + _STATISTICS + column)
+    scale = tl.load(weights_ptr + STATISTICS + column)
     x = (statistics - mean) / scale
-    weights_ptr += 2 * _STATISTICS
+    weights_ptr += 2 * STATISTICS
     unit = tl.arange(0, PADDED_1)
     present = unit < HIDDEN_1
-    weight = tl.load(weights_ptr + unit[:, None] * _STATISTICS + column[None, :], mask=present[:, None], other=0.0)
-    weights_ptr += HIDDEN_1 * _STATISTICS
+    weight = tl.load(weights_ptr + unit[:, None] * STATISTICS + column[None, :], mask=present[:, None], other=0.0)
+    weights_ptr += HIDDEN_1 * STATISTICS
     hidden = tl.sum(weight * x[None, :], axis=1) + tl.load(weights_ptr + unit, mask=present, other=0.0)
     hidden = tl.maximum(hidden, 0.0)
     weights_ptr += HIDDEN_1

@@ -1,4 +1,4 @@
-"""The last stages of arbitration: the draft row of the first mismatch, and the walk through each block.
+"""The last stage of arbitration: the walk through each block.
 
 See :mod:`vllm_cospec.kernels.triton.target` for the mathematics and the order of the stages.
 """
@@ -8,88 +8,150 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.gumbel import tl_rand32
 
-from vllm_cospec.kernels.statistics import NUM_STATISTICS
-from vllm_cospec.kernels.triton.policies import LEARNED, network_score, rule_keeps
-from vllm_cospec.kernels.triton.target import (
+from vllm_cospec.kernels.triton.draft import draft_row_statistics, draft_tile
+from vllm_cospec.kernels.triton.layout import (
     ACCEPTED,
+    BLOCK_POSITION,
+    DRAFT_ENTROPY,
     DRAFT_FIELDS,
+    DRAFT_LOGPROB_DRAFT,
+    DRAFT_LOGPROB_TARGET,
     DRAFT_LSE,
+    DRAFT_TOP2_GAP,
     ENTROPY,
     GAP,
+    KL_DRAFT_TARGET,
     LOGIT_DRAFT,
     LOGIT_TOP,
     LOGPROB_DRAFT,
     LOGPROB_TOP,
+    LOOKAHEAD_MATCHES,
     MATCH,
+    MATCHES_BEFORE,
     NO_DRAFT,
     OPEN,
+    OUTPUT_POSITION,
+    OVERRIDES_IN_BLOCK,
+    OVERRIDES_SO_FAR,
     RANK,
     RATIO,
     RAW_LSE,
     ROW_FLOATS,
     ROW_INTS,
+    STATISTICS,
     STATUS,
     STRICT_TOKEN,
+    TARGET_ENTROPY,
+    TARGET_LOGPROB_DRAFT,
+    TARGET_LOGPROB_TOP,
     TARGET_LSE,
+    TARGET_RANK_DRAFT,
+    TARGET_TOP2_GAP,
     TOP,
     TOP_K_ENTROPY,
     UNIFORM,
-    draft_row_statistics,
-    draft_tile,
 )
+from vllm_cospec.kernels.triton.policies import LEARNED, network_score, rule_keeps
+from vllm_cospec.kernels.triton.target import temperature_of
 
-_STATISTICS = tl.constexpr(NUM_STATISTICS)
 # Keeps the coin of a sampled action apart from the uniform strict verification draws at the same position, and from
 # vLLM's own offsets: positions stay far below it.
 _ACTION_OFFSET = tl.constexpr(1 << 29)
 
 
-@triton.jit(
-    do_not_specialize=["vocab_size", "num_tiles"],
-    do_not_specialize_on_alignment=["cu_num_logits_ptr", "request_slot_ptr"],
-)
-def draft_statistics_kernel(
-    partials_ptr,  # [num_requests, DRAFT_FIELDS, num_tiles] float32, written where a decision needs it
-    row_ints_ptr,  # [num_rows, ROW_INTS] int32
-    row_floats_ptr,  # [num_rows, ROW_FLOATS] float32
-    raw_ptr,  # [num_rows, V]
-    raw_stride,
-    draft_ptr,  # [slots, K, V]
-    draft_stride_0,
-    draft_stride_1,
-    cu_num_logits_ptr,  # [num_requests + 1]
-    request_slot_ptr,  # [num_requests]
-    max_overrides_ptr,  # [slots] int32
-    overrides_so_far_ptr,  # [slots] int32
+@triton.jit
+def _surroundings(
+    accepted,  # [PADDED_STEPS] int32, strict verification's verdicts
+    match,  # [PADDED_STEPS] int32, whether t* = d
+    steps,  # [PADDED_STEPS]
+    i,  # position of the mismatch
+    PADDED_STEPS: tl.constexpr,
+):
+    """Matches that follow, matches before, and drafts that strict verification accepts next."""
+    after = steps > i
+    lookahead = tl.min(tl.where(after & (match == 0), steps, PADDED_STEPS), axis=0) - i - 1
+    before = tl.sum(tl.where(after | (steps == i), 0, match), axis=0)
+    native_run = tl.min(tl.where(after & (accepted == 0), steps, PADDED_STEPS), axis=0) - i - 1
+    return lookahead, before, native_run
+
+
+@triton.jit
+def _draft_statistics(
+    partials_ptr,  # [DRAFT_FIELDS, num_tiles] float32 of this request, written unless the mismatch was foreseen
+    raw_row_ptr,  # [V]
+    draft_row_ptr,  # [V]
+    lse,  # of the raw row
+    draft_token,
+    top,
+    foreseen,  # whether the partials are already those of this row
     vocab_size,
     num_tiles,
     TILE_SIZE: tl.constexpr,
-    PADDED_STEPS: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
 ):
-    request = tl.program_id(0).to(tl.int64)
-    start = tl.load(cu_num_logits_ptr + request).to(tl.int64)
-    num_drafts = tl.load(cu_num_logits_ptr + request + 1).to(tl.int64) - start - 1
-    steps = tl.arange(0, PADDED_STEPS)
-    accepted = tl.load(row_ints_ptr + (start + steps) * ROW_INTS + ACCEPTED, mask=steps < num_drafts, other=1)
-    first = tl.min(tl.where(accepted == 0, steps, PADDED_STEPS), axis=0)
-    if first == PADDED_STEPS:
-        return
-    slot = tl.load(request_slot_ptr + request).to(tl.int64)
-    if tl.load(overrides_so_far_ptr + slot) >= tl.load(max_overrides_ptr + slot):
-        return
-    row = start + first
-    if tl.load(row_ints_ptr + row * ROW_INTS + STATUS) != OPEN:
-        return
-    draft_tile(
-        partials_ptr + request * DRAFT_FIELDS * num_tiles,
-        raw_ptr + row * raw_stride,
-        draft_ptr + slot * draft_stride_0 + first * draft_stride_1,
-        tl.load(row_floats_ptr + row * ROW_FLOATS + RAW_LSE),
-        tl.program_id(1),
-        vocab_size,
+    """What the draft's row says of a mismatch."""
+    if not foreseen:
+        tl.debug_barrier()  # the partials of the previous mismatch have been read
+        for tile in range(num_tiles):
+            draft_tile(partials_ptr, raw_row_ptr, draft_row_ptr, lse, tile, vocab_size, num_tiles, TILE_SIZE)
+        tl.debug_barrier()  # the partials written by other threads are seen
+    return draft_row_statistics(
+        partials_ptr,
+        tl.load(draft_row_ptr + draft_token).to(tl.float32),
+        tl.load(draft_row_ptr + top).to(tl.float32),
         num_tiles,
-        TILE_SIZE,
+        PADDED_TILES,
     )
+
+
+@triton.jit
+def _statistics_row(
+    floats_ptr,  # of the row of logits
+    rank,
+    q_draft, q_top, q_gap, q_entropy, kl,
+    i,
+    lookahead,
+    before,
+    overrides,  # in this block
+    spent,  # before this block
+    output_position,
+    num_steps,
+):  # fmt: skip
+    """The statistics of a mismatch in the order of the schema, float32 [STATISTICS]."""
+    column = tl.arange(0, STATISTICS)
+    x = tl.where(column == TARGET_LOGPROB_DRAFT, tl.load(floats_ptr + LOGPROB_DRAFT), 0.0)
+    x = tl.where(column == TARGET_LOGPROB_TOP, tl.load(floats_ptr + LOGPROB_TOP), x)
+    x = tl.where(column == TARGET_TOP2_GAP, tl.load(floats_ptr + GAP), x)
+    x = tl.where(column == TARGET_ENTROPY, tl.load(floats_ptr + ENTROPY), x)
+    x = tl.where(column == TARGET_RANK_DRAFT, tl.log((rank + 1).to(tl.float32)), x)
+    x = tl.where(column == DRAFT_LOGPROB_DRAFT, q_draft, x)
+    x = tl.where(column == DRAFT_LOGPROB_TARGET, q_top, x)
+    x = tl.where(column == DRAFT_TOP2_GAP, q_gap, x)
+    x = tl.where(column == DRAFT_ENTROPY, q_entropy, x)
+    x = tl.where(column == KL_DRAFT_TARGET, kl, x)
+    x = tl.where(column == BLOCK_POSITION, i / num_steps, x)
+    x = tl.where(column == LOOKAHEAD_MATCHES, lookahead.to(tl.float32) / num_steps, x)
+    x = tl.where(column == MATCHES_BEFORE, before.to(tl.float32) / num_steps, x)
+    x = tl.where(column == OVERRIDES_IN_BLOCK, overrides.to(tl.float32), x)
+    x = tl.where(column == OVERRIDES_SO_FAR, tl.log((spent + overrides + 1).to(tl.float32)), x)
+    return tl.where(column == OUTPUT_POSITION, tl.log((output_position + 1).to(tl.float32)), x)
+
+
+@triton.jit
+def _score_bound(threshold_ptr, seed_ptr, slot, position, SAMPLE_ACTIONS: tl.constexpr):
+    """What a score has to exceed: the request's threshold or, in training, a coin."""
+    if SAMPLE_ACTIONS:
+        return tl_rand32(tl.load(seed_ptr + slot), position + _ACTION_OFFSET, includes_zero=False)
+    else:
+        return tl.load(threshold_ptr + slot)
+
+
+@triton.jit
+def _decided_beforehand(keep, forced, output_position):
+    """Training: a decision made elsewhere, and what lies before it in the response is kept."""
+    if output_position <= (forced >> 1):  # -1 >> 1 is -1
+        keep = (output_position < (forced >> 1)) | ((forced & 1) == 1)
+    return keep
 
 
 @triton.jit(
@@ -118,7 +180,7 @@ def scan_kernel(
     cu_num_logits_ptr,  # [num_requests + 1]
     request_slot_ptr,  # [num_requests]
     pos_ptr,  # [num_rows]
-    temperature_ptr,  # [slots] float32
+    temperature_ptr,  # [slots] float32, or None where the verdict is given
     seed_ptr,  # [slots] int64
     arbitrated_ptr,  # [slots] int32
     threshold_ptr,  # [slots] float32
@@ -150,7 +212,7 @@ def scan_kernel(
     slot = tl.load(request_slot_ptr + request).to(tl.int64)
     start = tl.load(cu_num_logits_ptr + request).to(tl.int64)
     num_drafts = (tl.load(cu_num_logits_ptr + request + 1).to(tl.int64) - start - 1).to(tl.int32)
-    greedy = tl.load(temperature_ptr + slot).to(tl.float32) == 0.0
+    greedy, _ = temperature_of(temperature_ptr, slot)
     arbitrated = tl.load(arbitrated_ptr + slot) != 0
     spent = tl.load(overrides_so_far_ptr + slot)
     budget = tl.load(max_overrides_ptr + slot) - spent
@@ -186,80 +248,39 @@ def scan_kernel(
                     output_position = tl.load(pos_ptr + row) + 1 - tl.load(response_start_ptr + slot)
                     rank = tl.load(ints + RANK)
                     top = tl.load(ints + TOP)
-                    logprob_draft = tl.load(floats + LOGPROB_DRAFT)
-                    logprob_top = tl.load(floats + LOGPROB_TOP)
-                    entropy = tl.load(floats + ENTROPY)
                     finite = True
-                    q_draft = 0.0
-                    q_top = 0.0
-                    q_gap = 0.0
-                    q_entropy = 0.0
-                    kl = 0.0
+                    q_draft, q_top, q_gap, q_entropy, kl = 0.0, 0.0, 0.0, 0.0, 0.0
                     if NEEDS_DRAFT:
-                        draft_row_ptr = draft_ptr + slot * draft_stride_0 + i * draft_stride_1
-                        if i != foreseen:
-                            lse = tl.load(floats + RAW_LSE)
-                            tl.debug_barrier()  # the partials of the previous mismatch have been read
-                            for tile in range(num_tiles):
-                                draft_tile(
-                                    partials_ptr, raw_ptr + row * raw_stride, draft_row_ptr, lse,
-                                    tile, vocab_size, num_tiles, TILE_SIZE,
-                                )  # fmt: skip
-                            tl.debug_barrier()  # the partials written by other threads are seen
-                        q_draft, q_top, q_gap, q_entropy, kl, finite = draft_row_statistics(
-                            partials_ptr,
-                            tl.load(draft_row_ptr + draft_token).to(tl.float32),
-                            tl.load(draft_row_ptr + top).to(tl.float32),
-                            num_tiles,
-                            PADDED_TILES,
-                        )
+                        q_draft, q_top, q_gap, q_entropy, kl, finite = _draft_statistics(
+                            partials_ptr, raw_ptr + row * raw_stride,
+                            draft_ptr + slot * draft_stride_0 + i * draft_stride_1, tl.load(floats + RAW_LSE),
+                            draft_token, top, i == foreseen, vocab_size, num_tiles, TILE_SIZE, PADDED_TILES,
+                        )  # fmt: skip
                     if finite:
-                        after = steps > i
-                        lookahead = tl.min(tl.where(after & (match == 0), steps, PADDED_STEPS), axis=0) - i - 1
-                        before = tl.sum(tl.where(after | (steps == i), 0, match), axis=0)
-                        native_run = tl.min(tl.where(after & (accepted == 0), steps, PADDED_STEPS), axis=0) - i - 1
+                        lookahead, before, native_run = _surroundings(accepted, match, steps, i, PADDED_STEPS)
                         probability = 0.0
                         if COLLECT or POLICY == LEARNED:
-                            column = tl.arange(0, _STATISTICS)
-                            x = tl.where(column == 0, logprob_draft, 0.0)
-                            x = tl.where(column == 1, logprob_top, x)
-                            x = tl.where(column == 2, tl.load(floats + GAP), x)
-                            x = tl.where(column == 3, entropy, x)
-                            x = tl.where(column == 4, tl.log((rank + 1).to(tl.float32)), x)
-                            x = tl.where(column == 5, q_draft, x)
-                            x = tl.where(column == 6, q_top, x)
-                            x = tl.where(column == 7, q_gap, x)
-                            x = tl.where(column == 8, q_entropy, x)
-                            x = tl.where(column == 9, kl, x)
-                            x = tl.where(column == 10, i / num_steps, x)
-                            x = tl.where(column == 11, lookahead.to(tl.float32) / num_steps, x)
-                            x = tl.where(column == 12, before.to(tl.float32) / num_steps, x)
-                            x = tl.where(column == 13, overrides.to(tl.float32), x)
-                            x = tl.where(column == 14, tl.log((spent + overrides + 1).to(tl.float32)), x)
-                            x = tl.where(column == 15, tl.log((output_position + 1).to(tl.float32)), x)
+                            x = _statistics_row(
+                                floats, rank, q_draft, q_top, q_gap, q_entropy, kl, i, lookahead, before, overrides,
+                                spent, output_position, num_steps,
+                            )  # fmt: skip
                         if POLICY == LEARNED:
                             probability = network_score(x, weights_ptr, HIDDEN_1, HIDDEN_2, PADDED_1, PADDED_2)
-                            bound = tl.load(threshold_ptr + slot)
-                            if SAMPLE_ACTIONS:
-                                bound = tl_rand32(
-                                    tl.load(seed_ptr + slot),
-                                    tl.load(pos_ptr + row) + _ACTION_OFFSET,
-                                    includes_zero=False,
-                                )
-                            keep = probability > bound
+                            keep = probability > _score_bound(
+                                threshold_ptr, seed_ptr, slot, tl.load(pos_ptr + row), SAMPLE_ACTIONS
+                            )
                         else:
                             keep = rule_keeps(
-                                logprob_draft, logprob_top, entropy, rank,
+                                tl.load(floats + LOGPROB_DRAFT), tl.load(floats + LOGPROB_TOP),
+                                tl.load(floats + ENTROPY), rank,
                                 tl.load(floats + LOGIT_DRAFT), tl.load(floats + LOGIT_TOP),
                                 tl.load(floats + TOP_K_ENTROPY), kl, tl.load(floats + RATIO), tl.load(floats + UNIFORM),
                                 native_run, num_drafts - i - 1, output_position, draft_token, top,
                                 first, second, seed, window, POLICY,
                             )  # fmt: skip
                         if COLLECT:
-                            forced = tl.load(forced_ptr + slot)
-                            if output_position <= (forced >> 1):  # -1 >> 1 is -1
-                                keep = (output_position < (forced >> 1)) | ((forced & 1) == 1)
-                            tl.store(trace_statistics_ptr + row * _STATISTICS + column, x)
+                            keep = _decided_beforehand(keep, tl.load(forced_ptr + slot), output_position)
+                            tl.store(trace_statistics_ptr + row * STATISTICS + tl.arange(0, STATISTICS), x)
                             tl.store(trace_action_ptr + row, keep.to(tl.int32))
                             tl.store(trace_probability_ptr + row, probability)
                         if keep:

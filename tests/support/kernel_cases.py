@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_cospec.kernels import reference
-from vllm_cospec.kernels.cpu import PLACEHOLDER, UNLIMITED, Batch, BatchResult, Requests, verify_batch
+from vllm_cospec.kernels import UNLIMITED, reference
+from vllm_cospec.kernels.cpu import PLACEHOLDER, Batch, BatchResult, Requests, verify_batch
 from vllm_cospec.kernels.policies import Mismatches
 from vllm_cospec.kernels.reference import Block, verify_block
 

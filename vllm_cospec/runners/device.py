@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vllm_cospec.config import Settings
 from vllm_cospec.health import REASONS
-from vllm_cospec.kernels.policies import Learned, Policy
-from vllm_cospec.kernels.triton.launch import UNLIMITED, Trace
-from vllm_cospec.kernels.triton.policies import compile_policy, flatten_weights
+from vllm_cospec.kernels import UNLIMITED
+from vllm_cospec.kernels.policies import Policy
+from vllm_cospec.kernels.triton.policies import Program, compile_policy, flatten_weights
+from vllm_cospec.kernels.triton.step import Trace
 from vllm_cospec.metrics import Counters, Counts
 from vllm_cospec.requests import served_settings
 from vllm_cospec.runners.trace import Decision
@@ -22,7 +23,7 @@ from vllm_cospec.runners.trace import Decision
 
 @dataclass(frozen=True)
 class SlotEntry:
-    """One request's settings, in the numbers of :class:`vllm_cospec.kernels.triton.launch.Slots`."""
+    """One request's settings, in the numbers of :class:`vllm_cospec.kernels.triton.step.Slots`."""
 
     arbitrated: bool
     threshold: float
@@ -132,11 +133,16 @@ class DevicePolicy:
         self.sample_actions = False
         """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
         arbiter = None
-        if isinstance(settings.policy, Learned):
+        if settings.policy.arbiter is not None:
             from vllm_cospec.arbiter import load_artefact
 
-            arbiter, _ = load_artefact(Path(settings.policy.artefact))
+            arbiter, _ = load_artefact(Path(settings.policy.arbiter))
         self._program = compile_policy(settings.policy, device, arbiter, settings.collect)
+
+    @property
+    def program(self) -> Program:
+        """The policy as the next step takes it."""
+        return replace(self._program, sample_actions=True) if self.sample_actions else self._program
 
     def set_arbiter(self, state_dict: dict[str, Tensor]) -> None:
         """Replace the arbiter's weights in memory; takes effect at the next step."""
@@ -150,5 +156,5 @@ class DevicePolicy:
     def take_decisions(self) -> list[Decision]:
         """Return what was recorded since the last call, and forget it. Waits for the device."""
         steps, self._steps = self._steps, []
-        has_probability = isinstance(self._settings.policy, Learned)
+        has_probability = self._settings.policy.arbiter is not None
         return [decision for step in steps for decision in step.decisions(has_probability)]

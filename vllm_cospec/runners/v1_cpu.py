@@ -25,8 +25,9 @@ from vllm.v1.sample.rejection_sampler import (
 )
 
 from vllm_cospec.config import Settings
-from vllm_cospec.kernels.cpu import UNLIMITED, Batch, BatchResult, Requests, argmax, verify_batch
-from vllm_cospec.kernels.policies import Learned, Mismatches, Policy
+from vllm_cospec.kernels import UNLIMITED
+from vllm_cospec.kernels.cpu import Batch, BatchResult, Requests, argmax, verify_batch
+from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
 from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.requests import RequestSettings, action_coin, served_settings
 from vllm_cospec.runners.recorder import ProposalRecorder, Proposals
@@ -69,10 +70,10 @@ class CoSpecRejectionSampler(RejectionSampler):
         self.sample_actions = False
         """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
         self._arbiter: Any = None
-        if isinstance(settings.policy, Learned):
+        if settings.policy.arbiter is not None:
             from vllm_cospec.arbiter import load_artefact
 
-            self._arbiter, _ = load_artefact(Path(settings.policy.artefact))
+            self._arbiter, _ = load_artefact(Path(settings.policy.arbiter))
 
     def forward(
         self, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any
@@ -284,9 +285,10 @@ class CoSpecRejectionSampler(RejectionSampler):
             return score > torch.from_numpy(requests.threshold[request]), score
 
         def rule(mismatches: Mismatches, request: np.ndarray) -> tuple[Tensor, None]:
+            assert isinstance(policy, Rule)
             return policy.keep(mismatches), None
 
-        return learned if isinstance(policy, Learned) else rule
+        return rule if policy.arbiter is None else learned
 
     def _account(self, result: BatchResult, states: list[RequestState]) -> None:
         """Carry counts over to the requests, the counters and the record."""

@@ -29,8 +29,8 @@ from vllm.v1.sample.rejection_sampler import (
 from vllm_cospec import compat
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
-from vllm_cospec.kernels.triton.launch import Slots, arbitrate, warm_up
-from vllm_cospec.kernels.triton.verdict import Verdict
+from vllm_cospec.kernels.triton.launch import Server, arbitrate_given, warm_up
+from vllm_cospec.kernels.triton.step import Rows, Slots, Verdict
 from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, slot_entry
 
@@ -165,7 +165,6 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
         self._table = SlotTable(runner, settings)
         self.recorder = Recorder(runner, settings, self._table)
         self._counters = DeviceCounters(counters, settings.num_speculative_tokens, runner.device)
-        self._temperature = torch.zeros(self._table.size, device=runner.device)  # stock draws, see Verdict
         self.load_policy(settings, runner.device)
 
     def forward(
@@ -224,60 +223,55 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
         draft_sampled = torch.full((logits.shape[0],), PLACEHOLDER_TOKEN_ID, dtype=torch.int32, device=device)
         draft_sampled[metadata.target_logits_indices + 1] = metadata.draft_token_ids.to(torch.int32)
         pos = self._runner.positions[metadata.logits_indices]
-        verdict = self._strict_verdict(metadata, draft_probs, processed, request, sampling_metadata)
         table, seed = self._table.on_device()
-        verified = arbitrate(
-            logits, logits, self.recorder.logits, draft_sampled, cu, pos, request_slot, row_slot, local,
-            self._temperature, seed, self._settings.num_speculative_tokens, table, self._program,
-            self._counters.on_device, collect=self._settings.collect, sample_actions=self.sample_actions,
-            verdict=verdict,
+        verdict = self._strict_verdict(metadata, draft_probs, processed, request, seed, sampling_metadata)
+        rows = Rows(
+            raw=logits, processed=logits, draft=self.recorder.logits, drafted=draft_sampled, first=cu, position=pos,
+            request_slot=request_slot, slot=row_slot, step=local, num_steps=self._settings.num_speculative_tokens,
         )  # fmt: skip
+        result = arbitrate_given(rows, verdict, table, self.program, self._counters.on_device)
         self.recorder.tokens.fill_(NOTHING_PROPOSED)  # verified once
         self._counters.export()
-        if verified.trace is not None:
+        if result.trace is not None:
             names = dict(zip(slots.tolist(), self._runner.input_batch.req_ids, strict=True))
             output_position = pos + 1 - table.response_start[row_slot]
-            self._steps.append(TracedStep(names, row_slot, local, output_position, verified.trace))
+            self._steps.append(TracedStep(names, row_slot, local, output_position, result.trace))
 
         column = torch.arange(metadata.max_spec_len + 1, device=device)
-        kept, num_drafts = verified.num_sampled.unsqueeze(1), num_drafts.unsqueeze(1)
-        stopped = verified.sampled[:, : len(column)].to(torch.int32)
+        kept, num_drafts = result.num_kept.unsqueeze(1), num_drafts.unsqueeze(1)
+        stopped = result.tokens[:, : len(column)].to(torch.int32)
         output = torch.where((column < kept) | ((column == kept) & (kept < num_drafts)), stopped, PLACEHOLDER_TOKEN_ID)
         complete = (column == kept) & (kept == num_drafts)
         return torch.where(complete, bonus_tokens.view(-1, 1).to(torch.int32), output)
 
     def _strict_verdict(
-        self, metadata: Any, draft_probs: Tensor | None, processed: Tensor, request: Tensor, sampling_metadata: Any
-    ) -> Verdict:
+        self, metadata: Any, draft_probs: Tensor | None, processed: Tensor, request: Tensor, seed: Tensor,
+        sampling_metadata: Any,
+    ) -> Verdict:  # fmt: skip
         """Draw what stock's ``rejection_sample`` would draw, in its order."""
         drafts, device = metadata.draft_token_ids.to(torch.int32), processed.device
+        greedy = Verdict(drafts, request, self.recorder.tokens, processed, processed.argmax(dim=-1), seed)
         if sampling_metadata.all_greedy:
-            return Verdict(drafts, request, self.recorder.tokens, processed, processed.argmax(dim=-1))
+            return greedy
         uniform = generate_uniform_probs(len(drafts), metadata.num_draft_tokens, sampling_metadata.generators, device)
         probabilities = processed.softmax(dim=-1, dtype=torch.float32)
         recovered = sample_recovered_tokens(
             metadata.max_spec_len, metadata.num_draft_tokens, metadata.cu_num_draft_tokens, metadata.draft_token_ids,
             draft_probs, probabilities, sampling_metadata, device, self.use_fp64_gumbel,
         )  # fmt: skip
-        return Verdict(
-            drafts, request, self.recorder.tokens, processed, processed.argmax(dim=-1),
-            sampling_metadata.temperature, probabilities, draft_probs, recovered, uniform,
+        return replace(
+            greedy, temperature=sampling_metadata.temperature, probabilities=probabilities,
+            draft_probabilities=draft_probs, recovered=recovered, uniform=uniform,
         )  # fmt: skip
 
     def warm_up(self) -> None:
         """Compile every kernel these settings can launch."""
         config = self._runner.model_config
-        warm_up(
-            config.get_vocab_size(),
-            config.head_dtype,
-            self.recorder.logits,
-            self._settings.num_speculative_tokens,
-            self._program,
-            self._runner.device,
-            collect=self._settings.collect,
-            sample_actions=self.sample_actions,
-            given_verdict=True,
-        )
+        server = Server(
+            config.get_vocab_size(), config.head_dtype, self.recorder.logits, self._settings.num_speculative_tokens,
+            self._runner.device, given_verdict=True,
+        )  # fmt: skip
+        warm_up(server, self.program)
 
 
 def _layout(counts: np.ndarray, slots: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:

@@ -18,7 +18,8 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm_cospec import compat
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
-from vllm_cospec.kernels.triton.launch import Slots, arbitrate, warm_up
+from vllm_cospec.kernels.triton.launch import Server, arbitrate, warm_up
+from vllm_cospec.kernels.triton.step import Rows, Sampling, Slots
 from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, slot_entry
 
@@ -136,12 +137,13 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
         )  # fmt: skip
         states = self.sampler.sampling_states
         slots = self._slots.on_device()
-        verified = arbitrate(
-            logits, processed, draft_logits, verify_draft_sampled, cu_num_logits, pos, idx_mapping,
-            expanded_idx_mapping, expanded_local_pos, states.temperature.gpu, states.seeds.gpu,
-            self.num_speculative_steps, slots, self._program, self._counters.on_device,
-            use_fp64=self.sampler.use_fp64_gumbel, collect=self._settings.collect, sample_actions=self.sample_actions,
+        rows = Rows(
+            raw=logits, processed=processed, draft=draft_logits, drafted=verify_draft_sampled, first=cu_num_logits,
+            position=pos, request_slot=idx_mapping, slot=expanded_idx_mapping, step=expanded_local_pos,
+            num_steps=self.num_speculative_steps,
         )  # fmt: skip
+        sampling = Sampling(states.temperature.gpu, states.seeds.gpu, self.sampler.use_fp64_gumbel)
+        verified = arbitrate(rows, sampling, slots, self.program, self._counters.on_device)
         self._counters.export()
         if verified.trace is not None:
             names = self._runner.req_states.index_to_req_id
@@ -157,17 +159,11 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
     def warm_up(self) -> None:
         """Compile every kernel these settings can launch."""
         runner = self._runner
-        warm_up(
-            runner.vocab_size,
-            runner.vllm_config.model_config.head_dtype,
-            runner.speculator.draft_logits,
-            self.num_speculative_steps,
-            self._program,
-            runner.device,
-            self.sampler.use_fp64_gumbel,
-            self._settings.collect,
-            self.sample_actions,
-        )
+        server = Server(
+            runner.vocab_size, runner.vllm_config.model_config.head_dtype, runner.speculator.draft_logits,
+            self.num_speculative_steps, runner.device, use_fp64=self.sampler.use_fp64_gumbel,
+        )  # fmt: skip
+        warm_up(server, self.program)
 
 
 def check(runner: Any, settings: Settings) -> None:

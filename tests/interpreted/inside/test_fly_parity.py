@@ -9,8 +9,8 @@ import pytest
 import torch
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
+from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.policies import Fly
-from vllm_cospec.kernels.triton.launch import UNLIMITED
 
 pytestmark = pytest.mark.skipif(
     "fly_window_size" not in inspect.signature(rejection_sample).parameters, reason="this vLLM has no fly of its own"

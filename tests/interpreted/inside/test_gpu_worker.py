@@ -15,8 +15,9 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_cospec import compat
 from vllm_cospec.config import Settings
 from vllm_cospec.kernels.policies import Kl
-from vllm_cospec.kernels.triton import launch, verdict
+from vllm_cospec.kernels.triton import draft, launch, scan, target, verdict
 from vllm_cospec.kernels.triton.policies import compile_policy
+from vllm_cospec.kernels.triton.step import Slots
 from vllm_cospec.runners import v1_gpu, v2
 from vllm_cospec.workers.gpu import CoSpecGPUWorker
 
@@ -73,7 +74,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __getitem__(self, grid: tuple[int, ...]):
             return lambda *args, **kwargs: names.append(self.name)
 
-    for module in (launch.target, launch.scan, launch.stock, verdict):
+    for module in (target, verdict, draft, scan, launch.stock):
         for name in list(vars(module)):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(name))
@@ -97,7 +98,7 @@ def test_verification_on_v2_waits_for_nothing(launched: list[str], tmp_path: Pat
     case = cases.make_case(1, requests=3, k=K, full=True)
     cu, slot, expanded, local = (t.to(META) for t in case.layout())
     logits = case.raw.to(META)
-    slots = launch.Slots(**{name: value.to(META) for name, value in vars(case.slots).items()})
+    slots = Slots(**{name: value.to(META) for name, value in vars(case.slots).items()})
     sampler = object.__new__(v2.CoSpecRejectionSampler)
     sampler._settings = settings_of(tmp_path)
     sampler._slots = SimpleNamespace(arbitrated=SimpleNamespace(np=np.ones(99)), on_device=lambda: slots)

@@ -15,10 +15,12 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from vllm_cospec.arbiter import Arbiter
+from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.policies import Learned, Random, Strict, Typical
 from vllm_cospec.kernels.policies import coin as coin_on_cpu
-from vllm_cospec.kernels.triton import launch
+from vllm_cospec.kernels.triton import draft, launch, scan, target, verdict
 from vllm_cospec.kernels.triton.policies import coin
+from vllm_cospec.kernels.triton.step import Rows, Sampling, Slots
 
 LEARNED = Learned(artefact="unused")
 VOCAB_SIZE = 151_936 if int(os.environ.get("COSPEC_TEST_REPETITIONS", "1")) > 1 else 20_000
@@ -77,7 +79,7 @@ def test_a_request_does_not_depend_on_its_slot() -> None:
         draft=case.draft[back],
         temperature=case.temperature[back],
         seed=case.seed[back],
-        slots=launch.Slots(**{name: value[back] for name, value in vars(case.slots).items()}),
+        slots=Slots(**{name: value[back] for name, value in vars(case.slots).items()}),
     )
     assert emitted(moved, moved.ours(LEARNED, arbiter())[0]) == emitted(case, case.ours(LEARNED, arbiter())[0])
 
@@ -135,25 +137,25 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
             return lambda *args, **kwargs: launches.append((self.name, grid))
 
     for module, name in (
-        (launch.target, "target_statistics_kernel"),
-        (launch.target, "row_kernel"),
-        (launch.scan, "draft_statistics_kernel"),
-        (launch.scan, "scan_kernel"),
+        (target, "target_statistics_kernel"),
+        (verdict, "row_kernel"),
+        (draft, "draft_statistics_kernel"),
+        (scan, "scan_kernel"),
         (launch.stock, "_resample_kernel"),
         (launch.stock, "_insert_resampled_kernel"),
     ):
         monkeypatch.setattr(module, name, Recorder(name))
     case = cases.make_case(1, requests=3, k=5, full=True)
     program = cases.compile_policy(LEARNED, cases.CPU, arbiter())
-    cu, slot, expanded, local = (t.to("meta") for t in case.layout())
-    raw = case.raw.to("meta")
-    slots = launch.Slots(**{name: value.to("meta") for name, value in vars(case.slots).items()})
+    given = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in vars(case.rows()).items()}
+    raw = given["raw"]
+    slots = Slots(**{name: value.to("meta") for name, value in vars(case.slots).items()})
     with pytest.raises(RuntimeError):
         raw[0, 0].item()  # the premise
+    sampling = Sampling(case.temperature.to("meta"), case.seed.to("meta"))
     launch.arbitrate(
-        raw, raw, case.draft.to("meta"), case.draft_sampled.to("meta"), cu, case.pos.to("meta"), slot, expanded, local,
-        case.temperature.to("meta"), case.seed.to("meta"), 5, slots, program, torch.zeros(6, device="meta"),
-        collect=True,
+        Rows(**{**given, "processed": raw}), sampling, slots, replace(program, collect=True),
+        torch.zeros(6, device="meta"),
     )  # fmt: skip
     assert [name for name, _ in launches] == [
         "target_statistics_kernel", "row_kernel", "draft_statistics_kernel", "scan_kernel", "_resample_kernel",
@@ -208,7 +210,7 @@ def step_with_agreement(sampled: bool, vocab: int, k: int = 5) -> cases.Case:
         sampled=float(sampled),
     )  # fmt: skip
     slots = case.slots
-    slots.max_overrides.fill_(launch.UNLIMITED)
+    slots.max_overrides.fill_(UNLIMITED)
     slots.exact_tokens.zero_()
     case.temperature.fill_(1.0 if sampled else 0.0)
     g = np.random.default_rng(0)
@@ -259,7 +261,7 @@ def test_strict_through_the_fused_path_reads_what_stock_reads() -> None:
 
 def test_random_policy_hits_its_rate() -> None:
     case = cases.make_case(51, requests=12, k=8, full=True, agreement=0.0, sampled=0.0, arbitrated=1.0)
-    case.slots.max_overrides.fill_(launch.UNLIMITED)
+    case.slots.max_overrides.fill_(UNLIMITED)
     case.slots.exact_tokens.zero_()
     case.draft_sampled = torch.where(case.draft_sampled < 0, 3, case.draft_sampled)
     _, counters, _ = case.ours(Random(rate=0.75))

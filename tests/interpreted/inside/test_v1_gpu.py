@@ -15,8 +15,8 @@ from vllm.v1.sample.sampler import Sampler
 
 from vllm_cospec.config import Settings
 from vllm_cospec.kernels.policies import Learned, Random, Typical
-from vllm_cospec.kernels.triton import target
-from vllm_cospec.kernels.triton.verdict import Verdict
+from vllm_cospec.kernels.triton import layout
+from vllm_cospec.kernels.triton.verdict import given_verdict_kernel
 from vllm_cospec.runners import v1_cpu, v1_gpu
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -182,9 +182,11 @@ def test_the_verdict_reaches_logits_beyond_two_to_the_31_elements() -> None:
     processed[3, 6] = -torch.inf
     row_ints, row_floats = torch.ones(5, 6, dtype=torch.int32), torch.zeros(5, 12)
     argmax = torch.tensor([3, 9, 9, 9])
-    verdict = Verdict(drafts, torch.zeros(4, dtype=torch.int64), drafts.view(1, 4), processed, argmax)
-    verdict.write(row_ints, row_floats, torch.tensor([0, 5]), torch.tensor([0]), 8)
-    assert row_ints[:4, target.ACCEPTED.value].tolist() == [1, 0, 0, 0]
-    assert row_ints[:4, target.STRICT_TOKEN.value].tolist() == argmax.tolist()
-    opened, closed = target.OPEN.value, target.CLOSED.value
-    assert row_ints[:4, target.STATUS.value].tolist() == [opened, opened, opened, closed]
+    given_verdict_kernel[(4,)](
+        row_ints, row_floats, torch.tensor([0, 5]), torch.tensor([0]), drafts, torch.zeros(4, dtype=torch.int64),
+        drafts.view(1, 4), 4, processed, stride, argmax, None, None, None, None, None, VOCAB, PADDED_STEPS=8,
+    )  # fmt: skip
+    assert row_ints[:4, layout.ACCEPTED.value].tolist() == [1, 0, 0, 0]
+    assert row_ints[:4, layout.STRICT_TOKEN.value].tolist() == argmax.tolist()
+    opened, closed = layout.OPEN.value, layout.CLOSED.value
+    assert row_ints[:4, layout.STATUS.value].tolist() == [opened, opened, opened, closed]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from vllm.v1.worker.gpu.sample.gumbel import tl_rand32
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
 from vllm_cospec.arbiter import Arbiter
+from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.cpu import top_k_entropy
 from vllm_cospec.kernels.policies import (
     Cascade,
@@ -24,13 +24,15 @@ from vllm_cospec.kernels.policies import (
     Policy,
     Random,
     RelaxedTopK,
+    Rule,
     Strict,
     Threshold,
     Typical,
 )
 from vllm_cospec.kernels.reference import Block, BlockResult, verify_block
-from vllm_cospec.kernels.triton.launch import UNLIMITED, Slots, Verified, arbitrate
+from vllm_cospec.kernels.triton.launch import arbitrate
 from vllm_cospec.kernels.triton.policies import compile_policy
+from vllm_cospec.kernels.triton.step import Rows, Sampling, Slots, Verified
 
 CPU = torch.device("cpu")
 POISON = -7777
@@ -94,17 +96,23 @@ class Case:
             expanded, local, self.temperature, self.seed, self.num_speculative_steps,
         )  # fmt: skip
 
-    def ours(self, policy: Policy, arbiter: Arbiter | None = None, **options: Any) -> tuple[Verified, Tensor, Slots]:
+    def rows(self) -> Rows:
+        """The step as the kernels take it."""
+        first, request_slot, slot, step = self.layout()
+        return Rows(
+            raw=self.raw, processed=self.processed, draft=self.draft, drafted=self.draft_sampled, first=first,
+            position=self.pos, request_slot=request_slot, slot=slot, step=step, num_steps=self.num_speculative_steps,
+        )  # fmt: skip
+
+    def ours(
+        self, policy: Policy, arbiter: Arbiter | None = None, collect: bool = False, sample_actions: bool = False
+    ) -> tuple[Verified, Tensor, Slots]:
         """Fused verification -> result, counters, slots afterwards."""
-        cu, slot, expanded, local = self.layout()
         slots = Slots(**{name: value.clone() for name, value in vars(self.slots).items()})
         counters = torch.zeros(self.num_speculative_steps + 1, dtype=torch.int64)
-        program = compile_policy(policy, CPU, arbiter, collect=options.get("collect", False))
-        result = arbitrate(
-            self.raw, self.processed, self.draft, self.draft_sampled, cu, self.pos, slot, expanded, local,
-            self.temperature, self.seed, self.num_speculative_steps, slots, program, counters, **options,
-        )  # fmt: skip
-        return result, counters, slots
+        program = replace(compile_policy(policy, CPU, arbiter, collect), sample_actions=sample_actions)
+        sampling = Sampling(self.temperature, self.seed)
+        return arbitrate(self.rows(), sampling, slots, program, counters), counters, slots
 
 
 def make_slots(size: int, generator: np.random.Generator, arbitrated: float = 0.85) -> Slots:
@@ -279,12 +287,13 @@ def expected(case: Case, policy: Policy, arbiter: Arbiter | None = None) -> Expe
 
         def keep(statistics: Tensor, position: int) -> bool:
             row = rows[position]  # noqa: B023 - called within this iteration
-            if isinstance(policy, Learned):
+            if policy.arbiter is not None:
                 assert arbiter is not None
                 score = float(arbiter(statistics[None])[0])
                 bound = float(settings.threshold[slot])  # noqa: B023
                 near[0] |= abs(score - bound) < 1e-4  # noqa: B023
                 return score > bound
+            assert isinstance(policy, Rule)
             run = 0
             while position + 1 + run < n and accepted[position + 1 + run]:  # noqa: B023
                 run += 1

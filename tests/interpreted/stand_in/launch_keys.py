@@ -22,8 +22,9 @@ from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from benchmarks import variants  # noqa: E402
 from benchmarks.offline import TARGETS, Launch, recorded_launches  # noqa: E402
-from vllm_cospec.kernels.triton import launch, scan, target, verdict  # noqa: E402
+from vllm_cospec.kernels.triton.launch import Server, arbitrate, arbitrate_given, warm_up  # noqa: E402
 from vllm_cospec.kernels.triton.policies import Program, compile_policy  # noqa: E402
+from vllm_cospec.kernels.triton.step import Rows, Sampling, Slots, Verdict  # noqa: E402
 
 CPU = torch.device("cpu")
 SLOTS = 9
@@ -42,68 +43,81 @@ def ours(launches: list[Launch]) -> set[str]:
     return {key(one) for one in launches if not one.name.startswith("_")}
 
 
-def step(
-    program: Program, vocab: int, dtype: torch.dtype, draft: torch.Tensor | None, k: int, counts: list[int],
-    first_row: int, separate: bool, given: int | None, collect: bool,
-) -> None:  # fmt: skip
-    """Launch one step of a batch that is a chunk, from ``first_row`` on, of a larger one, as the runners do."""
-    rows, batch = sum(counts), len(counts)
-    total = first_row + rows
+def step(server: Server, program: Program, counts: list[int], first_row: int, separate: bool, form: int | None) -> None:
+    """Launch one step of a batch that is a chunk, from ``first_row`` on, of a larger one, as the runners do.
+
+    Args:
+        counts: rows of each request.
+        separate: processed logits are a copy.
+        form: which form a given verdict has; None: strict verification is ours.
+    """
+    batch, total = len(counts), first_row + sum(counts)
 
     def chunk(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(total, *shape, dtype=dtype)[first_row:]
 
-    logits = chunk(vocab, dtype=dtype)
-    cu = torch.cat([torch.zeros(1), torch.tensor(counts).cumsum(0)]).to(torch.int32)
-    given_verdict = None
-    if given is not None:
-        drafts = rows - batch
-        form = launch._verdicts(k, vocab, SLOTS, CPU)[given]
-        given_verdict = verdict.Verdict(
-            torch.ones(drafts, dtype=torch.int32),
-            torch.zeros(drafts + 3, dtype=torch.int64)[3:],  # part of a larger tensor
-            torch.ones(SLOTS, k, dtype=torch.int32),
-            torch.zeros(drafts, vocab),
-            torch.zeros(drafts, dtype=torch.int64),
-            None if form.temperature is None else torch.ones(batch),
-            None if form.probabilities is None else torch.zeros(drafts, vocab),
-            None if form.draft_probabilities is None else torch.zeros(drafts, vocab),
-            None if form.recovered is None else torch.zeros(drafts, dtype=torch.int32),
-            None if form.uniform is None else torch.zeros(drafts, dtype=torch.float64),
-        )
-    slots = launch.Slots(
+    logits = chunk(server.vocab_size, dtype=server.dtype)
+    rows = Rows(
+        logits, torch.zeros(logits.shape) if separate else logits, server.draft_logits,
+        drafted=chunk(dtype=torch.int32),
+        first=torch.cat([torch.zeros(1), torch.tensor(counts).cumsum(0)]).to(torch.int32),
+        position=chunk(dtype=torch.int64),
+        request_slot=torch.zeros(batch + 1, dtype=torch.int64)[1:],
+        slot=chunk(dtype=torch.int64),
+        step=chunk(dtype=torch.int32),
+        num_steps=server.num_steps,
+    )  # fmt: skip
+    slots = Slots(
         **{
             name: torch.zeros(SLOTS, dtype=torch.float32 if name == "threshold" else torch.int32)
-            for name in launch.Slots.__dataclass_fields__
+            for name in Slots.__dataclass_fields__
         }
     )
-    launch.arbitrate(
-        logits, torch.zeros(rows, vocab) if separate else logits, draft, chunk(dtype=torch.int32), cu,
-        chunk(dtype=torch.int64), torch.zeros(batch + 1, dtype=torch.int64)[1:], chunk(dtype=torch.int64),
-        chunk(dtype=torch.int32), torch.zeros(SLOTS), torch.zeros(SLOTS, dtype=torch.int64), k, slots, program,
-        torch.zeros(k + 1, dtype=torch.int64), collect=collect, verdict=given_verdict,
-    )  # fmt: skip
+    counters = torch.zeros(server.num_steps + 1, dtype=torch.int64)
+    if form is None:
+        sampling = Sampling(torch.zeros(SLOTS), torch.zeros(SLOTS, dtype=torch.int64))
+        arbitrate(rows, sampling, slots, program, counters)
+    else:
+        arbitrate_given(rows, given(server, sum(counts) - batch, batch, form), slots, program, counters)
+
+
+def given(server: Server, drafts: int, batch: int, form: int) -> Verdict:
+    """A verdict of one of the forms that :meth:`Server.verdicts` knows, on as many drafts."""
+    warm = server.verdicts()[form]
+    return Verdict(
+        torch.ones(drafts, dtype=torch.int32),
+        torch.zeros(drafts + 3, dtype=torch.int64)[3:],  # part of a larger tensor
+        torch.ones(SLOTS, server.num_steps, dtype=torch.int32),
+        torch.zeros(drafts, server.vocab_size),
+        torch.zeros(drafts, dtype=torch.int64),
+        torch.zeros(SLOTS, dtype=torch.int64),
+        None if warm.temperature is None else torch.ones(batch),
+        None if warm.probabilities is None else torch.zeros(drafts, server.vocab_size),
+        None if warm.draft_probabilities is None else torch.zeros(drafts, server.vocab_size),
+        None if warm.recovered is None else torch.zeros(drafts, dtype=torch.int32),
+        None if warm.uniform is None else torch.zeros(drafts, dtype=torch.float64),
+    )
 
 
 def missed(vocab: int, k: int, dtype: torch.dtype, has_draft: bool, v1: bool) -> tuple[int, list[str]]:
     """Return how many programs the steps of a server reach, and those among them that ``warm_up`` left out."""
     reached, left_out = set(), set()
+    draft = torch.zeros(SLOTS, k, vocab, dtype=dtype) if has_draft else None
+    server = Server(vocab, dtype, draft, k, CPU, given_verdict=v1)
     for policy, arbiter in variants.policies(k):
         if policy.needs_draft_logits and not has_draft:
             continue
-        draft = torch.zeros(SLOTS, k, vocab, dtype=dtype) if has_draft else None
         for collect in (False, True):
             program = compile_policy(policy, CPU, arbiter, collect)
-            with recorded_launches(target, scan, verdict, launch.stock) as warm:
-                launch.warm_up(vocab, dtype, draft, k, program, CPU, collect=collect, given_verdict=v1)
-            with recorded_launches(target, scan, verdict, launch.stock) as served:
+            with recorded_launches(*variants.MODULES) as warm:
+                warm_up(server, program)
+            with recorded_launches(*variants.MODULES) as served:
                 for counts in ([1], [k + 1], [2, 1, k + 1], [k + 1] * 16):
                     for first_row in (0,) if v1 else (0, 1, 3, 8):
                         for variant in range(3 if v1 else 2):
                             if v1 and sum(counts) == len(counts):
                                 continue  # without a draft the runner asks stock
-                            step(program, vocab, dtype, draft, k, counts, first_row, not v1 and variant == 1,
-                                 variant if v1 else None, collect)  # fmt: skip
+                            step(server, program, counts, first_row, not v1 and variant == 1, variant if v1 else None)
             now = ours(served)
             reached |= now
             left_out |= now - ours(warm)

@@ -3,8 +3,8 @@
     TRITON_INTERPRET=1 PYTHONPATH=tests/interpreted/stand_in python -m recorded [--write] [--statistics FILE]
 
 For what must not change a decision: moving code, making kernels faster. The record holds one digest per case, of the
-tokens emitted, the mismatches consulted, what was decided there, and the budgets and counters afterwards; it is of
-commit 77dbbf8. Statistics may differ in their last bits from one machine to the next and are no part of a digest:
+tokens emitted, the mismatches consulted, what was decided there, and the budgets and overrides counted afterwards;
+it is of commit 77dbbf8. Statistics may differ in their last bits from one machine to the next and are no part of a digest:
 ``--statistics`` saves them, or compares them with those that another run saved.
 """
 
@@ -57,7 +57,7 @@ def v2(seeds: range = V2_SEEDS) -> Iterator[Answer]:
                 if got.trace is not None:
                     decided = got.trace.action.tolist()
                     statistics = got.trace.statistics[got.trace.action >= 0].tolist()
-                what = [tokens, decided, counters.tolist(), slots.overrides_so_far.tolist()]
+                what = [tokens, decided, counters[:k].tolist(), slots.overrides_so_far.tolist()]
                 yield f"v2 {name} {regime} {seed}", len(tokens), what, statistics
 
 

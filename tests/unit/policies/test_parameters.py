@@ -1,12 +1,12 @@
 """What holds for all policies, and which parameters they refuse."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
-from policy_cases import INF, TYPE_ADAPTER, mismatch_rows, mismatches, one, quick
+from policy_cases import INF, TYPE_ADAPTER, mismatch_rows, mismatches, quick
 from pydantic import ValidationError
 
 from vllm_cospec.kernels import policies
@@ -16,26 +16,19 @@ from vllm_cospec.kernels.policies import (
     Kl,
     Learned,
     Mars,
-    Policy,
     Random,
     RelaxedTopK,
+    Rule,
     Strict,
     Threshold,
     Typical,
 )
-
-# learned
-
-
-def test_learned_is_left_to_the_runner() -> None:
-    with pytest.raises(TypeError, match="learned"):
-        Learned(artefact="somewhere").keep(one([0.0, 0.0], 1))
-
+from vllm_cospec.kernels.statistics import INDEX
 
 # What holds for all of them
 
 
-def every_rule() -> list[Policy]:
+def every_rule() -> list[Rule]:
     return [
         Strict(),
         Typical(),
@@ -47,6 +40,26 @@ def every_rule() -> list[Policy]:
         Kl(max_kl=0.5),
         Random(rate=0.5),
     ]
+
+
+@settings(quick, max_examples=15)
+@given(mismatch_rows())
+def test_rules_look_only_at_the_statistics_they_say_they_read(rows: Any) -> None:
+    for rule in every_rule():
+        complete, partial = mismatches(rows), mismatches(rows)
+        for name in set(INDEX) - type(rule).reads:
+            partial.statistics[:, INDEX[name]] = math.nan
+        assert rule.keep(partial).tolist() == rule.keep(complete).tolist(), rule.policy
+
+
+def test_two_policies_cannot_share_a_code() -> None:
+    with pytest.raises(TypeError, match="code 1 belongs to policy 'typical'"):
+
+        class Copy(Rule):
+            code = Typical.code
+            policy: Literal["copy"] = "copy"
+
+    assert "copy" not in policies.policy_names()
 
 
 @settings(quick, max_examples=15)  # nine rules on every row

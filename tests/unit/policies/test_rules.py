@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_cases import INF, MARGIN, agrees, entropy, logs, mismatch_rows, mismatches, one, order, probabilities, quick
 
-from vllm_cospec.kernels import policies
-from vllm_cospec.kernels.cpu import UNLIMITED, Batch, Requests, verify_batch
+from vllm_cospec.kernels import UNLIMITED, policies
+from vllm_cospec.kernels.cpu import Batch, Requests, verify_batch
 from vllm_cospec.kernels.policies import Cascade, Fly, Kl, Mars, RelaxedTopK, Strict, Threshold, Typical
 from vllm_cospec.kernels.statistics import LOGPROB_FLOOR
 

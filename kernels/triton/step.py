@@ -1,0 +1,109 @@
+"""What a step consists of and what becomes of it: arguments and results of :mod:`vllm_cospec.kernels.triton.launch`.
+
+B requests, R rows of logits in all, S slots, K draft tokens at most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of logits of a step: those of a request one after the other, its bonus row last."""
+
+    raw: Tensor  # [R, V] float32, bfloat16 or float16, after the grammar mask only; what statistics are of
+    processed: Tensor  # [R, V], what tokens are drawn from and what is legal; may be ``raw`` itself
+    draft: Tensor | None  # [S, K, V], before temperature; None for drafters without logits
+    drafted: Tensor  # [R] int; the draft of row r is entry r + 1, negative for a placeholder, which is never kept
+    first: Tensor  # [B + 1] int, first row of each request
+    position: Tensor  # [R] int64, of each row in its sequence
+    request_slot: Tensor  # [B] int
+    slot: Tensor  # [R] int
+    step: Tensor  # [R] int, index of each row in its request
+    num_steps: int  # K
+
+    def __post_init__(self) -> None:
+        """Refuse what the kernels do not take, with a ValueError."""
+        if self.raw.shape != self.processed.shape or self.raw.stride(-1) != 1 or self.processed.stride(-1) != 1:
+            raise ValueError("raw and processed logits must have one shape and contiguous rows")
+        if self.draft is not None and (self.draft.ndim != 3 or self.draft.stride(-1) != 1):
+            raise ValueError("draft logits must be [slots, K, V] with contiguous rows")
+
+    @property
+    def separate(self) -> bool:
+        """Whether the processed logits are other than the raw ones."""
+        return self.processed is not self.raw
+
+    @property
+    def vocab_size(self) -> int:
+        """V. As stock: the target or the draft may be padded."""
+        return self.raw.shape[1] if self.draft is None else min(self.raw.shape[1], self.draft.shape[2])
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn in each slot."""
+
+    temperature: Tensor  # [S] float32, 0 for greedy requests
+    seed: Tensor  # [S] int64
+    use_fp64: bool = False  # draw Gumbel noise in float64, as vLLM's option of that name
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Settings and state of every request slot; tensors of S entries on the device."""
+
+    arbitrated: Tensor  # int32, 0: strict
+    threshold: Tensor  # float32, of the learned policy
+    max_overrides: Tensor  # int32, vllm_cospec.kernels.UNLIMITED for none
+    exact_tokens: Tensor  # int32
+    overrides_so_far: Tensor  # int32, added to
+    response_start: Tensor  # int32, tokens before the response
+    forced: Tensor  # int32, 2 * (index in the response) + keep of a decision made beforehand, -1: none; for training
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A strict verdict reached elsewhere: what stock drew for N drafts, which lie in the order of their rows."""
+
+    draft_tokens: Tensor  # [N] int32
+    request: Tensor  # [N] int64, whose draft it is
+    proposed: Tensor  # [S, K] int32, what the drafter proposed in each slot; a request with other drafts is strict
+    processed: Tensor  # [N, V] float32, decides what is legal
+    argmax: Tensor  # [N] int64, of the processed logits
+    seed: Tensor  # [S] int64, of sampled actions; training
+    temperature: Tensor | None = None  # [B] float32, 0 for greedy requests; None, as the rest, when all are greedy
+    probabilities: Tensor | None = None  # [N, V] float32, of the target
+    draft_probabilities: Tensor | None = None  # [N, V] float32, None for drafts without probabilities
+    recovered: Tensor | None = None  # [N] int32, emitted where a sampled request's draft is not kept
+    uniform: Tensor | None = None  # [N] float64
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the policy saw and did at each row."""
+
+    statistics: Tensor  # [R, 16] float32, defined where action >= 0
+    action: Tensor  # [R] int32: 1 kept, 0 not, -1 not consulted
+    probability: Tensor  # [R] float32, of keeping, for the learned policy
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What verification emits."""
+
+    sampled: Tensor  # [B, K + 1] int64, defined up to num_sampled
+    num_sampled: Tensor  # [B] int32, at least 1
+    trace: Trace | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of drafts whose strict verdict was given; the token after a complete block is the caller's."""
+
+    tokens: Tensor  # [B, K + 1] int64, defined up to num_kept; one more, the verdict's, where a draft was not kept
+    num_kept: Tensor  # [B] int32, drafts kept
+    trace: Trace | None = None
