@@ -4,8 +4,8 @@
 
 For what must not change a decision: moving code, making kernels faster. The record holds one digest per case, of the
 tokens emitted, the mismatches consulted, what was decided there, and the budgets and overrides counted afterwards;
-it is of commit 77dbbf8. Statistics may differ in their last bits from one machine to the next and are no part of a digest:
-``--statistics`` saves them, or compares them with those that another run saved.
+it is of commit 77dbbf8. Statistics may differ in their last bits from one machine to the next and are no part of a
+digest: ``--statistics`` saves them, or compares them with those that another run saved.
 """
 
 from __future__ import annotations
