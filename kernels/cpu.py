@@ -60,6 +60,7 @@ class Batch:
     acceptance_ratio: Tensor | None = None  # [N] float32, None when every request is greedy
     uniform: Tensor | None = None  # [N] float32
     logit_rows: Tensor | None = None  # [N] int, the row of logits each draft is verified with; None: its own
+    legal: Tensor | None = None  # [N] bool, whether a draft may be kept; None: where its processed logit is finite
 
 
 @dataclass
@@ -243,10 +244,13 @@ def _may_override(
     state = batch.requests
     row = torch.from_numpy(rows[request, position])
     token = batch.draft_tokens[row].long()
-    vocabulary = batch.raw_target_logits.shape[1]
-    logit_row = row if batch.logit_rows is None else batch.logit_rows[row]
-    legal = batch.processed_target_logits[logit_row, token.clamp(max=vocabulary - 1)].isfinite()
-    legal &= token < vocabulary
+    if batch.legal is not None:
+        legal = batch.legal[row]
+    else:
+        vocabulary = batch.raw_target_logits.shape[1]
+        logit_row = row if batch.logit_rows is None else batch.logit_rows[row]
+        legal = batch.processed_target_logits[logit_row, token.clamp(max=vocabulary - 1)].isfinite()
+        legal &= token < vocabulary
     within_budget = state.overrides_so_far[request] + overrides[request] < state.max_overrides[request]
     inexact = state.output_position[request] + position >= state.exact_tokens[request]
     return legal.numpy() & within_budget & inexact

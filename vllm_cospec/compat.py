@@ -60,6 +60,9 @@ class Patch:
     level: Level = "symbol"
 
 
+RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.update_state_after_alloc"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _SAMPLER = "vllm.v1.sample.rejection_sampler"
 _V2 = "vllm.v1.worker.gpu"
 _V2_SAMPLER = f"{_V2}.spec_decode.rejection_sampler:RejectionSampler"
@@ -71,6 +74,17 @@ PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 HOOKS: tuple[Hook, ...] = (
     Hook("translate the flag", "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
          ("self", "target_model_config", "target_parallel_config"), "config"),
+    Hook("keep blocks whole", "vllm.engine.arg_utils:EngineArgs.scheduler_cls", None, "config"),
+    Hook("keep blocks whole", f"{_SCHEDULER}._reserve_prefill_lookahead",
+         ("self", "request", "num_computed_tokens", "num_new_tokens"), "config"),
+    Hook("keep blocks whole", f"{_SCHEDULER}._preempt_request", None, "config"),
+    Hook("keep blocks whole", f"{_SCHEDULER}._get_local_prefix_cache_hit", None, "config"),
+    Hook("keep blocks whole", f"{_SCHEDULER}._update_after_schedule", ("self", "scheduler_output"), "config"),
+    Hook("keep blocks whole", f"{_SCHEDULER}.update_draft_token_ids", ("self", "draft_token_ids"), "config"),
+    Hook("keep blocks whole", "vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks",
+         ("self", "blocks", "num_computed_tokens"), "config"),
+    Hook("know what the drafter has seen", CONNECTOR,
+         ("self", "request", "blocks", "num_external_tokens"), "config"),
     Hook("carry the settings", "vllm.config.speculative:SpeculativeConfig", None, "config"),
     Hook("refuse bad requests", "vllm.v1.engine.input_processor:InputProcessor._validate_params",
          ("self", "params", "supported_tasks"), "config"),
@@ -98,8 +112,16 @@ HOOKS: tuple[Hook, ...] = (
          ("self", "hidden_states", "sampling_metadata"), "v1"),
     Hook("keep draft logits", f"{PROPOSER}._sample_from_logits", ("self", "logits", "sampling_metadata"), "v1"),
     Hook("know what was proposed", f"{PROPOSER}.propose", None, "v1"),
-    Hook("verify in the runner", "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
-         ("self", "logits", "spec_decode_metadata"), "v1"),
+    Hook("run the drafter for every request", f"{PROPOSER}.set_inputs_first_pass", None, "v1"),
+    Hook("run the drafter for every request", f"{PROPOSER}._update_positions_dependent_metadata",
+         ("self", "positions", "common_attn_metadata", "batch_size", "input_batch_size", "block_size"), "v1"),
+    Hook("run the drafter for every request", f"{RUNNER}._input_fits_in_drafter",
+         ("self", "common_attn_metadata"), "v1"),
+    Hook("know what the drafter has seen", f"{RUNNER}._update_states", ("self", "scheduler_output"), "v1"),
+    Hook("withhold drafts beyond the context", f"{RUNNER}.take_draft_token_ids", ("self",), "v1"),
+    Hook("know what drafts were drawn from", f"{RUNNER}._get_spec_decode_draft_probs",
+         ("self", "spec_decode_metadata"), "v1"),
+    Hook("verify in the runner", f"{RUNNER}._sample", ("self", "logits", "spec_decode_metadata"), "v1"),
     Hook("send settings to the device without waiting", "vllm.utils.torch_utils:async_tensor_h2d",
          ("data", "device"), "v1"),
     Hook("mend per-request sampling on the CPU", f"{_SAMPLER}:expand_kernel", None, "cpu"),
@@ -167,6 +189,24 @@ PATCHES: tuple[Patch, ...] = (
         when="cospec is asked for",
     ),
     Patch(
+        "vllm.engine.arg_utils:EngineArgs.scheduler_cls",
+        why="vLLM cuts a block to the token budget and preempts a request without its drafts, which changes arbitrated "
+        "text with the load",
+        how="names a subclass of the scheduler vLLM would choose, see vllm_cospec/scheduler.py; vLLM logs a warning "
+        "about custom schedulers, of which nothing applies",
+        remove_when="vLLM keeps blocks whole, over a preemption as well",
+        when="cospec is asked for",
+        level="instance",
+    ),
+    Patch(
+        CONNECTOR,
+        why="the drafter's KV cache may lack what a connector loads",
+        how="notes the blocks, then calls the original of the scheduler's connector",
+        remove_when="vLLM knows per block what its drafter has seen",
+        when="cospec runs with a KV connector",
+        level="instance",
+    ),
+    Patch(
         f"{_SAMPLER}:RejectionSampler.forward",
         why="there is no hook for verification",
         how="an instance of a subclass takes the place of the runner's sampler; strict batches go to the stock method",
@@ -186,6 +226,63 @@ PATCHES: tuple[Patch, ...] = (
         how="as the original, with a copy of the logits kept",
         remove_when="the sampler is given the drafts' origin and logits",
         when="cospec runs on Model Runner V1 with a drafter that has logits", level="instance",
+    ),
+    Patch(
+        f"{PROPOSER}._sample_from_logits",
+        why="drafts of seeded requests are drawn from the global generator, so no seeded text is repeatable",
+        how="calls the original, then draws the drafts of seeded requests again, by seed and position",
+        remove_when="vLLM seeds drafts on V1 (a TODO in compute_probs_and_sample_next_token)",
+        when="cospec runs on Model Runner V1",
+        level="instance",
+    ),
+    Patch(
+        f"{PROPOSER}.set_inputs_first_pass",
+        why="the drafter runs although a sequence has outgrown it, and must not write or look up what lies beyond",
+        how="calls the original, then moves positions beyond the context into it and maps them nowhere",
+        remove_when="vLLM drafts for the sequences that fit and leaves out the others",
+        when="cospec runs on Model Runner V1",
+        level="instance",
+    ),
+    Patch(
+        f"{PROPOSER}._update_positions_dependent_metadata",
+        why="as set_inputs_first_pass, for the drafts after the first",
+        how="calls the original, then maps the drafts of sequences that have outgrown the drafter nowhere",
+        remove_when="vLLM drafts for the sequences that fit and leaves out the others",
+        when="cospec runs on Model Runner V1",
+        level="instance",
+    ),
+    Patch(
+        f"{RUNNER}._input_fits_in_drafter",
+        why="one sequence near the end of the drafter's context stops it for the whole batch, and leaves holes in its "
+        "cache",
+        how="says yes wherever there is something to draft for",
+        remove_when="vLLM drafts for the sequences that fit and leaves out the others",
+        when="cospec runs on Model Runner V1",
+        level="instance",
+    ),
+    Patch(
+        f"{RUNNER}.take_draft_token_ids",
+        why="what a drafter proposes beyond its context is not to be verified",
+        how="calls the original, then leaves out the drafts of requests that have outgrown the drafter",
+        remove_when="vLLM drafts for the sequences that fit and leaves out the others",
+        when="cospec runs on Model Runner V1",
+        level="instance",
+    ),
+    Patch(
+        f"{RUNNER}._update_states",
+        why="new and resumed requests find blocks in the cache that the drafter may not have filled",
+        how="notes them, then calls the original",
+        remove_when="vLLM knows per block what its drafter has seen",
+        when="cospec runs on Model Runner V1",
+        level="instance",
+    ),
+    Patch(
+        f"{RUNNER}._get_spec_decode_draft_probs",
+        why="the runner keeps the last step's alone, and gives up the whole batch for one request that waited",
+        how="keeps them per request until they are verified",
+        remove_when="vLLM keeps draft probabilities per request",
+        when="cospec runs on Model Runner V1",
+        level="instance",
     ),
     Patch(
         f"{_V2_SAMPLER}._verify",

@@ -20,7 +20,7 @@ class Reason(StrEnum):
     CACHE = "cache"
     """The drafter's KV cache lacks tokens of the request: it missed a step, or a prefix or transfer it did not see."""
     DRAFT_COUNT = "draft_count"
-    """The number of drafts depends on what else is being served."""
+    """What is drafted, and how much, depends on what else is being served."""
 
 
 REASONS: tuple[Reason, ...] = tuple(Reason)

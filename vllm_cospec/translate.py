@@ -27,6 +27,8 @@ from vllm_cospec.settle import settle_loaded
 
 logger = init_logger("vllm.cospec")
 
+SCHEDULER = "vllm_cospec.scheduler.CoSpecScheduler"
+
 _announced: set[str] = set()
 
 
@@ -161,6 +163,7 @@ def _check_inner(config: CoSpecConfig, inner: dict[str, Any], target: str) -> No
         ("rejection_sample_method", "standard"),
         ("use_heterogeneous_vocab", False),
         ("enable_adaptive_verification", False),
+        ("num_speculative_tokens_per_batch_size", None),  # as many drafts as the load allows: texts that depend on it
     ):
         if inner.get(key, only) != only:
             raise ConfigError(f"{WHERE}.{key}: {shorten(inner[key])} cannot be combined with cospec; leave it out")
@@ -176,6 +179,11 @@ def _translate(
     engine_keys = frozenset(field.name for field in dataclasses.fields(SpeculativeConfig)) - {
         "method", "target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config",
     }  # fmt: skip
+    if engine_args.scheduler_cls not in (None, SCHEDULER):
+        raise CompatibilityError(
+            f"scheduler_cls: {engine_args.scheduler_cls!r} cannot be combined with cospec, which brings its own "
+            f"scheduler; leave it out"
+        )
     config, inner = resolve(raw, target_model_config.model, engine_keys)
     if inner.get("parallel_drafting"):
         raise ConfigError(f"{WHERE}.parallel_drafting: cannot be combined with cospec; leave it out")
@@ -195,6 +203,7 @@ def _translate(
     replace_front_end()
     speculative_config.cospec = settings
     target_parallel_config.worker_cls = worker
+    engine_args.scheduler_cls = SCHEDULER  # read when vLLM builds the scheduler's configuration, after this one
     _announce(settings)
     return speculative_config
 

@@ -1,14 +1,21 @@
-"""Stock vLLM with its CPU sampling bug mended, and nothing else: what our strict mode is compared with."""
+"""Stock vLLM with two bugs of its sampling mended, and nothing else: what our strict mode is compared with."""
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_cospec.runners.seeds import SeededDrafts
 from vllm_cospec.workers.cpu import mend_expand_kernel
 
 
 class MendedCPUWorker(CPUWorker):
-    """The stock CPU worker; temperature, top-k and top-p reach the right requests."""
+    """The stock CPU worker; temperature, top-k and top-p reach the right requests, and a seed reaches the drafts."""
 
     def init_device(self) -> None:
         """Mend, then build the runner."""
         mend_expand_kernel()
         super().init_device()
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Load the models, then mend the drafter, where there is a model to draft with."""
+        super().load_model(load_dummy_weights=load_dummy_weights)
+        if hasattr(self.model_runner.drafter, "_sample_from_logits"):
+            SeededDrafts(self.model_runner)

@@ -15,14 +15,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only 
 
 
 def sampling_params(keys: dict[str, Any]) -> Any:
-    """Build SamplingParams; ``json_schema`` stands for a structured output."""
+    """Build SamplingParams; ``json_schema`` and ``regex`` stand for a structured output."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
     keys = dict(keys)
-    schema = keys.pop("json_schema", None)
-    if schema is not None:
-        keys["structured_outputs"] = StructuredOutputsParams(json=schema)
+    schema, regex = keys.pop("json_schema", None), keys.pop("regex", None)
+    if schema is not None or regex is not None:
+        keys["structured_outputs"] = StructuredOutputsParams(json=schema, regex=regex)
     return SamplingParams(**keys)
 
 
@@ -66,11 +66,15 @@ def main() -> None:
     metrics: dict[str, float] = {}
     for metric in llm.get_metrics():
         if hasattr(metric, "value"):
-            position = metric.labels.get("position")
-            name = metric.name + ("" if position is None else f"[{position}]")
-            metrics[name] = metrics.get(name, 0) + metric.value
+            names = {metric.name}
+            for label in ("position", "reason"):
+                if label in metric.labels:
+                    names = {f"{metric.name}[{metric.labels[label]}]"} | (names if label == "reason" else set())
+            for name in names:
+                metrics[name] = metrics.get(name, 0) + metric.value
     decisions = []
-    sampler = getattr(llm.llm_engine.model_executor.driver_worker.worker, "cospec", None)
+    worker = getattr(llm.llm_engine.model_executor, "driver_worker", None)  # one of several has no driver in reach
+    sampler = getattr(getattr(worker, "worker", None), "cospec", None)
     if sampler is not None:
         decisions = [
             {"request_id": d.request_id, "output_position": d.output_position, "kept": d.kept}

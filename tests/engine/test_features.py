@@ -131,7 +131,7 @@ def test_budgets_hold_per_request(pair: Path, prompts: list[str], run_engine: Ru
 
 @pytest.mark.engine
 def test_memory_pressure_caching_and_chunking(pair: Path, prompts: list[str], run_engine: RunEngine) -> None:
-    """Strict output does not change. Arbitrated output may: a preempted request starts its next block elsewhere."""
+    """Output does not change, arbitrated or strict: blocks keep their boundaries over a preemption."""
     strict = GREEDY | {"extra_args": {"cospec_policy": "strict"}}
     runs = [
         {"name": "strict", "prompts": prompts, "params": strict},
@@ -145,7 +145,7 @@ def test_memory_pressure_caching_and_chunking(pair: Path, prompts: list[str], ru
     )  # fmt: skip
     assert pressed["metrics"]["vllm:num_preemptions"] > 0
     assert token_ids(pressed["runs"]["strict"]) == token_ids(plain["runs"]["strict"])
-    assert all(token_ids(pressed["runs"]["arbitrated"]))
+    assert token_ids(pressed["runs"]["arbitrated"]) == token_ids(plain["runs"]["arbitrated"])
     kept = Counter(decision["request_id"] for decision in pressed["decisions"] if decision["kept"])
     assert kept
     assert max(kept.values()) == 2  # the budget outlives a preemption

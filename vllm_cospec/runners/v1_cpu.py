@@ -1,12 +1,8 @@
-"""Model Runner V1: a rejection sampler that arbitrates, in place of the stock one.
-
-Batches in which no request is arbitrated go to the stock sampler untouched. In the others the stock helpers run in
-the stock order, so that every random number is the one strict verification would have drawn; only the scan of the
-blocks is ours. Requests that are strict in a mixed batch therefore get exactly the stock's tokens.
-"""
+"""Model Runner V1 on a CPU: a rejection sampler that arbitrates, in place of the stock one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,24 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.v1.outputs import SamplerOutput
-from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
-from vllm.v1.sample.rejection_sampler import (
-    GREEDY_TEMPERATURE,
-    RejectionSampler,
-    apply_sampling_constraints,
-    generate_uniform_probs,
-    sample_recovered_tokens,
-)
+from vllm.v1.sample.rejection_sampler import GREEDY_TEMPERATURE
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_cospec.config import Settings
+from vllm_cospec.health import REASONS, Reason
 from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.cpu import Batch, BatchResult, Requests, argmax, verify_batch
 from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
 from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.requests import RequestSettings, action_coin, served_settings
-from vllm_cospec.runners.recorder import ProposalRecorder, Proposals
+from vllm_cospec.runners.recorder import Block, Recorder, draft_probabilities
 from vllm_cospec.runners.trace import Decision
+from vllm_cospec.runners.v1 import V1Sampler, V1Step
 
 STATE = "cospec_state"  # attribute of vLLM's CachedRequestState: lives and dies with the request
 
@@ -56,16 +47,15 @@ class Verdict:
     uniform: Tensor | None  # [N] float32
 
 
-class CoSpecRejectionSampler(RejectionSampler):
+class CoSpecRejectionSampler(V1Sampler):
     """Verifies drafts on the CPU with a policy at the mismatches."""
 
     def __init__(self, runner: Any, settings: Settings, counters: Counters | None):
-        stock = runner.rejection_sampler
-        super().__init__(stock.sampler, runner.speculative_config, runner.device)
-        self._runner = runner
+        super().__init__(runner)
         self._settings = settings
         self._counters = counters
-        self._recorder = ProposalRecorder(runner, settings.draft_logits)
+        self._recorder = Recorder(runner, settings)
+        self._blocks: list[Block | None] = []  # of the requests of the running step
         self.decisions: list[Decision] = []
         self.sample_actions = False
         """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
@@ -75,76 +65,63 @@ class CoSpecRejectionSampler(RejectionSampler):
 
             self._arbiter, _ = load_artefact(Path(settings.policy.arbiter))
 
-    def forward(
-        self, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any
-    ) -> SamplerOutput:
-        """Verify one step; arguments and result are those of the stock sampler.
+    def open_step(self, request_ids: Sequence[str], num_draft_tokens: Sequence[int]) -> np.ndarray:
+        """As the base's."""
+        self._recorder.computed()
+        self._blocks = self._recorder.take(request_ids)
+        return self._recorder.find_placeholders(request_ids, num_draft_tokens)
 
-        Args:
-            metadata: which rows are drafts, which are bonus rows.
-            draft_probs: [N, V] float32, or None for greedy drafts.
-            logits: [N + B, V] target logits after the grammar mask.
-            sampling_metadata: of the batch.
-        """
-        proposals = self._recorder.take()
-        states = self._states(len(metadata.num_draft_tokens))
-        num_drafts = len(metadata.draft_token_ids)
-        # When all drafts of a step were trimmed away, stock's top-k fails on the CPU for want of a row.
-        stock_fails = num_drafts == 0 and sampling_metadata.top_k is not None
-        if states is None or not (stock_fails or any(state.settings.arbitrated for state in states)):
-            return super().forward(metadata, draft_probs, logits, sampling_metadata)
+    def find_probabilities(self, metadata: SpecDecodeMetadata, given: Tensor | None) -> Tensor | None:
+        """As the base's."""
+        own = draft_probabilities(self._blocks, metadata.num_draft_tokens, metadata.draft_token_ids)
+        return given if own is None else own
 
-        bonus = self.sampler(
-            logits=logits[metadata.bonus_logits_indices],
-            # as stock, but without a copy of the logits when nobody asked for logprobs
-            sampling_metadata=replace(sampling_metadata, max_num_logprobs=-1)
-            if sampling_metadata.max_num_logprobs is not None
-            else sampling_metadata,
-            predict_bonus_token=True,
-            logprobs_mode_override="processed_logits" if self.is_processed_logprobs_mode else "raw_logits",
-        )
-        rows_of_drafts = None
-        if logits.dtype == torch.float32 and _unprocessed(sampling_metadata):
-            raw, rows_of_drafts = logits, metadata.target_logits_indices  # no copy: most rows are read but once
-        else:
-            raw = logits[metadata.target_logits_indices].float()
-        processed = raw
-        if num_drafts and rows_of_drafts is None:
-            processed = self.apply_logits_processors(raw.clone(), sampling_metadata, metadata)
-            processed = apply_sampling_constraints(processed, metadata.cu_num_draft_tokens, sampling_metadata)
-        rows, requests = self._requests(states, proposals, metadata)
-        verdict = self._strict_verdict(metadata, draft_probs, processed, rows_of_drafts, sampling_metadata)
+    def find_arbitrated(self, metadata: SpecDecodeMetadata) -> bool:
+        """As the base's."""
+        self._states = [
+            self._state(self._runner.requests[request_id]) for request_id in self._runner.input_batch.req_ids
+        ]
+        arbitrated = [state.settings.arbitrated for state in self._states]
+        self._whole = np.ones(len(arbitrated), bool)
+        if not any(arbitrated):
+            return False
+        unhealthy = np.zeros(len(REASONS), np.int64)
+        drafts, end = metadata.draft_token_ids.numpy(), 0
+        for i, (block, n) in enumerate(zip(self._blocks, metadata.num_draft_tokens, strict=True)):
+            start, end = end, end + n
+            reason = _reason(block, drafts[start:end])
+            if reason is not None and arbitrated[i]:
+                self._whole[i] = False
+                unhealthy[REASONS.index(reason)] += max(n, 1)
+        if unhealthy.any() and self._counters is not None:
+            self._counters.add(0, unhealthy[:0], unhealthy)
+        return bool((self._whole & arbitrated).any())
+
+    def scan(self, step: V1Step) -> Tensor:
+        """As the base's."""
+        verdict = _strict_verdict(step)
+        requests = self._requests()
         batch = Batch(
-            draft_tokens=metadata.draft_token_ids.long(),
-            num_draft_tokens=np.array(metadata.num_draft_tokens, np.int64),
+            draft_tokens=step.metadata.draft_token_ids.long(),
+            num_draft_tokens=np.array(step.metadata.num_draft_tokens, np.int64),
             accepted=verdict.accepted,
             target_tokens=verdict.target_tokens,
-            bonus_tokens=bonus.sampled_token_ids.view(-1),
-            raw_target_logits=raw,
-            processed_target_logits=processed,
-            raw_argmax=verdict.argmax if processed is raw else argmax(raw),
-            draft_logits=self._draft_logits(proposals, rows) if self._settings.draft_logits else None,
+            bonus_tokens=step.bonus_tokens.view(-1),
+            raw_target_logits=step.raw,
+            processed_target_logits=step.processed,
+            raw_argmax=verdict.argmax if step.processed is step.raw else argmax(step.raw),
+            draft_logits=self._draft_logits if self._settings.draft_logits else None,
             num_speculative_tokens=self._settings.num_speculative_tokens,
-            max_draft_tokens=metadata.max_spec_len,
+            max_draft_tokens=step.metadata.max_spec_len,
             requests=requests,
             acceptance_ratio=verdict.acceptance_ratio,
             uniform=verdict.uniform,
-            logit_rows=rows_of_drafts,
+            logit_rows=step.rows,
+            legal=step.legal,
         )
-        result = verify_batch(batch, self._decide(requests, states), self._settings.collect)
-        self._account(result, states)
-
-        logprobs = None
-        if sampling_metadata.max_num_logprobs is not None:
-            logprobs = self._get_logprobs_tensors(
-                sampling_metadata.max_num_logprobs,
-                metadata,
-                logits,
-                processed if self.is_processed_logprobs_mode else raw,
-                bonus.logprobs_tensors.logprobs,
-                result.output,
-            )
-        return SamplerOutput(sampled_token_ids=result.output, logprobs_tensors=logprobs)
+        result = verify_batch(batch, self._decide(requests, self._states), self._settings.collect)
+        self._account(result, self._states)
+        return result.output
 
     def set_arbiter(self, state_dict: dict[str, Tensor]) -> None:
         """Replace the arbiter's weights in memory; takes effect at the next step."""
@@ -159,13 +136,6 @@ class CoSpecRejectionSampler(RejectionSampler):
         taken, self.decisions = self.decisions, []
         return taken
 
-    def _states(self, num_requests: int) -> list[RequestState] | None:
-        """Return the state of every request of the batch; None for vLLM's dummy batches."""
-        request_ids = self._runner.input_batch.req_ids
-        if len(request_ids) != num_requests:
-            return None
-        return [self._state(self._runner.requests[request_id]) for request_id in request_ids]
-
     def _state(self, cached: Any) -> RequestState:
         state = getattr(cached, STATE, None)
         if state is None:
@@ -176,81 +146,22 @@ class CoSpecRejectionSampler(RejectionSampler):
             setattr(cached, STATE, state)
         return state
 
-    def _strict_verdict(
-        self,
-        metadata: Any,
-        draft_probs: Tensor | None,
-        processed: Tensor,
-        rows_of_drafts: Tensor | None,
-        sampling_metadata: Any,
-    ) -> Verdict:
-        """Decide every position as strict verification does, drawing its random numbers in its order."""
-        drafts = metadata.draft_token_ids.long()
-        vocabulary = processed.shape[1]
-        uniform = ratio = None
-        if len(drafts) and not sampling_metadata.all_greedy:
-            uniform = generate_uniform_probs(
-                len(drafts), metadata.num_draft_tokens, sampling_metadata.generators, processed.device
-            ).float()
-        best = argmax(processed) if len(drafts) else drafts
-        if rows_of_drafts is not None:
-            best = best[rows_of_drafts]
-        accepted, targets = drafts == best, best
-        if uniform is not None:
-            probabilities = processed.softmax(dim=-1, dtype=torch.float32)
-            recovered = sample_recovered_tokens(
-                metadata.max_spec_len,
-                metadata.num_draft_tokens,
-                metadata.cu_num_draft_tokens,
-                metadata.draft_token_ids,
-                draft_probs,
-                probabilities,
-                sampling_metadata,
-                processed.device,
-                self.use_fp64_gumbel,
-            )
-            index = drafts.clamp(0, vocabulary - 1).unsqueeze(1)
-            p = probabilities.gather(1, index).squeeze(1)
-            q = torch.ones_like(p) if draft_probs is None else draft_probs.gather(1, index).squeeze(1)
-            ratio = torch.where(q > 0, p / q, 0.0)
-            sampled = (sampling_metadata.temperature != GREEDY_TEMPERATURE).repeat_interleave(
-                torch.tensor(metadata.num_draft_tokens)
-            )
-            accepted = torch.where(sampled, (drafts >= 0) & (q > 0) & (ratio >= uniform), accepted)
-            targets = torch.where(sampled, recovered.long(), best)
-            ratio, uniform = torch.where(sampled, ratio, 0.0), torch.where(sampled, uniform, 1.0)
-        return Verdict(accepted, targets, best, ratio, uniform)
-
-    def _requests(
-        self, states: list[RequestState], proposals: Proposals | None, metadata: Any
-    ) -> tuple[np.ndarray, Requests]:
-        """Line up settings and state of the batch, and find the requests whose drafts are junk.
-
-        Returns:
-            The row of each request in the proposals, -1 for none, and the rest.
-        """
-        ids = self._runner.input_batch.req_ids
-        rows = np.full(len(ids), -1) if proposals is None else proposals.rows_of(ids)
-        drafts = metadata.draft_token_ids.numpy()
-        junk = np.ones(len(ids), bool)
-        end = 0
-        for i, n in enumerate(metadata.num_draft_tokens):
-            start, end = end, end + n
-            if proposals is not None and rows[i] >= 0:
-                junk[i] = not proposals.proposed(int(rows[i]), drafts[start:end])
-        settings = [state.settings for state in states]
+    def _requests(self) -> Requests:
+        """Line up settings and state of the batch."""
+        settings = [state.settings for state in self._states]
+        cached = [self._runner.requests[request_id] for request_id in self._runner.input_batch.req_ids]
         branches = [s.branch for s in settings]
         forced_at = forced_keep = None
-        written = np.zeros(len(ids), np.int64)
+        written = np.zeros(len(cached), np.int64)
         if any(branches):
             written = np.array([b.written if b else 0 for b in branches], np.int64)
             forced_at = np.array([b.decided_at if b else -1 for b in branches], np.int64)
             forced_keep = np.array([b.keep if b else False for b in branches])
-        return rows, Requests(
-            arbitrated=np.array([s.arbitrated for s in settings]),
-            junk=junk,
-            output_position=written + np.array([len(self._runner.requests[i].output_token_ids) for i in ids], np.int64),
-            overrides_so_far=np.array([state.overrides for state in states], np.int64),
+        return Requests(
+            arbitrated=np.array([s.arbitrated for s in settings]) & self._whole,
+            junk=~self._whole,
+            output_position=written + np.array([len(request.output_token_ids) for request in cached], np.int64),
+            overrides_so_far=np.array([state.overrides for state in self._states], np.int64),
             max_overrides=np.array(
                 [UNLIMITED if s.max_overrides is None else s.max_overrides for s in settings], np.int64
             ),
@@ -260,13 +171,10 @@ class CoSpecRejectionSampler(RejectionSampler):
             forced_keep=forced_keep,
         )
 
-    @staticmethod
-    def _draft_logits(proposals: Proposals | None, rows: np.ndarray) -> Any:
-        def gather(request: np.ndarray, position: np.ndarray) -> Tensor:
-            assert proposals is not None  # else every request is junk, and nothing is consulted
-            return proposals.gather_logits(rows[request], position)
-
-        return gather
+    def _draft_logits(self, request: np.ndarray, position: np.ndarray) -> Tensor:
+        """Return the draft logits of M (request, position) pairs, [M, V]."""
+        blocks = [self._blocks[index] for index in request]
+        return torch.stack([block.logits(at) for block, at in zip(blocks, position, strict=True) if block is not None])
 
     def _decide(self, requests: Requests, states: list[RequestState]) -> Any:
         policy = self._settings.policy
@@ -311,23 +219,39 @@ class CoSpecRejectionSampler(RejectionSampler):
                 )
 
 
-def _unprocessed(sampling_metadata: Any) -> bool:
-    """Whether a batch's logits reach verification as the model gave them, and nobody wants them afterwards.
+def _reason(block: Block | None, drafts: np.ndarray) -> Reason | None:
+    """Return why these drafts of a request are not whole, or None; int [n]."""
+    if block is None:
+        return Reason.SKIPPED if len(drafts) else None
+    if block.reason is None and not np.array_equal(block.tokens[: len(drafts)], drafts):
+        return Reason.LOST
+    return block.reason
 
-    Everything that vLLM's ``apply_logits_processors`` and ``apply_sampling_constraints`` do is ruled out here.
-    """
-    holder = sampling_metadata.thinking_budget_state_holder
-    return (
-        sampling_metadata.all_greedy
-        and sampling_metadata.max_num_logprobs is None
-        and sampling_metadata.no_penalties
-        and not sampling_metadata.bad_words_token_ids
-        and sampling_metadata.allowed_token_ids_mask is None
-        and not any(  # the only processor that stock applies to draft rows
-            isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks
-            for processor in sampling_metadata.logitsprocs.non_argmax_invariant
-        )
-        and not (holder is not None and holder.has_tracked_requests())
+
+def _strict_verdict(step: V1Step) -> Verdict:
+    """Decide every position as strict verification does."""
+    drafts, sampling = step.metadata.draft_token_ids.long(), step.sampling
+    best = argmax(step.processed) if len(drafts) else drafts
+    if step.rows is not None:
+        best = best[step.rows]
+    if step.draws is None:
+        return Verdict(drafts == best, best, best, None, None)
+    uniform = step.draws.uniform.float()
+    index = drafts.clamp(0, step.processed.shape[1] - 1).unsqueeze(1)
+    p = step.draws.probabilities.gather(1, index).squeeze(1)
+    q = torch.ones_like(p)
+    if step.draft_probabilities is not None:
+        q = step.draft_probabilities.gather(1, index).squeeze(1)
+    ratio = torch.where(q > 0, p / q, 0.0)
+    sampled = (sampling.temperature != GREEDY_TEMPERATURE).repeat_interleave(
+        torch.tensor(step.metadata.num_draft_tokens)
+    )
+    return Verdict(
+        accepted=torch.where(sampled, (drafts >= 0) & (q > 0) & (ratio >= uniform), drafts == best),
+        target_tokens=torch.where(sampled, step.draws.recovered.long(), best),
+        argmax=best,
+        acceptance_ratio=torch.where(sampled, ratio, 0.0),
+        uniform=torch.where(sampled, uniform, 1.0),
     )
 
 

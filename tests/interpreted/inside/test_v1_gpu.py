@@ -146,7 +146,7 @@ def test_drafters_on_the_host_have_no_logits_and_ragged_drafts(tmp_path: Path) -
         step = Step(4, IDS, sampled=0.0)
         ragged = [row[:n] for row, n in zip(step.proposed.tolist(), step.num_drafts, strict=True)]
         recorder = sampler._recorder if module is v1_cpu else sampler.recorder
-        recorder._propose = lambda ragged=ragged: ragged
+        recorder._propose = lambda ragged=ragged, **_: ragged
         outputs.append(runner.run(sampler, step))
         decisions = sampler.take_decisions()
         assert decisions

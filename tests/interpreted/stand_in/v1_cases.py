@@ -79,7 +79,7 @@ class Drafter:
     def __init__(self) -> None:
         self.model = SimpleNamespace(compute_logits=lambda step: self.logits[:, step].clone())
 
-    def propose(self) -> Tensor:
+    def propose(self, **_: Any) -> Tensor:
         steps = [self._sample_draft_tokens(step, self.metadata)[0] for step in range(K)]
         return torch.stack(steps, dim=1)
 
@@ -162,11 +162,12 @@ class Runner:
         self.device = CPU
         self.max_num_reqs = size
         self.rejection_sampler = RejectionSampler(Sampler())
-        self.speculative_config = SimpleNamespace(rejection_sample_method="standard")
+        self.speculative_config = SimpleNamespace(rejection_sample_method="standard", method="draft_model")
         self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCAB, head_dtype=torch.float32)
         self.drafter = Drafter()
         self.requests: dict[str, CachedRequestState] = {}
-        self.input_batch = SimpleNamespace(req_ids=[])
+        self.input_batch = SimpleNamespace(req_ids=[], generators={}, num_reqs=0)
+        self.discard_request_mask = SimpleNamespace(np=np.zeros(size, bool))
         for i, name in enumerate(ids):
             self.add(name, 3 + i, extra.get(name))
 
@@ -175,6 +176,18 @@ class Runner:
             name, [0] * prompt, [], SamplingParams(extra_args=extra), None, ([],), 0, output_token_ids=[]
         )
 
+    def _update_states(self, scheduler_output: Any) -> None:
+        pass
+
+    def take_draft_token_ids(self) -> None:
+        return None
+
+    def _input_fits_in_drafter(self, metadata: Any) -> bool:
+        return True
+
+    def _get_spec_decode_draft_probs(self, metadata: Any) -> None:
+        return None
+
     def run(self, sampler: Any, step: Step) -> Tensor:
         """Draft and verify, then append what came out to the requests."""
         self.input_batch.req_ids = step.ids
@@ -182,9 +195,11 @@ class Runner:
         drafter.logits, drafter.tokens, drafter.metadata, drafter.step = (
             step.draft_logits, step.proposed, step.sampling(), 0
         )  # fmt: skip
-        drafter.propose()
+        drafter.propose(common_attn_metadata=SimpleNamespace(seq_lens=torch.zeros(len(step.ids), dtype=torch.int32)))
         requests = [self.requests[name] for name in step.ids]
         starts = [r.num_prompt_tokens + len(r.output_token_ids) - 1 for r in requests]
+        self.input_batch.num_reqs, self.input_batch.num_computed_tokens_cpu = len(starts), np.array(starts)
+        self.query_start_loc = SimpleNamespace(np=np.cumsum([0, *(n + 1 for n in step.num_drafts)]))
         self.positions = torch.cat(
             [torch.arange(s, s + n + 1) for s, n in zip(starts, step.num_drafts, strict=True)]
         ).long()

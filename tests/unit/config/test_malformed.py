@@ -139,6 +139,10 @@ ENGINES_KEYS = {
         for name, value in {"zero": 0, "negative": -1, "text": "two", "fraction": 1.5, "list": [1], "other": 2}.items()
     },
     "enable_adaptive_verification": ({"enable_adaptive_verification": True}, "enable_adaptive_verification"),
+    "num_speculative_tokens_per_batch_size": (
+        {"num_speculative_tokens_per_batch_size": [[1, 4, 3]]},
+        "num_speculative_tokens_per_batch_size",
+    ),
     "max_model_len negative": ({"max_model_len": -5}, "max_model_len"),
     "max_model_len text": ({"max_model_len": "long"}, "max_model_len"),
     "max_model_len beyond the model's": ({"max_model_len": 10**9}, "max_model_len"),
@@ -165,6 +169,7 @@ def test_a_malformed_configuration_is_refused_in_one_sentence(pair: Pair, change
 
 ENGINE_SETTINGS = {
     "worker_cls": ({"worker_cls": "mine.Worker"}, "worker_cls: 'mine.Worker'"),
+    "scheduler_cls": ({"scheduler_cls": "mine.Scheduler"}, "scheduler_cls: 'mine.Scheduler'"),
     "pipeline_parallel_size": ({"pipeline_parallel_size": 2}, "pipeline_parallel_size: 2"),
     "spec_method": ({"spec_method": "ngram"}, "--spec-method"),
     "spec_model": ({"spec_model": "org/draft"}, "--spec-model"),

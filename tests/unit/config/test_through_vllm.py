@@ -32,6 +32,7 @@ from vllm_cospec import compat, translate
 from vllm_cospec.config import Settings
 from vllm_cospec.errors import CompatibilityError, CoSpecError
 from vllm_cospec.kernels.policies import Fly, Random, Typical, policy_class, policy_names
+from vllm_cospec.scheduler import CoSpecScheduler
 
 
 def test_vllm_gets_the_inner_method_our_worker_and_the_settings(pair: Pair) -> None:
@@ -43,6 +44,7 @@ def test_vllm_gets_the_inner_method_our_worker_and_the_settings(pair: Pair) -> N
     assert speculative.draft_model_config.max_model_len == 48
     assert speculative.draft_sample_method == "probabilistic"
     assert config.parallel_config.worker_cls == "vllm_cospec.workers.cpu.CoSpecCPUWorker"
+    assert issubclass(config.scheduler_config.get_scheduler_cls(), CoSpecScheduler)
     assert without_counters(speculative.cospec) == Settings(
         policy=Typical(),
         threshold=0.5,
@@ -54,6 +56,13 @@ def test_vllm_gets_the_inner_method_our_worker_and_the_settings(pair: Pair) -> N
         counters="",
     )
     assert Path(speculative.cospec.counters).is_dir()
+
+
+def test_arguments_that_were_read_before_are_read_alike(pair: Pair) -> None:
+    """Several API servers build the configuration from the same arguments."""
+    args = engine_args(pair.target, user_config(pair))
+    first, second = (args.create_engine_config().scheduler_config.scheduler_cls for _ in range(2))
+    assert first == second == translate.SCHEDULER
 
 
 def test_ngram_drafts_without_a_model(pair: Pair) -> None:

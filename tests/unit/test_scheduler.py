@@ -1,0 +1,184 @@
+"""Where the scheduler stops a request in a step: never inside a block it could verify whole, alone or later."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_cospec.scheduler import foreign_blocks, keeping_blocks_whole
+
+K = 5
+
+
+class Scheduler:
+    """As much of vLLM's scheduler as is extended."""
+
+    num_sampled_tokens_per_step = 1
+    num_spec_tokens = K
+    block_size = 4
+    use_v2_model_runner = False
+
+    def __init__(
+        self, max_tokens: int = 64, long_prefill: int = 0, max_model_len: int = 128, connector: Any = None
+    ) -> None:
+        self.scheduler_config = SimpleNamespace(
+            long_prefill_token_threshold=long_prefill, max_num_batched_tokens=max_tokens
+        )
+        self.vllm_config = SimpleNamespace(speculative_config=SimpleNamespace(max_num_new_slots_for_drafting=1))
+        self.kv_cache_config = SimpleNamespace(
+            kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=size)) for size in (4, 8)]
+        )
+        self.connector = connector
+        self.max_num_scheduled_tokens = max_tokens
+        self.max_model_len = max_model_len
+        self.requests: dict[str, Any] = {}
+        self.hit = 0
+        self.kv_cache_manager = SimpleNamespace(
+            empty_kv_cache_blocks="none", truncate_computed_blocks=lambda blocks, n: f"{blocks} up to {n}"
+        )
+
+    def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
+        return num_new_tokens
+
+    def _preempt_request(self, request: Any, timestamp: float) -> None:
+        request.num_computed_tokens, request.spec_token_ids = 0, []
+
+    def _get_local_prefix_cache_hit(self, request: Any) -> tuple[str, int, int, bool]:
+        return "blocks", self.hit, 0, False
+
+    def update_draft_token_ids(self, drafts: Any) -> None:
+        for name, tokens in zip(drafts.req_ids, drafts.draft_token_ids, strict=True):
+            request = self.requests.get(name)
+            if request is not None:
+                request.spec_token_ids = [] if request.is_prefill_chunk else tokens
+
+    def _update_after_schedule(self, output: Any) -> None:
+        pass
+
+
+def request(prompt: int = 10, output: int = 0, computed: int = 0, drafts: int = 0) -> Any:
+    own = SimpleNamespace(
+        num_tokens=prompt + output, num_output_tokens=output, num_computed_tokens=computed,
+        num_output_placeholders=0, spec_token_ids=[7] * drafts, is_prefill_chunk=computed < prompt + output - 1,
+        request_id="a",
+    )  # fmt: skip
+    own.num_tokens_with_spec = own.num_tokens + drafts
+    return own
+
+
+def scheduler(**settings: Any) -> Any:
+    return keeping_blocks_whole(Scheduler)(**settings)
+
+
+@pytest.mark.parametrize(("offered", "granted"), [(6, 6), (5, 0), (1, 0)])
+def test_a_block_that_does_not_fit_waits(offered: int, granted: int) -> None:
+    own = request(output=3, computed=12, drafts=K)
+    assert scheduler()._reserve_prefill_lookahead(own, 12, offered) == granted
+
+
+def test_a_block_is_cut_where_it_would_be_cut_alone() -> None:
+    small = scheduler(max_tokens=5)  # of which the drafter needs one
+    own = request(output=3, computed=12, drafts=K)
+    assert small._reserve_prefill_lookahead(own, 12, 4) == 4
+    assert small._reserve_prefill_lookahead(own, 12, 3) == 0
+    end = scheduler(max_model_len=16)
+    assert end._reserve_prefill_lookahead(own, 12, 3) == 3
+    assert end._reserve_prefill_lookahead(own, 12, 2) == 0
+
+
+def test_a_prompt_takes_what_it_is_given() -> None:
+    assert scheduler()._reserve_prefill_lookahead(request(prompt=40), 0, 7) == 7
+    assert scheduler()._reserve_prefill_lookahead(request(prompt=40), 33, 7) == 7
+
+
+def test_the_threshold_for_long_prompts_does_not_cut_blocks() -> None:
+    assert scheduler(long_prefill=3).scheduler_config.long_prefill_token_threshold == 1 + K
+    assert scheduler(long_prefill=30).scheduler_config.long_prefill_token_threshold == 30
+    assert scheduler(long_prefill=0).scheduler_config.long_prefill_token_threshold == 0
+
+
+def test_a_preempted_request_is_drafted_again_before_it_decodes() -> None:
+    own, it = request(output=3, computed=12, drafts=K), scheduler()
+    it.requests["a"] = own
+    it._preempt_request(own, 0.0)
+    own.is_prefill_chunk = True
+    assert it._reserve_prefill_lookahead(own, 0, 8) == 8  # a chunk like any other
+    assert it._reserve_prefill_lookahead(own, 8, 5) == 4  # the last token waits
+    drafts = SimpleNamespace(req_ids=["a", "gone"], draft_token_ids=[[1, 2, 3], [4]])
+    own.num_computed_tokens = 8
+    it.update_draft_token_ids(drafts)
+    assert own.spec_token_ids == []
+    own.num_computed_tokens = 12
+    it.update_draft_token_ids(drafts)
+    assert own.spec_token_ids == [1, 2, 3]
+    own.num_tokens_with_spec = 16
+    assert it._reserve_prefill_lookahead(own, 12, 4) == 4
+    own.spec_token_ids = []
+    assert it._reserve_prefill_lookahead(own, 12, 1) == 1  # decoding goes on, with drafts or without
+
+
+def test_a_request_preempted_in_its_prompt_has_no_block_to_draft_again() -> None:
+    own, it = request(computed=4), scheduler()
+    it._preempt_request(own, 0.0)
+    assert it._reserve_prefill_lookahead(own, 0, 10) == 10
+
+
+def test_nothing_waits_for_ever() -> None:
+    """One token left and nothing drafted for it: the request goes on without a block."""
+    own, it = request(output=3, computed=12), scheduler()
+    it._preempt_request(own, 0.0)
+    assert it._reserve_prefill_lookahead(own, 12, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("hit", "expected"), [(8, ("blocks", 8)), (12, ("blocks up to 8", 8)), (11, ("blocks", 11)), (0, ("blocks", 0))]
+)
+def test_a_cache_hit_leaves_more_than_the_last_token(hit: int, expected: tuple[str, int]) -> None:
+    own, it = request(output=3), scheduler()
+    it._preempt_request(own, 0.0)
+    it.hit = hit
+    assert it._get_local_prefix_cache_hit(own)[:2] == expected
+
+
+def test_a_hit_inside_a_block_that_leaves_the_last_token_alone_is_given_up() -> None:
+    own, it = request(output=2), scheduler()
+    it._preempt_request(own, 0.0)
+    it.hit = 11
+    assert it._get_local_prefix_cache_hit(own)[:2] == ("none", 0)
+
+
+def test_where_drafts_stay_in_the_worker_placeholders_stand_for_them() -> None:
+    own, it = request(output=3, computed=12), scheduler()
+    it._spec_token_placeholders = [-1] * K
+    it.requests["a"] = own
+    it._preempt_request(own, 0.0)
+    own.num_computed_tokens = 12
+    it._update_after_schedule(SimpleNamespace(num_scheduled_tokens={"a": 12}))
+    assert own.spec_token_ids == [-1] * K
+
+
+def test_blocks_a_connector_fills_are_handed_to_the_workers_once() -> None:
+    class Connector:
+        def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+            told.append((request, num_external_tokens))
+
+    told: list[tuple[Any, int]] = []
+    own = request(prompt=30)
+    it = scheduler(connector=Connector())
+    it.hit = 8
+    it._get_local_prefix_cache_hit(own)
+    blocks = SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4, 5], [6, 7, 8]))
+    it.connector.update_state_after_alloc(own, blocks, 0)
+    it.connector.update_state_after_alloc(own, blocks, 12)
+    assert told == [(own, 0), (own, 12)]
+    output = SimpleNamespace(num_scheduled_tokens={})
+    it._update_after_schedule(output)
+    assert [foreign_blocks(output, group) for group in (0, 1)] == [[3, 4, 5], [7, 8]]
+    output = SimpleNamespace(num_scheduled_tokens={})
+    it._update_after_schedule(output)
+    assert foreign_blocks(output, 0) == []
+
+
+def test_a_class_is_extended_once() -> None:
+    assert keeping_blocks_whole(Scheduler) is keeping_blocks_whole(Scheduler)
+    assert keeping_blocks_whole(Scheduler).__name__ == "Scheduler"

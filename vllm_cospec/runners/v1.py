@@ -1,0 +1,258 @@
+"""Model Runner V1: what both of its samplers do before and after the blocks are scanned.
+
+Batches in which no request is arbitrated go to the stock sampler. In the others stock's own functions process the
+logits and draw the bonus tokens, the uniform numbers and the recovered tokens in stock's order, so that every random
+number is the one strict verification would have drawn; only the scan of the blocks is ours. Requests that are strict
+in a mixed batch therefore get exactly the stock's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
+from vllm.v1.sample.rejection_sampler import (
+    RejectionSampler,
+    apply_sampling_constraints,
+    generate_uniform_probs,
+    sample_recovered_tokens,
+)
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+from vllm_cospec.runners.seeds import ThrownAwayDraws
+
+
+@dataclass
+class V1Step:
+    """One step of B requests with N drafts in all."""
+
+    metadata: SpecDecodeMetadata
+    sampling: Any  # vLLM's SamplingMetadata
+    logits: Tensor  # [N + B, V], after the grammar mask
+    raw: Tensor  # [N, V] float32; or ``logits`` itself where ``rows`` is given
+    rows: Tensor | None  # int [N], of ``raw``, where each draft is verified; None: its own
+    processed: Tensor  # like ``raw``, what tokens are drawn from
+    legal: Tensor  # [N] bool, what the request's own settings allow
+    bonus_tokens: Tensor  # [B, 1]
+    draft_probabilities: Tensor | None  # [N, V] float32
+    draws: Draws | None  # None when every request is greedy
+
+
+@dataclass
+class Draws:
+    """What stock draws to verify N drafts."""
+
+    uniform: Tensor  # [N] float64
+    probabilities: Tensor  # [N, V] float32, of the target
+    recovered: Tensor  # [N] int32
+
+
+class V1Sampler(RejectionSampler):
+    """Verifies drafts with a policy at the mismatches."""
+
+    def __init__(self, runner: Any):
+        super().__init__(runner.rejection_sampler.sampler, runner.speculative_config, runner.device)
+        self._runner = runner
+        self._thrown_away = ThrownAwayDraws(runner)
+
+    def open_step(self, request_ids: Sequence[str], num_draft_tokens: Sequence[int]) -> np.ndarray:
+        """A step of the runner's batch begins.
+
+        Returns:
+            Which requests come with placeholders that nobody proposed, bool [B].
+        """
+        raise NotImplementedError
+
+    def find_arbitrated(self, metadata: SpecDecodeMetadata) -> bool:
+        """Match the drafts with what was proposed; returns whether any of the requests is arbitrated."""
+        raise NotImplementedError
+
+    def find_probabilities(self, metadata: SpecDecodeMetadata, given: Tensor | None) -> Tensor | None:
+        """Return what the drafts were drawn from, [N, V]; ``given`` is what the runner found."""
+        raise NotImplementedError
+
+    def scan(self, step: V1Step) -> Tensor:
+        """Decide; returns the tokens of every request, int32 [B, max_spec_len + 1], padded with -1."""
+        raise NotImplementedError
+
+    def forward(
+        self, metadata: SpecDecodeMetadata, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any
+    ) -> SamplerOutput:
+        """Verify one step; arguments and result are those of the stock sampler.
+
+        Args:
+            metadata: which rows are drafts, which are bonus rows.
+            draft_probs: [N, V] float32, or None for drafts without probabilities.
+            logits: [N + B, V] target logits after the grammar mask.
+            sampling_metadata: of the batch.
+        """
+        request_ids = self._runner.input_batch.req_ids
+        if len(request_ids) != len(metadata.num_draft_tokens):  # vLLM's dummy batches
+            return super().forward(metadata, draft_probs, logits, sampling_metadata)
+        self._thrown_away.hide()
+        placeholders = self.open_step(request_ids, metadata.num_draft_tokens)
+        if placeholders.any():
+            metadata, draft_probs, logits, sampling_metadata = _without(
+                placeholders, metadata, draft_probs, logits, sampling_metadata
+            )
+        draft_probs = self.find_probabilities(metadata, draft_probs)
+        # When all drafts of a step were trimmed away, stock's top-k fails on the CPU for want of a row.
+        stock_fails = not len(metadata.draft_token_ids) and sampling_metadata.top_k is not None
+        if not self.find_arbitrated(metadata) and not stock_fails:
+            return super().forward(metadata, draft_probs, logits, sampling_metadata)
+        bonus = self.sampler(
+            logits=logits[metadata.bonus_logits_indices],
+            # as stock, but without a copy of the logits when nobody asked for logprobs
+            sampling_metadata=replace(sampling_metadata, max_num_logprobs=-1)
+            if sampling_metadata.max_num_logprobs is not None
+            else sampling_metadata,
+            predict_bonus_token=True,
+            logprobs_mode_override="processed_logits" if self.is_processed_logprobs_mode else "raw_logits",
+        )
+        step = self._process(metadata, draft_probs, logits, bonus.sampled_token_ids, sampling_metadata)
+        output = self.scan(step)
+        logprobs = None
+        if sampling_metadata.max_num_logprobs is not None:
+            logprobs = self._get_logprobs_tensors(
+                sampling_metadata.max_num_logprobs,
+                metadata,
+                logits,
+                step.processed if self.is_processed_logprobs_mode else step.raw,
+                bonus.logprobs_tensors.logprobs,
+                output,
+            )
+        return SamplerOutput(sampled_token_ids=output, logprobs_tensors=logprobs)
+
+    def _process(
+        self,
+        metadata: SpecDecodeMetadata,
+        draft_probs: Tensor | None,
+        logits: Tensor,
+        bonus_tokens: Tensor,
+        sampling_metadata: Any,
+    ) -> V1Step:
+        """Process the logits as stock does, and draw its random numbers."""
+        rows, drafts = None, metadata.draft_token_ids
+        if logits.device.type == "cpu" and logits.dtype == torch.float32 and _unprocessed(sampling_metadata):
+            raw, rows = logits, metadata.target_logits_indices  # no copy: most rows are read but once
+        else:
+            raw = logits[metadata.target_logits_indices].to(torch.float32)
+        processed = raw
+        legal = known = (drafts >= 0) & (drafts < logits.shape[1])
+        index = drafts.long().clamp(0, logits.shape[1] - 1)
+        if rows is not None:
+            legal = known & raw[rows, index].isfinite()
+        elif len(drafts):
+            processed = self.apply_logits_processors(raw.clone(), sampling_metadata, metadata)
+            legal = known & processed.gather(1, index.unsqueeze(1)).squeeze(1).isfinite()
+            processed = apply_sampling_constraints(processed, metadata.cu_num_draft_tokens, sampling_metadata)
+            legal &= _allowed_by_own(sampling_metadata, metadata, processed, index)
+        step = V1Step(metadata, sampling_metadata, logits, raw, rows, processed, legal, bonus_tokens, draft_probs, None)
+        if len(drafts) and not sampling_metadata.all_greedy:
+            step.draws = self._draw(metadata, draft_probs, processed, sampling_metadata)
+        return step
+
+    def _draw(
+        self, metadata: SpecDecodeMetadata, draft_probs: Tensor | None, processed: Tensor, sampling_metadata: Any
+    ) -> Draws:
+        """Draw what stock's ``rejection_sample`` would draw, in its order."""
+        uniform = generate_uniform_probs(
+            len(metadata.draft_token_ids), metadata.num_draft_tokens, sampling_metadata.generators, processed.device
+        )
+        probabilities = processed.softmax(dim=-1, dtype=torch.float32)
+        recovered = sample_recovered_tokens(
+            metadata.max_spec_len,
+            metadata.num_draft_tokens,
+            metadata.cu_num_draft_tokens,
+            metadata.draft_token_ids,
+            draft_probs,
+            probabilities,
+            sampling_metadata,
+            processed.device,
+            self.use_fp64_gumbel,
+        )
+        return Draws(uniform, probabilities, recovered)
+
+
+def _allowed_by_own(
+    sampling_metadata: Any, metadata: SpecDecodeMetadata, processed: Tensor, index: Tensor
+) -> Tensor | bool:
+    """Which drafts top-k and top-p leave to the requests that set them, bool [N].
+
+    vLLM masks rows of the others too, as soon as one request sets them: tokens whose probability rounds to zero.
+    """
+    device, restricted = processed.device, None
+    for values, nothing in ((sampling_metadata.top_k, processed.shape[1]), (sampling_metadata.top_p, 1)):
+        if values is not None:
+            own = values < nothing
+            restricted = own if restricted is None else restricted | own
+    if restricted is None:
+        return True
+    counts = torch.tensor(metadata.num_draft_tokens).to(device, non_blocking=True)
+    restricted = restricted.repeat_interleave(counts, output_size=len(index))
+    return ~restricted | processed.gather(1, index.unsqueeze(1)).squeeze(1).isfinite()
+
+
+def _without(
+    placeholders: np.ndarray,
+    metadata: SpecDecodeMetadata,
+    draft_probs: Tensor | None,
+    logits: Tensor,
+    sampling_metadata: Any,
+) -> tuple[SpecDecodeMetadata, Tensor | None, Tensor, Any]:
+    """Leave out the placeholders vLLM pads a request with when others decode: alone it would draw nothing for them."""
+    counts = np.array(metadata.num_draft_tokens, np.int64)
+    owner = np.repeat(np.arange(len(counts)), counts + 1)  # of each row
+    local = np.concatenate([np.arange(n + 1) for n in counts])
+    kept_rows = ~placeholders[owner] | (local == 0)
+    kept_drafts = torch.from_numpy(np.flatnonzero(~placeholders[np.repeat(np.arange(len(counts)), counts)]))
+    counts = np.where(placeholders, 0, counts)
+    ends = np.cumsum(counts + 1)
+    device = logits.device
+    rows = torch.from_numpy(np.flatnonzero(kept_rows)).to(device)
+    kept_drafts = kept_drafts.to(device)
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int32)).to(device)
+
+    reduced = SpecDecodeMetadata(
+        draft_token_ids=metadata.draft_token_ids[kept_drafts],
+        num_draft_tokens=counts.tolist(),
+        cu_num_draft_tokens=on_device(np.cumsum(counts)),
+        cu_num_sampled_tokens=on_device(ends),
+        target_logits_indices=on_device(np.setdiff1d(np.arange(ends[-1]), ends - 1)),
+        bonus_logits_indices=on_device(ends - 1),
+        logits_indices=metadata.logits_indices[rows],
+    )
+    reduced.max_spec_len = metadata.max_spec_len  # the width the runner expects of the output
+    spec_token_ids = sampling_metadata.spec_token_ids
+    if spec_token_ids is not None:
+        spec_token_ids = [[] if hidden else own for own, hidden in zip(spec_token_ids, placeholders, strict=False)]
+        sampling_metadata = replace(sampling_metadata, spec_token_ids=spec_token_ids)
+    return reduced, None if draft_probs is None else draft_probs[kept_drafts], logits[rows], sampling_metadata
+
+
+def _unprocessed(sampling_metadata: Any) -> bool:
+    """Whether a batch's logits reach verification as the model gave them, and nobody wants them afterwards.
+
+    Everything that vLLM's ``apply_logits_processors`` and ``apply_sampling_constraints`` do is ruled out here.
+    """
+    holder = sampling_metadata.thinking_budget_state_holder
+    return (
+        sampling_metadata.all_greedy
+        and sampling_metadata.max_num_logprobs is None
+        and sampling_metadata.no_penalties
+        and not sampling_metadata.bad_words_token_ids
+        and sampling_metadata.allowed_token_ids_mask is None
+        and not any(  # the only processor that stock applies to draft rows
+            isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks
+            for processor in sampling_metadata.logitsprocs.non_argmax_invariant
+        )
+        and not (holder is not None and holder.has_tracked_requests())
+    )
