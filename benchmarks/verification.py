@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import LogitsProcessors
@@ -22,7 +23,7 @@ from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_sch
 from vllm_cospec.config import Settings
 from vllm_cospec.kernels.policies import Learned
 from vllm_cospec.runners import v1_cpu
-from vllm_cospec.runners.recorder import Proposals
+from vllm_cospec.runners.recorder import Block, Proposals
 
 BATCHES = (8, 32)
 OVERRIDE_RATE = 0.3  # that of the bundled arbiter
@@ -63,17 +64,22 @@ def arbitrating_sampler(stock: RejectionSampler, batch: int, vocab_size: int, k:
     request = SimpleNamespace(sampling_params=None, output_token_ids=[0] * 20)
     runner = SimpleNamespace(
         rejection_sampler=stock,
-        speculative_config=SimpleNamespace(rejection_sample_method="standard"),
+        speculative_config=SimpleNamespace(rejection_sample_method="standard", method="draft_model"),
         device=torch.device("cpu"),
-        drafter=SimpleNamespace(propose=None),
-        input_batch=SimpleNamespace(req_ids=ids),
+        drafter=SimpleNamespace(propose=None, _sample_draft_tokens=None),
+        input_batch=SimpleNamespace(req_ids=ids, generators={}, num_reqs=batch),
+        discard_request_mask=SimpleNamespace(np=np.zeros(batch, bool)),
+        _update_states=None,
+        take_draft_token_ids=None,
+        _input_fits_in_drafter=None,
+        _get_spec_decode_draft_probs=None,
         requests={i: SimpleNamespace(**vars(request)) for i in ids},
     )
     settings = Settings(
         policy=Learned(artefact=str(artefact)), threshold=0.5, max_overrides=None, exact_tokens=0, collect=False,
         draft_logits=True, num_speculative_tokens=k, counters=str(directory),
     )  # fmt: skip
-    return v1_cpu.install(runner, settings, 0)
+    return v1_cpu.CoSpecRejectionSampler(runner, settings, counters=None)
 
 
 def compare(vocab_size: int, batch: int, k: int, agreement: float, rounds: int) -> dict[str, Any]:
@@ -94,7 +100,8 @@ def compare(vocab_size: int, batch: int, k: int, agreement: float, rounds: int) 
         ours = arbitrating_sampler(stock, batch, vocab_size, k, Path(directory))
 
         def run_ours() -> Any:
-            ours._recorder._current = Proposals(ours._runner.input_batch.req_ids, drafts, draft_logits)
+            proposed = Proposals(drafts, draft_logits)
+            ours._recorder._blocks = {name: Block(proposed, row) for row, name in enumerate(ours._runner.requests)}
             return ours(metadata, None, logits, sampling)
 
         ours._settings = replace(ours._settings, collect=True)
