@@ -67,7 +67,10 @@ def arbitrating_sampler(stock: RejectionSampler, batch: int, vocab_size: int, k:
         speculative_config=SimpleNamespace(rejection_sample_method="standard", method="draft_model"),
         device=torch.device("cpu"),
         drafter=SimpleNamespace(propose=None, _sample_draft_tokens=None),
-        input_batch=SimpleNamespace(req_ids=ids, generators={}, num_reqs=batch),
+        input_batch=SimpleNamespace(
+            req_ids=ids, generators={}, num_reqs=batch, num_computed_tokens_cpu=np.full(batch, 20)
+        ),
+        query_start_loc=SimpleNamespace(np=np.arange(batch + 1) * (k + 1)),
         discard_request_mask=SimpleNamespace(np=np.zeros(batch, bool)),
         _update_states=None,
         take_draft_token_ids=None,
