@@ -148,8 +148,11 @@ def test_an_answer_is_the_rest_of_the_line_and_nothing_else(package: Path) -> No
     assert similarity("abcd", "") == 0.0
 
 
-def test_figures_tell_lines_that_the_draft_was_trained_on_apart(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_tell_lines_that_the_draft_was_trained_on_apart(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(code_lines, "LEARNT_PACKAGE", package.name)
+    monkeypatch.setattr(code_lines, "cached_pair", lambda name: tmp_path / name)  # whether one is built or not
     code_lines.learnt_lines.cache_clear()
     task = load_task("code_lines", **options(package))
     assert isinstance(task, FurtherFigures)
