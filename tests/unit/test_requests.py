@@ -299,7 +299,7 @@ def processed(
     if cospec is not None:
         config.cospec = cospec
 
-    def original(self, request_id: Any, prompt: Any, params: Any, supported_tasks: Any) -> Any:
+    def original(self: Any, request_id: Any, prompt: Any, params: Any, supported_tasks: Any) -> Any:
         sampling = params.clone() if isinstance(params, SamplingParams) else None
         request = {"prompt_embeds": None, "mm_features": None, "lora_request": None} | unseen
         return SimpleNamespace(sampling_params=sampling, **request)
@@ -330,9 +330,9 @@ def test_without_cospec_the_keys_mean_nothing() -> None:
     assert request.sampling_params.extra_args == {"cospec_threshold": "high"}
 
 
-IMAGE = {"mm_features": [object()]}
-EMBEDDINGS = {"prompt_embeds": object()}
-ADAPTER = {"lora_request": object()}
+IMAGE: dict[str, Any] = {"mm_features": [object()]}
+EMBEDDINGS: dict[str, Any] = {"prompt_embeds": object()}
+ADAPTER: dict[str, Any] = {"lora_request": object()}
 
 
 @pytest.mark.parametrize("unseen", [IMAGE, EMBEDDINGS, ADAPTER], ids=["image", "embeddings", "adapter"])
@@ -371,7 +371,7 @@ def handled(written: Any, read: Any = None, cospec: Any = LEARNED) -> Any:
         async def json(self) -> Any:
             return {"vllm_xargs": written}
 
-    async def original(self, request: Any, raw_request: Any) -> Any:
+    async def original(self: Any, request: Any, raw_request: Any) -> Any:
         return "answered"
 
     return asyncio.run(patches._make_handler(original)(serving, request, Raw()))

@@ -152,7 +152,7 @@ def test_the_recipes_knob_goes_with_the_recipes_arbiter(pair: Pair, tmp_path: Pa
     assert (config.threshold, config.max_accuracy_loss) == (None, None)
 
 
-asked = []  # of the hub: (repository, how)
+asked: list[tuple[str, dict[str, Any]]] = []  # of the hub: (repository, how)
 
 
 @pytest.fixture
@@ -225,6 +225,7 @@ def test_recipe_draft_and_arbiter_come_from_the_targets_revision(hub: Path, pair
     write_recipe(hub, {"model": model, "num_speculative_tokens": 6, "arbiter": "./arbiter"})
     config, inner = resolve({"method": "cospec"}, "org/target", ENGINE_KEYS, Hub(revision="v2", **OURS))
     assert Path(inner["model"], "config.json").is_file()
+    assert isinstance(config.arbiter, Learned)
     assert Path(config.arbiter.artefact, "model.safetensors").is_file()
     assert asked == 3 * [("org/target", {"revision": "v2", **OURS})]
 

@@ -77,7 +77,8 @@ def test_the_short_flag_beside_it_is_refused(checkpoint: Path) -> None:
 
 
 def test_without_cospec_it_is_served_as_ever(checkpoint: Path) -> None:
-    for speculative_config in (None, {"num_speculative_tokens": 2}):
+    configs: list[Any] = [None, {"num_speculative_tokens": 2}]
+    for speculative_config in configs:
         speculative = build(checkpoint, speculative_config).speculative_config
         assert speculative.method == "eagle3"
         assert not hasattr(speculative, "cospec")

@@ -85,8 +85,8 @@ def test_a_draft_with_swapped_digits_is_refused_before_an_engine_starts(pair: Pa
 
 
 def test_an_arbiter_fits_a_target_whose_vocabulary_is_padded(pair: Pair) -> None:
-    padded = str(pair.other_draft)  # 8 rows more than tokens
-    config = build(padded, user_config(pair, model=padded, arbiter=str(pair.artefact)))
+    padded = pair.other_draft  # 8 rows more than tokens
+    config = build(padded, user_config(pair, model=str(padded), arbiter=str(pair.artefact)))
     assert config.model_config.get_vocab_size() > len(build_tokenizer().get_vocab())
     assert config.speculative_config.cospec.policy == learned(pair.artefact)
 
@@ -242,7 +242,7 @@ ours = EngineArgs.create_speculative_config
 assert ours is not stock
 target, draft = sys.argv[1:]
 
-def outcome(create: Any, config: Any, **flags: Any) -> Any:
+def outcome(create, config, **flags):
     EngineArgs.create_speculative_config = create
     args = EngineArgs(model=target, max_model_len=64, enforce_eager=True, speculative_config=config, **flags)
     try:
