@@ -1,8 +1,8 @@
 """Arbitration: the reference, the CPU path and the Triton kernels.
 
-Installed as ``vllm_cospec.kernels``; nothing here imports from ``vllm_cospec`` but from this package itself. In a checkout
-this folder also answers to the name ``kernels`` for whatever runs with the checkout's root on its path (``python -m ...``
-started there), and transformers means another package by that.
+Installed as ``vllm_cospec.kernels``; nothing here imports from ``vllm_cospec`` but from this package itself. In a
+checkout this folder also answers to the name ``kernels`` for whatever runs with the checkout's root on its path
+(``python -m ...`` started there), and transformers means another package by that.
 """
 
 import sys

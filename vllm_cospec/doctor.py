@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_cospec import __version__, compat
+from vllm_cospec import __version__, compat, ledger
 from vllm_cospec.config import DRAFT_METHODS
 
 PACKAGES = ("torch", "triton", "transformers", "pydantic", "safetensors", "ray")
@@ -49,7 +49,7 @@ def examine() -> dict[str, Any]:
         problems.append(place.problem)
         return report | {"hooks": [], "patches": [], "problems": problems, "ok": False}
     statuses = compat.check_hooks(place.scopes)
-    report["patches"] = [asdict(patch) for patch in compat.PATCHES]
+    report["patches"] = [asdict(patch) for patch in ledger.PATCHES]
     report["hooks"] = [
         {"need": s.hook.need, "target": s.hook.target, "scope": s.hook.scope, "status": s.status, "detail": s.detail}
         for s in statuses

@@ -1,4 +1,4 @@
-"""What replaces symbols of vLLM's front end where cospec is asked for, see the ledger in compat.py."""
+"""What replaces symbols of vLLM's front end where cospec is asked for, see ledger.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_cospec import compat
+from vllm_cospec import compat, hooks
 from vllm_cospec.errors import ConfigError, CoSpecError
 from vllm_cospec.requests import check_keys, keep_strict
 
@@ -52,7 +52,7 @@ def _print_sentences() -> None:
 def replace_front_end() -> None:
     """Replace what a front end with cospec needs: 400 for bad requests, counters on /metrics and in the log."""
     compat.replace("vllm.v1.engine.input_processor:InputProcessor.process_inputs", _make_process_inputs)
-    for handler in compat.HANDLERS:
+    for handler in hooks.HANDLERS:
         compat.replace(handler, _make_handler)
     compat.replace("vllm.v1.metrics.loggers:LoggingStatLogger.log", _make_log)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.logger import init_logger
 
-from vllm_cospec import compat
+from vllm_cospec import compat, hooks
 from vllm_cospec.arguments import make_add_cli_args
 from vllm_cospec.speculators import make_maybe_override_with_speculators
 from vllm_cospec.translate import make_create_speculative_config
@@ -24,7 +24,7 @@ def register() -> None:
 
     A vLLM that lacks one of the few hooks this needs keeps serving without cospec; the log says why it is not there.
     """
-    for hook in compat.HOOKS:
+    for hook in hooks.HOOKS:
         status = compat.check_hook(hook) if hook.target in REPLACEMENTS else None
         if status and status.status != "found":
             logger.error(

@@ -12,8 +12,10 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_cospec import compat, plugin
-from vllm_cospec.compat import HOOKS, MARK, PATCHES, Hook, Patch, check_hook, find, replace, require_hooks, wrap
+from vllm_cospec.compat import MARK, check_hook, find, replace, require_hooks, wrap
 from vllm_cospec.errors import CompatibilityError
+from vllm_cospec.hooks import HOOKS, Hook
+from vllm_cospec.ledger import PATCHES, Patch
 from vllm_cospec.workers.cpu import EXPAND_KERNEL
 
 SCOPES: tuple[Any, ...] = ("config", "v1", "v2", "cpu", "gpu")

@@ -234,7 +234,7 @@ def test_a_vllm_that_lost_a_hook_is_refused_before_an_engine_starts(
 STOCK = """
 import dataclasses, re, sys
 from vllm.engine.arg_utils import EngineArgs
-from vllm_cospec import compat, plugin
+from vllm_cospec import compat, ledger, plugin
 
 stock = EngineArgs.create_speculative_config
 plugin.register()
@@ -271,7 +271,7 @@ for case in cases:
     (config, flags), (again, _) = case(), case()
     expected, got = outcome(stock, config, **flags), outcome(ours, again, **flags)
     assert got == expected, (got, expected)
-for patch in compat.PATCHES:
+for patch in ledger.PATCHES:
     if patch.level == "symbol" and patch.when != "always":
         assert compat.MARK not in vars(compat.find(patch.symbol)), patch.symbol
 print("SAME", len(cases))
