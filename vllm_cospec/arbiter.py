@@ -233,14 +233,15 @@ def load_artefact(directory: Path) -> tuple[Arbiter, ArtefactConfig]:
     return arbiter.eval().requires_grad_(False), config
 
 
-def check_fit(config: ArtefactConfig, where: str, draft_logits: bool, vocab_size: int, tokenizer: str) -> None:
-    """Refuse an artefact trained for another drafter variant, vocabulary or tokenizer.
+def check_fit(config: ArtefactConfig, where: str, draft_logits: bool, tokenizer: str) -> None:
+    """Refuse an artefact trained for another drafter variant or tokenizer.
+
+    The sizes of the vocabularies are not compared: models pad them, and padding means nothing.
 
     Args:
         config: of the artefact.
         where: its path, for the message.
         draft_logits: whether the drafter in use has logits.
-        vocab_size: of the target in use.
         tokenizer: :func:`tokenizer_hash` of the target in use.
 
     Raises:
@@ -252,11 +253,6 @@ def check_fit(config: ArtefactConfig, where: str, draft_logits: bool, vocab_size
         raise ArtefactError(
             f"arbiter: {where} was trained {with_or_without} draft logits, this drafter has "
             f"{'them' if draft_logits else 'none'}; use an arbiter trained for this kind of drafter"
-        )
-    if made.vocab_size != vocab_size:
-        raise ArtefactError(
-            f"arbiter: {where} was trained for a vocabulary of {made.vocab_size} tokens, the target has {vocab_size}; "
-            f"use an arbiter trained for this target"
         )
     if made.tokenizer_hash != tokenizer:
         raise ArtefactError(

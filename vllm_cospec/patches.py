@@ -1,29 +1,44 @@
-"""What replaces symbols of vLLM's front end where cospec is asked for, see the ledger in compat.py."""
+"""What replaces symbols of vLLM's front end where cospec is asked for, see ledger.py."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_cospec import compat
+from vllm_cospec import compat, hooks
 from vllm_cospec.errors import ConfigError, CoSpecError
+from vllm_cospec.requests import check_keys, keep_strict
 
 logger = init_logger("vllm.cospec")
 
 
-def print_the_sentence_alone() -> None:
-    """Where vLLM's own command runs, let it end with the sentence alone: fifty lines of its frames show no way out.
+def under_vllms_command() -> bool:
+    """Return whether vLLM's own command runs in this process, not a program that builds an engine."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return Path(sys.argv[0]).name == "vllm" or bool(spec and spec.name.startswith("vllm."))
+
+
+@contextlib.contextmanager
+def sentence_alone() -> Iterator[None]:
+    """Where vLLM's own command runs, let an error of ours end it as one sentence: vLLM's frames show no way out.
 
     A program that builds an LLM keeps its traceback, which leads to the line that has to change.
     """
-    main = sys.modules.get("__main__")
-    spec = getattr(main, "__spec__", None)
-    if Path(sys.argv[0]).name != "vllm" and not (spec and spec.name.startswith("vllm.")):
-        return
+    try:
+        yield
+    except CoSpecError as error:
+        if under_vllms_command():
+            _print_sentences()
+        raise error.with_traceback(None) from None
+
+
+def _print_sentences() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if isinstance(error, CoSpecError):
@@ -36,7 +51,9 @@ def print_the_sentence_alone() -> None:
 
 def replace_front_end() -> None:
     """Replace what a front end with cospec needs: 400 for bad requests, counters on /metrics and in the log."""
-    compat.replace("vllm.v1.engine.input_processor:InputProcessor._validate_params", _make_validate_params)
+    compat.replace("vllm.v1.engine.input_processor:InputProcessor.process_inputs", _make_process_inputs)
+    for handler in hooks.HANDLERS:
+        compat.replace(handler, _make_handler)
     compat.replace("vllm.v1.metrics.loggers:LoggingStatLogger.log", _make_log)
 
     def prom(original: Any) -> Any:
@@ -47,25 +64,50 @@ def replace_front_end() -> None:
     compat.replace("vllm.v1.metrics.loggers:PrometheusStatLogger._spec_decoding_cls", prom)
 
 
-def _make_validate_params(original: Any) -> Any:
+def _make_process_inputs(original: Any) -> Any:
+    """Every request passes here on its way to the engine, over HTTP or not."""
+
     @functools.wraps(original)
-    def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, params, *args, **kwargs)
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         settings = getattr(self.speculative_config, "cospec", None)
-        if settings is not None:
-            from vllm.exceptions import VLLMValidationError
-            from vllm.sampling_params import SamplingParams
+        if settings is None:
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        with _as_bad_request():
+            check_keys(getattr(params, "extra_args", None), settings)  # pooling has none
+            request = original(self, request_id, prompt, params, *args, **kwargs)
+            if request.sampling_params is not None:
+                keep_strict(request, self.speculative_config)
+            return request
 
-            from vllm_cospec.requests import request_settings
+    return process_inputs
 
-            if isinstance(params, SamplingParams):
-                try:
-                    request_settings(params, settings)
-                except ConfigError as error:
-                    raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
-        return result
 
-    return _validate_params
+def _make_handler(original: Any) -> Any:
+    """An endpoint's own method: only here are a request's keys still as they were written.
+
+    By the time they are sampling parameters, ``true`` has become 1, and beam search has dropped them.
+    """
+
+    @functools.wraps(original)
+    async def handle(self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any) -> Any:
+        settings = getattr(self.engine_client.vllm_config.speculative_config, "cospec", None)
+        if settings is not None and request.vllm_xargs:
+            body = None if raw_request is None else await raw_request.json()
+            with _as_bad_request():
+                check_keys(request.vllm_xargs if body is None else body["vllm_xargs"], settings)
+        return await original(self, request, raw_request, *args, **kwargs)
+
+    return handle
+
+
+@contextlib.contextmanager
+def _as_bad_request() -> Iterator[None]:
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        yield
+    except ConfigError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
 
 def _make_log(original: Any) -> Any:

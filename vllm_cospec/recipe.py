@@ -5,15 +5,37 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_cospec.config import WHERE
-from vllm_cospec.errors import ConfigError
+from vllm_cospec.errors import ConfigError, reason
 from vllm_cospec.kernels.policies import policy_names
 
 RECIPE_FILE = "cospec.json"
 MAX_RECIPE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Hub:
+    """How vLLM was told to reach the hub."""
+
+    revision: str | None = None
+    """Of the target, and so of the recipe and what lies beside it."""
+    cache_dir: str | None = None
+    """vLLM's ``download_dir``; None: the hub client's own."""
+    token: bool | str | None = None
+
+    def snapshot(self, repository: str, files: list[str], revision: str | None) -> Path:
+        """Fetch files of a repository, given by patterns; returns its local directory. Raises the client's errors."""
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=files, cache_dir=self.cache_dir, token=self.token
+            )
+        )
 
 
 def looks_local(path: str) -> bool:
@@ -29,7 +51,7 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def load_recipe(target: str) -> tuple[dict[str, Any], Path | None]:
+def load_recipe(target: str, hub: Hub) -> tuple[dict[str, Any], Path | None]:
     """Read the recipe that lies beside the target.
 
     Returns:
@@ -38,7 +60,7 @@ def load_recipe(target: str) -> tuple[dict[str, Any], Path | None]:
     Raises:
         ConfigError: it is no JSON object, or a downloaded one points out of its repository.
     """
-    path, local = _find_beside(target, RECIPE_FILE)
+    path, local = _find_beside(target, RECIPE_FILE, hub)
     if path is None:
         return {}, None
     try:
@@ -62,9 +84,7 @@ def load_recipe(target: str) -> tuple[dict[str, Any], Path | None]:
         if not local:  # so far only the recipe has been downloaded
             inside = os.path.normpath(value)
             with contextlib.suppress(Exception):  # no such folder there: a hub id
-                from huggingface_hub import snapshot_download
-
-                beside = Path(snapshot_download(target, allow_patterns=[f"{inside}/*"])) / inside
+                beside = hub.snapshot(target, [f"{inside}/*"], hub.revision) / inside
         return os.path.abspath(beside) if value.startswith(".") or _is_directory(beside) else value
 
     if "model" in recipe:
@@ -84,7 +104,7 @@ def _is_directory(path: Path) -> bool:
         return False
 
 
-def _find_beside(target: str, name: str) -> tuple[Path | None, bool]:
+def _find_beside(target: str, name: str, hub: Hub) -> tuple[Path | None, bool]:
     """Return the file ``name`` of a model directory or repository, and whether it is a local directory."""
     if _is_directory(Path(target)):
         path = Path(target) / name
@@ -95,13 +115,14 @@ def _find_beside(target: str, name: str) -> tuple[Path | None, bool]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(hf_hub_download(target, name)), False
+        found = hf_hub_download(target, name, revision=hub.revision, cache_dir=hub.cache_dir, token=hub.token)
+        return Path(found), False
     except (HfHubHTTPError, OSError, ValueError):  # not there, offline, or not a repository: no recipe
         return None, False
 
 
-def locate_artefact(reference: str) -> Path:
-    """Return the local directory of an arbiter given by path or hub id.
+def locate_artefact(reference: str, hub: Hub = Hub()) -> Path:
+    """Return the local directory of an arbiter given by path, hub id or ``hub-id@revision``.
 
     Raises:
         ConfigError: nothing there.
@@ -111,18 +132,17 @@ def locate_artefact(reference: str) -> Path:
     path = Path(os.path.expanduser(reference))
     if _is_directory(path):
         return path.resolve()
-    if looks_local(reference) or is_file(path):
+    repository, _, revision = reference.partition("@")
+    if looks_local(repository) or is_file(path):
         known = ", ".join(policy_names())
         hint = f'; for a rule write {{"policy": {reference!r}}}' if reference in known else ""
         raise ConfigError(
             f"{WHERE}.arbiter: no directory at {reference!r}{hint}; pass an artefact's directory or hub id"
         )
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(reference, allow_patterns=["config.json", "model.safetensors", "README.md"]))
+        return hub.snapshot(repository, ["config.json", "model.safetensors", "README.md"], revision or None)
     except Exception as error:  # the hub client raises many unrelated types; all mean the same to a user
-        reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(
-            f"{WHERE}.arbiter: {reference!r} is neither a directory nor a hub id that can be fetched ({reason})"
+            f"{WHERE}.arbiter: {reference!r} is neither a directory nor a hub id that can be fetched "
+            f"({reason(error, 200)})"
         ) from None

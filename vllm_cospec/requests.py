@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from vllm_cospec.kernels.frozen import Frozen
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
 
 PREFIX = "cospec_"
 WHERE = "vllm_xargs"
@@ -62,15 +64,17 @@ class RequestSettings:
     branch: Branch | None = None
 
 
-def request_settings(params: SamplingParams | None, settings: Settings) -> RequestSettings:
-    """Combine a request's keys with the server's settings.
+def check_keys(extra_args: Mapping[str, Any] | None, settings: Settings) -> RequestKeys:
+    """Return the keys of a request that are ours, checked against what this server serves.
+
+    Args:
+        extra_args: ``vllm_xargs`` as written, or ``SamplingParams.extra_args``; keys of others are left alone.
+        settings: of the server.
 
     Raises:
         ConfigError: one sentence; the API server answers it with status 400.
     """
-    extra = (params.extra_args if params is not None else None) or {}
-    own: dict[str, Any] = {key: value for key, value in extra.items() if key.startswith(PREFIX)}
-    keys = _parse(own)
+    keys = _parse({key: value for key, value in (extra_args or {}).items() if key.startswith(PREFIX)})
     server = settings.policy.policy
     if keys.cospec_policy not in (None, "strict", server):
         raise ConfigError(
@@ -86,8 +90,18 @@ def request_settings(params: SamplingParams | None, settings: Settings) -> Reque
         raise ConfigError(
             f"{WHERE}.cospec_branch: is for training, on an engine that was started with collect; leave it out"
         )
+    return keys
+
+
+def request_settings(params: SamplingParams | None, settings: Settings) -> RequestSettings:
+    """Combine a request's keys with the server's settings.
+
+    Raises:
+        ConfigError: see :func:`check_keys`.
+    """
+    keys = check_keys(params.extra_args if params is not None else None, settings)
     structured = params is not None and params.structured_outputs is not None
-    wanted = keys.cospec_policy or ("strict" if structured else server)
+    wanted = keys.cospec_policy or ("strict" if structured else settings.policy.policy)
     return RequestSettings(
         arbitrated=wanted != "strict",
         threshold=settings.threshold if keys.cospec_threshold is None else keys.cospec_threshold,
@@ -95,6 +109,37 @@ def request_settings(params: SamplingParams | None, settings: Settings) -> Reque
         exact_tokens=settings.exact_tokens if keys.cospec_exact_tokens is None else keys.cospec_exact_tokens,
         branch=keys.cospec_branch,
     )
+
+
+def keep_strict(request: EngineCoreRequest, speculative_config: Any) -> None:
+    """Write into a request on its way to the engine that it is strict, where the drafter does not see what it asks.
+
+    With a LoRA adapter it drafts as the target would without, which a request may accept by naming the policy. A prompt
+    of embeddings, or an image that only the target can see, it does not have at all.
+
+    Raises:
+        ConfigError: the request names the policy where the drafter lacks a part of the prompt.
+    """
+    assert request.sampling_params is not None
+    named = (request.sampling_params.extra_args or {}).get("cospec_policy")
+    unseen = None
+    if request.prompt_embeds is not None:
+        unseen = "a prompt of embeddings"
+    elif request.mm_features and _reads_text_alone(speculative_config):
+        unseen = "an image or sound"
+    if unseen and named not in (None, "strict"):
+        raise ConfigError(f"{WHERE}.cospec_policy: {named!r} needs a drafter that sees {unseen}; leave it out")
+    if unseen or (request.lora_request is not None and named is None):
+        request.sampling_params.extra_args = {
+            **(request.sampling_params.extra_args or {}),
+            "cospec_policy": "strict",
+        }
+
+
+def _reads_text_alone(speculative_config: Any) -> bool:
+    """Whether the drafter is a model of its own without the target's encoders; a head reads the target's states."""
+    method, draft = speculative_config.method, speculative_config.draft_model_config
+    return method == "draft_model" and not draft.is_multimodal_model
 
 
 def served_settings(params: SamplingParams | None, settings: Settings) -> RequestSettings:

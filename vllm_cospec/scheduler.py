@@ -15,7 +15,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm_cospec import compat
-from vllm_cospec.compat import CONNECTOR
+from vllm_cospec.hooks import CONNECTOR
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler

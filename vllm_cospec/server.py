@@ -19,6 +19,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_cospec import compat
+from vllm_cospec.config import asked_for
 from vllm_cospec.errors import ServerError
 
 HOST = "127.0.0.1"
@@ -74,6 +76,7 @@ class Server:
         self.url = f"http://{HOST}:{self.port}"
         self.log = log
         self.command = [*_serve_command(), str(model), "--host", HOST, "--port", str(self.port), *arguments]
+        self._asks_for_us = asked_for(speculative_config)
         if speculative_config is not None:
             self.command += ["--speculative-config", json.dumps(speculative_config)]
         self._process: subprocess.Popen[bytes] | None = None
@@ -83,8 +86,11 @@ class Server:
         """Start the server and its watchdog.
 
         Raises:
+            CompatibilityError: cospec is asked for, and vLLM would not load the plugin.
             ServerError: the port is taken.
         """
+        if self._asks_for_us:
+            compat.require_plugin()
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own socket
             try:

@@ -2,69 +2,91 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm.logger import init_logger
+
+from vllm_cospec import tokenizers
 from vllm_cospec.config import DRAFT_METHODS, WHERE, CoSpecConfig, Settings
-from vllm_cospec.errors import ConfigError
+from vllm_cospec.errors import ConfigError, reason
 from vllm_cospec.kernels.policies import Policy
+from vllm_cospec.recipe import Hub
+
+logger = init_logger("vllm.cospec")
 
 
-def settle_loaded(config: CoSpecConfig, speculative_config: Any, target_model_config: Any) -> Settings:
+@dataclass(frozen=True)
+class Models:
+    """What vLLM made of the two models."""
+
+    method: str
+    """The inner method it settled on."""
+    num_speculative_tokens: int
+    target_vocab_size: int
+    draft_vocab_size: int
+    """As the configurations say, padding included."""
+    target_context: int
+    draft_context: int
+    """Tokens the models are served with."""
+    target_tokenizer: Callable[[], Any]
+    draft_tokenizer: Callable[[], Any]
+    """Load the tokenizers; raise whatever the libraries raise when there is none."""
+
+
+def settle_loaded(config: CoSpecConfig, speculative_config: Any, target_model_config: Any, hub: Hub) -> Settings:
     """Check a configuration against the models vLLM was given; see :func:`settle`.
 
     Args:
         config: from :func:`vllm_cospec.translate.resolve`.
         speculative_config: vLLM's SpeculativeConfig of the inner drafter.
         target_model_config: vLLM's ModelConfig of the target.
+        hub: how vLLM reaches the hub.
 
     Raises:
         ConfigError, ArtefactError: one sentence.
     """
     from vllm_cospec.metrics import counters_directory
 
-    def vocabulary() -> dict[str, int]:
-        from vllm.tokenizers.registry import get_tokenizer
-
-        return get_tokenizer(
-            target_model_config.tokenizer,
-            tokenizer_mode=target_model_config.tokenizer_mode,
-            trust_remote_code=target_model_config.trust_remote_code,
-            revision=target_model_config.tokenizer_revision,
-        ).get_vocab()
-
     if speculative_config.parallel_drafting:
         raise ConfigError(f"{WHERE}.model: drafts in parallel, which cospec does not support; use another drafter")
-    return settle(
-        config,
+    target, draft = target_model_config, speculative_config.draft_model_config or target_model_config
+    models = Models(
         method=speculative_config.method,
         num_speculative_tokens=speculative_config.num_speculative_tokens,
-        target_vocab_size=target_model_config.get_vocab_size(),
-        draft_vocab_size=speculative_config.draft_model_config.get_vocab_size()
-        if speculative_config.method == "draft_model"
-        else 0,
-        target_vocabulary=vocabulary,
-        counters=counters_directory(),
+        target_vocab_size=target.get_vocab_size(),
+        draft_vocab_size=draft.get_vocab_size(),
+        target_context=target.max_model_len,
+        draft_context=draft.max_model_len,
+        target_tokenizer=functools.partial(_tokenizer, target, target.tokenizer, target.tokenizer_revision, hub),
+        draft_tokenizer=functools.partial(_tokenizer, target, draft.model, draft.revision, hub),
+    )
+    return settle(config, models, counters_directory())
+
+
+def _tokenizer(target: Any, name: str, revision: str | None, hub: Hub) -> Any:
+    from vllm.tokenizers.registry import get_tokenizer
+
+    options: dict[str, Any] = {} if hub.token is None else {"token": hub.token}
+    return get_tokenizer(
+        name,
+        tokenizer_mode=target.tokenizer_mode,
+        trust_remote_code=target.trust_remote_code,
+        revision=revision,
+        download_dir=hub.cache_dir,
+        **options,
     )
 
 
-def settle(
-    config: CoSpecConfig,
-    method: str,
-    num_speculative_tokens: int,
-    target_vocab_size: int,
-    draft_vocab_size: int,
-    target_vocabulary: Any,
-    counters: str,
-) -> Settings:
-    """Check a configuration against what vLLM made of it.
+def settle(config: CoSpecConfig, models: Models, counters: str) -> Settings:
+    """Check a configuration against what vLLM made of the models; warn of what can be served but will disappoint.
 
     Args:
         config: from :func:`vllm_cospec.translate.resolve`; ``arbiter`` is a policy.
-        method: the inner method vLLM settled on.
-        num_speculative_tokens: K.
-        target_vocab_size, draft_vocab_size: as the models' configurations say.
-        target_vocabulary: called without arguments, returns the target tokenizer's dict of token to id.
+        models: the pair.
         counters: directory for the counters.
 
     Raises:
@@ -72,28 +94,28 @@ def settle(
     """
     policy = config.arbiter
     assert isinstance(policy, Policy)
+    method, k = models.method, models.num_speculative_tokens
     if method not in DRAFT_METHODS:
         raise ConfigError(
             f"{WHERE}.draft_method: vLLM detected {method!r}, which arbitration does not support; "
             f"choose a drafter of kind {', '.join(DRAFT_METHODS)}"
         )
-    draft_logits = DRAFT_METHODS[method]
-    if method == "draft_model" and draft_vocab_size != target_vocab_size:
-        raise ConfigError(
-            f"{WHERE}.model: the draft has a vocabulary of {draft_vocab_size} tokens, the target of "
-            f"{target_vocab_size}; use a draft with the target's tokenizer"
-        )
-    if policy.needs_draft_logits and not draft_logits:
+    if policy.needs_draft_logits and not DRAFT_METHODS[method]:
         raise ConfigError(
             f"{WHERE}.arbiter: policy {policy.policy!r} needs draft logits, and drafter {method!r} has none"
         )
+    if method == "draft_model":
+        _check_sizes(models)
+        if policy.policy != "strict":  # which rejects what it does not know
+            _check_tokens(models)
+    _check_contexts(models)
     threshold = 0.5
     try:
-        policy = policy.for_block_length(num_speculative_tokens)
+        policy = policy.for_block_length(k)
     except ValueError as error:
         raise ConfigError(f"{WHERE}.arbiter.{error}") from None
     if policy.arbiter is not None:
-        threshold = _settle_learned(config, policy.arbiter, draft_logits, target_vocab_size, target_vocabulary)
+        threshold = _settle_learned(config, policy.arbiter, models)
     elif config.threshold is not None or config.max_accuracy_loss is not None:
         raise ConfigError(f"{WHERE}.threshold: is for a trained arbiter, not for policy {policy.policy!r}; remove it")
     return Settings(
@@ -102,17 +124,71 @@ def settle(
         max_overrides=config.max_overrides,
         exact_tokens=config.exact_tokens,
         collect=config.collect,
-        draft_logits=draft_logits,
-        num_speculative_tokens=num_speculative_tokens,
+        draft_logits=DRAFT_METHODS[method],
+        num_speculative_tokens=k,
         counters=counters,
     )
 
 
-def _settle_learned(config: CoSpecConfig, arbiter: str, draft_logits: bool, vocab_size: int, vocabulary: Any) -> float:
+def _check_sizes(models: Models) -> None:
+    """Refuse a draft whose rows of logits are not as long as the target's."""
+    if models.draft_vocab_size != models.target_vocab_size:
+        raise ConfigError(
+            f"{WHERE}.model: the draft has a vocabulary of {models.draft_vocab_size} tokens, the target of "
+            f"{models.target_vocab_size}; use a draft with the target's tokenizer"
+        )
+
+
+def _check_tokens(models: Models) -> None:
+    """Refuse a draft that means something else by its tokens; warn where it knows fewer, or they cannot be compared."""
+    try:
+        target, draft = models.target_tokenizer(), models.draft_tokenizer()
+    except Exception as error:  # each library has its own
+        logger.warning_once(
+            "%s.model: whether the draft's tokens are the target's was not checked, since a tokenizer is missing (%s); "
+            "put the target's tokenizer files beside the draft.", WHERE, reason(error, 200),
+        )  # fmt: skip
+        return
+    known, proposed = target.get_vocab(), draft.get_vocab()
+    if difference := tokenizers.only_in(proposed, known):
+        other = "nothing" if difference.other is None else repr(difference.other)
+        raise ConfigError(
+            f"{WHERE}.model: the draft's tokenizer has {difference.token!r} under id {difference.token_id}, where the "
+            f"target's has {other}; use a draft with the target's tokenizer"
+        )
+    if difference := tokenizers.only_in(known, proposed):
+        logger.warning_once(
+            "%s.model: the draft's tokenizer lacks %r (id %d) of the target's; it cannot draft that token, and what "
+            "it drafts after it is a guess.", WHERE, difference.token, difference.token_id,
+        )  # fmt: skip
+    elif not tokenizers.same_split(target, draft):
+        logger.warning_once(
+            "%s.model: the draft's tokenizer has the target's tokens and splits text otherwise; prompts will look "
+            "strange to the draft, and it will draft worse.", WHERE,
+        )  # fmt: skip
+
+
+def _check_contexts(models: Models) -> None:
+    if models.draft_context < models.target_context:
+        logger.warning_once(
+            "%s.max_model_len: the draft's context of %d tokens is shorter than the target's of %d; a request that "
+            "outgrows it is verified strictly from there on. Use a draft with a longer context, or serve with "
+            "--max-model-len %d.", WHERE, models.draft_context, models.target_context, models.draft_context,
+        )  # fmt: skip
+
+
+def _settle_learned(config: CoSpecConfig, arbiter: str, models: Models) -> float:
     from vllm_cospec.arbiter import calibrated_threshold, check_fit, load_artefact, tokenizer_hash
 
     _, artefact = load_artefact(Path(arbiter))
-    check_fit(artefact, arbiter, draft_logits, vocab_size, tokenizer_hash(vocabulary()))
+    try:
+        vocabulary = models.target_tokenizer().get_vocab()
+    except Exception as error:  # each library has its own
+        raise ConfigError(
+            f"tokenizer: the target's cannot be loaded ({reason(error, 200)}), and a trained arbiter is checked "
+            f"against it; pass tokenizer, or choose a rule"
+        ) from None
+    check_fit(artefact, arbiter, DRAFT_METHODS[models.method], tokenizer_hash(vocabulary))
     if config.max_accuracy_loss is not None:
         return calibrated_threshold(artefact, arbiter, config.max_accuracy_loss)
     return artefact.threshold if config.threshold is None else config.threshold

@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from vllm.logger import init_logger
 
 from vllm_cospec import compat
-from vllm_cospec.config import METHOD, OWN_KEYS, WHERE, CoSpecConfig, Settings
-from vllm_cospec.errors import CompatibilityError, ConfigError, CoSpecError, first_sentence, shorten
+from vllm_cospec.config import OWN_KEYS, WHERE, CoSpecConfig, Settings, asked_for, names_us
+from vllm_cospec.errors import CompatibilityError, ConfigError, first_sentence, reason, shorten
 from vllm_cospec.kernels.policies import Learned, policy_names
-from vllm_cospec.patches import print_the_sentence_alone, replace_front_end
-from vllm_cospec.recipe import RECIPE_FILE, is_file, load_recipe, locate_artefact, looks_local
+from vllm_cospec.patches import replace_front_end, sentence_alone, under_vllms_command
+from vllm_cospec.recipe import RECIPE_FILE, Hub, is_file, load_recipe, locate_artefact, looks_local
 from vllm_cospec.settle import settle_loaded
 
 logger = init_logger("vllm.cospec")
@@ -32,11 +32,6 @@ SCHEDULER = "vllm_cospec.scheduler.CoSpecScheduler"
 _announced: set[str] = set()
 
 
-def asked_for(speculative_config: Any) -> bool:
-    """Return whether a user's speculative configuration asks for this plugin."""
-    return isinstance(speculative_config, dict) and speculative_config.get("method") == METHOD
-
-
 def make_create_speculative_config(original: Any) -> Any:
     """Return ``EngineArgs.create_speculative_config`` with the method "cospec" in it."""
 
@@ -44,14 +39,11 @@ def make_create_speculative_config(original: Any) -> Any:
     def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
         method = getattr(self, "spec_method", None)
         raw = self.speculative_config
-        if not asked_for(raw) and method != METHOD:
+        if not asked_for(raw) and not names_us(method):
             return original(self, target_model_config, target_parallel_config)
-        raw = _merge_short_flags(self, raw or {})
-        try:
+        with sentence_alone():
+            raw = _merge_short_flags(self, raw or {})
             return _translate(original, self, raw, target_model_config, target_parallel_config)
-        except CoSpecError as error:
-            print_the_sentence_alone()
-            raise error.with_traceback(None) from None  # the sentence is all a user needs
 
     return create_speculative_config
 
@@ -69,18 +61,27 @@ def _merge_short_flags(engine_args: Any, raw: dict[str, Any]) -> dict[str, Any]:
             continue
         if key in merged:
             flag = attribute.replace("_", "-")
-            raise ConfigError(f"{WHERE}.{key}: given twice, here and as --{flag}; leave one out")
+            raise ConfigError(
+                f"{WHERE}.{key}: given twice, here or by a speculators checkpoint, and as --{flag}; "
+                f"use --speculative-config alone"
+            )
         merged[key] = value
     return merged
 
 
-def resolve(raw: dict[str, Any], target: str, engine_keys: frozenset[str]) -> tuple[CoSpecConfig, dict[str, Any]]:
+def resolve(
+    raw: dict[str, Any],
+    target: str,
+    engine_keys: frozenset[str],
+    hub: Hub = Hub(),  # noqa: B008 - frozen
+) -> tuple[CoSpecConfig, dict[str, Any]]:
     """Split a user's keys into this package's and vLLM's, filling what is left out from the recipe.
 
     Args:
         raw: ``--speculative-config`` as parsed, with ``method`` "cospec". Not changed.
         target: the target model, a directory or hub id.
         engine_keys: the names vLLM's SpeculativeConfig knows.
+        hub: how to reach the hub.
 
     Returns:
         The configuration with ``arbiter`` turned into a policy, and the keyword arguments for vLLM.
@@ -96,7 +97,7 @@ def resolve(raw: dict[str, Any], target: str, engine_keys: frozenset[str]) -> tu
         explicit[name] = value
     explicit.pop("method", None)
     _refuse_unknown(explicit, engine_keys, WHERE)
-    recipe, path = load_recipe(target)
+    recipe, path = load_recipe(target, hub)
     _refuse_unknown(recipe, engine_keys, str(path))
     merged = recipe | explicit
     knobs = {"threshold", "max_accuracy_loss"}
@@ -117,7 +118,7 @@ def resolve(raw: dict[str, Any], target: str, engine_keys: frozenset[str]) -> tu
         )
     policy = config.arbiter
     if policy.arbiter is not None:
-        policy = Learned(artefact=str(locate_artefact(policy.arbiter)))
+        policy = Learned(artefact=str(locate_artefact(policy.arbiter, hub)))
     _check_inner(config, inner, target)
     return config.model_copy(update={"arbiter": policy}), inner
 
@@ -184,7 +185,17 @@ def _translate(
             f"scheduler_cls: {engine_args.scheduler_cls!r} cannot be combined with cospec, which brings its own "
             f"scheduler; leave it out"
         )
-    config, inner = resolve(raw, target_model_config.model, engine_keys)
+    hub = Hub(
+        revision=target_model_config.revision,
+        cache_dir=getattr(engine_args, "download_dir", None),
+        token=getattr(engine_args, "hf_token", None),
+    )
+    config, inner = resolve(raw, target_model_config.model, engine_keys, hub)
+    if config.collect and under_vllms_command():
+        raise ConfigError(
+            f"{WHERE}.collect: True keeps every decision in memory until a program takes it, and nobody takes it from "
+            f"this server; leave it out, or collect with LLM(...) in a program of your own"
+        )
     if inner.get("parallel_drafting"):
         raise ConfigError(f"{WHERE}.parallel_drafting: cannot be combined with cospec; leave it out")
     if config.draft_method not in ("ngram", "suffix"):
@@ -199,7 +210,7 @@ def _translate(
         speculative_config = original(stand_in, target_model_config, target_parallel_config)
     except Exception as error:  # pydantic, transformers and the hub client all raise their own types here
         raise ConfigError(f"{WHERE}: vLLM refused the drafter {inner.get('model')!r}: {_reason(error)}") from None
-    settings = settle_loaded(config, speculative_config, target_model_config)
+    settings = settle_loaded(config, speculative_config, target_model_config, hub)
     replace_front_end()
     speculative_config.cospec = settings
     target_parallel_config.worker_cls = worker
@@ -214,7 +225,7 @@ def _reason(error: Exception) -> str:
         return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ").removeprefix(
             "Value error, "
         )
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return reason(error)
 
 
 def _worker_class(parallel_config: Any) -> str:

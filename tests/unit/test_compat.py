@@ -12,8 +12,10 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_cospec import compat, plugin
-from vllm_cospec.compat import HOOKS, MARK, PATCHES, Hook, Patch, check_hook, find, replace, require_hooks, wrap
+from vllm_cospec.compat import MARK, check_hook, find, replace, require_hooks, wrap
 from vllm_cospec.errors import CompatibilityError
+from vllm_cospec.hooks import HOOKS, Hook
+from vllm_cospec.ledger import PATCHES, Patch
 from vllm_cospec.workers.cpu import EXPAND_KERNEL
 
 SCOPES: tuple[Any, ...] = ("config", "v1", "v2", "cpu", "gpu")
@@ -173,8 +175,9 @@ def test_register_replaces_nothing_but_the_translation_of_the_flag(monkeypatch: 
         monkeypatch.setattr(owner, name, before[patch.symbol])
     plugin.register()
     replaced = [symbol for symbol, value in before.items() if find(symbol) is not value]
-    assert replaced == [FLAG]
-    assert [patch.symbol for patch in PATCHES if patch.when == "always"] == [FLAG]
+    always = [patch.symbol for patch in PATCHES if patch.when == "always"]
+    assert replaced == always == list(plugin.REPLACEMENTS)
+    assert always[0] == FLAG
 
 
 class Records(logging.Handler):

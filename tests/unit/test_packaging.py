@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -79,7 +80,47 @@ assert len(AutoTokenizer.from_pretrained(str(files("vllm_cospec.demo") / "target
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_no_top_level_package_shadows_the_kernels_library() -> None:
-    """transformers imports a package named `kernels`; ours must not answer to that name."""
-    program = "import importlib.util as u; s = u.find_spec('kernels'); assert s is None or 'site-packages' in s.origin"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT.parent, check=True)
+def python(program: str, cwd: Path, path: Path | None = None) -> str:
+    """Run a program with ``cwd`` first on the path, as ``python -m`` has it; returns what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(path or "")}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A distribution named kernels, which transformers imports when it is there."""
+    site = tmp_path_factory.mktemp("site")
+    for path, text in {
+        "kernels/__init__.py": "from kernels.layer import Layer\ndef __getattr__(name): return type(name, (), {})\n",
+        "kernels/layer.py": "class Layer: ...\n",
+        "kernels-0.17.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n",
+    }.items():
+        (site / path).parent.mkdir(exist_ok=True)
+        (site / path).write_text(text)
+    return site
+
+
+def test_from_the_checkouts_root_the_library_named_kernels_is_found(library: Path) -> None:
+    program = """
+import kernels, kernels.layer, sys
+from transformers.integrations import hub_kernels
+assert kernels.Layer is kernels.layer.Layer and sys.modules["kernels"] is kernels
+import vllm_cospec.kernels.statistics as ours
+print(kernels.__file__, ours.__file__, hub_kernels.is_kernels_available())
+"""
+    expected = f"{library}/kernels/__init__.py {ROOT}/kernels/statistics.py True"
+    assert python(program, ROOT, library) == expected
+
+
+def test_without_that_library_nothing_answers_to_its_name(tmp_path: Path) -> None:
+    program = """
+try:
+    import kernels
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    for cwd in (ROOT, tmp_path):
+        assert python(program, cwd) == "No module named 'kernels'"

@@ -1,5 +1,6 @@
 """What a request may set through ``vllm_xargs``, and that nothing it sends can reach the engine unchecked."""
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -290,26 +291,106 @@ def test_a_requests_extra_args_are_not_changed() -> None:
     assert params.extra_args == extra_args
 
 
-def validate(params: Any, cospec: Settings | None = LEARNED) -> list[Any] | None:
-    """Run the check the way vLLM's input processor does."""
-    seen = []
-    check = patches._make_validate_params(lambda self, params, supported_tasks: seen.append(params))
-    config = SimpleNamespace() if cospec is None else SimpleNamespace(cospec=cospec)
-    check(SimpleNamespace(speculative_config=config), params, ())
-    return seen
+def processed(
+    params: Any, cospec: Any = LEARNED, method: str = "draft_model", sees_images: Any = False, **unseen: Any
+) -> Any:
+    """Take a request through what stands around vLLM's input processor; returns what goes to the engine."""
+    config = SimpleNamespace(method=method, draft_model_config=SimpleNamespace(is_multimodal_model=sees_images))
+    if cospec is not None:
+        config.cospec = cospec
+
+    def original(self: Any, request_id: Any, prompt: Any, params: Any, supported_tasks: Any) -> Any:
+        sampling = params.clone() if isinstance(params, SamplingParams) else None
+        request = {"prompt_embeds": None, "mm_features": None, "lora_request": None} | unseen
+        return SimpleNamespace(sampling_params=sampling, **request)
+
+    process_inputs = patches._make_process_inputs(original)
+    return process_inputs(SimpleNamespace(speculative_config=config), "id", "prompt", params, supported_tasks=())
 
 
-def test_the_server_answers_a_bad_value_with_the_error_it_turns_into_a_400() -> None:
+def policy_of(request: Any) -> Any:
+    return (request.sampling_params.extra_args or {}).get("cospec_policy")
+
+
+def test_a_bad_value_is_the_error_the_server_turns_into_a_400() -> None:
     with pytest.raises(VLLMValidationError, match=r"vllm_xargs\.cospec_threshold") as caught:
-        validate(SamplingParams(extra_args={"cospec_threshold": "high"}))
+        processed(SamplingParams(extra_args={"cospec_threshold": "high"}))
     assert caught.value.parameter == "vllm_xargs"
 
 
-def test_the_server_lets_good_requests_and_other_kinds_pass_and_vllm_checks_first() -> None:
-    for params in (SamplingParams(extra_args={"cospec_policy": "strict"}), SamplingParams(), PoolingParams()):
-        assert validate(params) == [params]
+def test_good_requests_and_other_kinds_pass_unchanged() -> None:
+    for extra_args in ({"cospec_policy": "strict"}, {"cospec_policy": "learned", "mine": 1}, None):
+        assert processed(SamplingParams(extra_args=extra_args)).sampling_params.extra_args == extra_args
+    assert processed(PoolingParams()).sampling_params is None
 
 
 def test_without_cospec_the_keys_mean_nothing() -> None:
     params = SamplingParams(extra_args={"cospec_threshold": "high"})
-    assert validate(params, cospec=None) == [params]
+    request = processed(params, cospec=None, lora_request=object())
+    assert request.sampling_params.extra_args == {"cospec_threshold": "high"}
+
+
+IMAGE: dict[str, Any] = {"mm_features": [object()]}
+EMBEDDINGS: dict[str, Any] = {"prompt_embeds": object()}
+ADAPTER: dict[str, Any] = {"lora_request": object()}
+
+
+@pytest.mark.parametrize("unseen", [IMAGE, EMBEDDINGS, ADAPTER], ids=["image", "embeddings", "adapter"])
+def test_what_the_drafter_does_not_see_is_verified_strictly(unseen: Any) -> None:
+    params = SamplingParams(extra_args={"mine": 1})
+    request = processed(params, **unseen)
+    assert request.sampling_params.extra_args == {"mine": 1, "cospec_policy": "strict"}
+    assert params.extra_args == {"mine": 1}  # the caller's own is as it was
+    assert policy_of(processed(SamplingParams(), **unseen)) == "strict"
+    assert policy_of(processed(SamplingParams(extra_args={"cospec_policy": "strict"}), **unseen)) == "strict"
+
+
+def test_a_request_with_an_adapter_may_name_the_policy_all_the_same() -> None:
+    params = SamplingParams(extra_args={"cospec_policy": "learned"})
+    assert policy_of(processed(params, **ADAPTER)) == "learned"
+
+
+@pytest.mark.parametrize("unseen", [IMAGE, EMBEDDINGS], ids=["image", "embeddings"])
+def test_no_policy_judges_drafts_made_without_the_prompt(unseen: Any) -> None:
+    with pytest.raises(VLLMValidationError, match=r"cospec_policy: 'learned' needs a drafter that sees"):
+        processed(SamplingParams(extra_args={"cospec_policy": "learned"}), **unseen)
+
+
+@pytest.mark.parametrize(("method", "sees_images"), [("draft_model", True), ("eagle3", False), ("ngram", False)])
+def test_a_drafter_that_sees_the_image_or_the_targets_states_is_trusted_with_it(method: str, sees_images: Any) -> None:
+    assert policy_of(processed(SamplingParams(), method=method, sees_images=sees_images, **IMAGE)) is None
+
+
+def handled(written: Any, read: Any = None, cospec: Any = LEARNED) -> Any:
+    """Send a request's keys through what stands around an endpoint's method; ``read``: as vLLM's protocol has them."""
+    config = SimpleNamespace() if cospec is None else SimpleNamespace(cospec=cospec)
+    serving = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=SimpleNamespace(speculative_config=config)))
+    request = SimpleNamespace(vllm_xargs=written if read is None else read, use_beam_search=True)
+
+    class Raw:
+        async def json(self) -> Any:
+            return {"vllm_xargs": written}
+
+    async def original(self: Any, request: Any, raw_request: Any) -> Any:
+        return "answered"
+
+    return asyncio.run(patches._make_handler(original)(serving, request, Raw()))
+
+
+@pytest.mark.parametrize("key", ["cospec_threshold", "cospec_max_overrides", "cospec_exact_tokens"])
+@pytest.mark.parametrize("value", [True, False])
+def test_true_is_no_number_although_the_protocol_reads_it_as_one(key: str, value: Any) -> None:
+    with pytest.raises(VLLMValidationError, match=rf"vllm_xargs\.{key}: .* got {value}"):
+        handled({key: value}, read={key: int(value)})
+
+
+def test_keys_that_beam_search_would_drop_are_checked() -> None:
+    with pytest.raises(VLLMValidationError, match=r"vllm_xargs\.cospec_policy: 'bogus' is not served here"):
+        handled({"cospec_policy": "bogus"})
+    assert handled({"cospec_policy": "strict", "cospec_threshold": 0.5}) == "answered"
+
+
+def test_keys_of_others_and_servers_without_cospec_are_left_alone() -> None:
+    assert handled({"mine": True}, read={"mine": 1}) == "answered"
+    assert handled(None, read={}) == "answered"
+    assert handled({"cospec_policy": "bogus"}, cospec=None) == "answered"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_cospec import compat
 from vllm_cospec.arbiter import Arbiter, save_artefact
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.artefact import artefact_config
@@ -61,6 +62,8 @@ class Engine:
         """
         from vllm import LLM
 
+        if arbiter is not None:
+            compat.require_plugin()
         model = pair.target if role == "target" else pair.draft
         if model is None:
             raise ConfigError("pair.draft: none is named, so there is no draft model to run alone")

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vllm_cospec import compat
-from vllm_cospec.compat import PROPOSER, RUNNER
 from vllm_cospec.config import Settings
 from vllm_cospec.health import Reason
+from vllm_cospec.hooks import PROPOSER, RUNNER
 from vllm_cospec.runners.seeds import SeededDrafts
 from vllm_cospec.runners.v1_drafter import V1Drafter
 

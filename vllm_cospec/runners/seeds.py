@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.v1.sample.ops.topk_topp_sampler import sample_with_exponential_noise
 
 from vllm_cospec import compat
-from vllm_cospec.compat import PROPOSER, RUNNER
+from vllm_cospec.hooks import PROPOSER, RUNNER
 
 GREEDY_BELOW = 1e-5  # temperature; vLLM's _SAMPLING_EPS
 

@@ -16,9 +16,9 @@ import numpy as np
 from torch import Tensor
 
 from vllm_cospec import compat
-from vllm_cospec.compat import PROPOSER, RUNNER
 from vllm_cospec.config import Settings
 from vllm_cospec.health import Reason
+from vllm_cospec.hooks import PROPOSER, RUNNER
 from vllm_cospec.runners.draft_cache import DraftCache, Span
 from vllm_cospec.scheduler import foreign_blocks
 

@@ -26,7 +26,7 @@ from vllm.v1.sample.rejection_sampler import (
     sample_recovered_tokens,
 )
 
-from vllm_cospec import compat
+from vllm_cospec import compat, hooks
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.kernels.triton.launch import Server, arbitrate_given, warm_up
@@ -121,13 +121,13 @@ class Recorder:
         self.logits: Tensor | None = None  # [S, K, V]
         self._slots: Tensor | None = None  # [B] of the batch that is being drafted for
         self._step = 0
-        self._propose = compat.wrap(f"{compat.PROPOSER}.propose", drafter, self.propose)
+        self._propose = compat.wrap(f"{hooks.PROPOSER}.propose", drafter, self.propose)
         if settings.draft_logits:
             config = runner.model_config
             self.logits = torch.full(
                 (table.size, k, config.get_vocab_size()), -torch.inf, dtype=config.head_dtype, device=runner.device
             )
-            compat.wrap(f"{compat.PROPOSER}._sample_draft_tokens", drafter, self.sample_draft_tokens)
+            compat.wrap(f"{hooks.PROPOSER}._sample_draft_tokens", drafter, self.sample_draft_tokens)
 
     def propose(self, *args: Any, **kwargs: Any) -> Any:
         """As the drafter's: [B, K] tokens on the device, or lists from drafters on the host."""

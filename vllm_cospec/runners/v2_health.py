@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-from vllm_cospec import compat
+from vllm_cospec import compat, hooks
 from vllm_cospec.config import Settings
 from vllm_cospec.health import REASONS, Reason
 from vllm_cospec.runners.device import DeviceCounters
@@ -110,7 +110,7 @@ class NgramMatches:
     def __init__(self, speculator: NgramGPUSpeculator):
         self._speculator = speculator
         self._found = torch.zeros(speculator.max_num_reqs, dtype=torch.int64, device=speculator.device)
-        self._propose = compat.wrap(f"{compat.V2_NGRAM}.propose", speculator, self.propose)
+        self._propose = compat.wrap(f"{hooks.V2_NGRAM}.propose", speculator, self.propose)
 
     def propose(
         self,
@@ -162,7 +162,7 @@ def _clamp_positions(drafter: Any, context: int) -> None:
     def within_context(input_ids: Tensor, positions: Tensor, *rest: Any) -> Tensor:
         return run_model(input_ids, positions.clamp(max=context - 1), *rest)
 
-    run_model = compat.wrap(f"{compat.V2_STANDALONE}._run_model", drafter, within_context)
+    run_model = compat.wrap(f"{hooks.V2_STANDALONE}._run_model", drafter, within_context)
 
 
 def _leave_caches_alone_in_dummy_runs(drafter: Any) -> None:
@@ -180,7 +180,7 @@ def _leave_caches_alone_in_dummy_runs(drafter: Any) -> None:
             drafter.block_tables = tables
             drafter._copy_request_inputs = copy
 
-    propose = compat.wrap(f"{compat.V2_STANDALONE}.propose", drafter, leaving_caches_alone)
+    propose = compat.wrap(f"{hooks.V2_STANDALONE}.propose", drafter, leaving_caches_alone)
 
 
 class _NoSlots:

@@ -138,7 +138,6 @@ ARTEFACTS = {
         lambda d: edit_json(d / "config.json", schema=current_schema(True).model_dump() | {"hash": "0" * 16}),
         "schema",
     ),
-    "other vocabulary": (lambda d: write_artefact(d, vocab_size=32_000), "vocabulary"),
     "other tokenizer": (lambda d: write_artefact(d, tokenizer_hash="0" * 16), "tokenizer"),
     "other kind of drafter": (lambda d: write_artefact(d, draft_logits=False), "draft logits"),
 }

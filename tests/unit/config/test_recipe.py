@@ -7,12 +7,22 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from configurations import ENGINE_KEYS, NAN, Pair, refused, symlink_loop, user_config, write_artefact, write_recipe
+from configurations import (
+    ENGINE_KEYS,
+    NAN,
+    Pair,
+    build,
+    refused,
+    symlink_loop,
+    user_config,
+    write_artefact,
+    write_recipe,
+)
 
 from vllm_cospec.config import CoSpecConfig
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.kernels.policies import Learned, Typical
-from vllm_cospec.recipe import MAX_RECIPE_BYTES
+from vllm_cospec.recipe import MAX_RECIPE_BYTES, Hub
 from vllm_cospec.translate import resolve
 
 
@@ -142,24 +152,30 @@ def test_the_recipes_knob_goes_with_the_recipes_arbiter(pair: Pair, tmp_path: Pa
     assert (config.threshold, config.max_accuracy_loss) == (None, None)
 
 
+asked: list[tuple[str, dict[str, Any]]] = []  # of the hub: (repository, how)
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A hub with one repository, org/target, in this directory; only what is asked for is downloaded."""
     remote, cache = tmp_path / "remote", tmp_path / "cache"
     remote.mkdir()
+    asked.clear()
 
     def fetch(path: str) -> None:
         (cache / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(remote / path, cache / path)
 
-    def hf_hub_download(repo: str, filename: str, **_: Any) -> str | None:
+    def hf_hub_download(repo: Any, filename: Any, **how: Any) -> Any:
+        asked.append((repo, how))
         if repo != "org/target" or not (remote / filename).is_file():
             raise OSError(f"{repo} has no {filename}")
         fetch(filename)
         return str(cache / filename)
 
-    def snapshot_download(repo: str, allow_patterns: list[str] | None = None, **_: Any) -> str:
-        if repo != "org/target":
+    def snapshot_download(repo: Any, allow_patterns: Any = None, **how: Any) -> Any:
+        asked.append((repo, how))
+        if repo not in ("org/target", "org/arbiter"):
             raise OSError(f"no repository {repo}")
         patterns = [allow_patterns] if isinstance(allow_patterns, str) else allow_patterns
         for path in remote.rglob("*"):
@@ -197,6 +213,53 @@ def test_the_recipe_of_a_repository_cannot_point_out_of_it(hub: Path, key: str, 
     write_recipe(hub, content)
     with pytest.raises(ConfigError, match="leaves the repository"):
         resolve({"method": "cospec"}, "org/target", ENGINE_KEYS)
+
+
+OURS = {"cache_dir": "/cache", "token": "secret"}
+
+
+@pytest.mark.parametrize("model", ["./draft", "draft"])
+def test_recipe_draft_and_arbiter_come_from_the_targets_revision(hub: Path, pair: Pair, model: Any) -> None:
+    shutil.copytree(pair.draft, hub / "draft")
+    write_artefact(hub / "arbiter")
+    write_recipe(hub, {"model": model, "num_speculative_tokens": 6, "arbiter": "./arbiter"})
+    config, inner = resolve({"method": "cospec"}, "org/target", ENGINE_KEYS, Hub(revision="v2", **OURS))
+    assert Path(inner["model"], "config.json").is_file()
+    assert isinstance(config.arbiter, Learned)
+    assert Path(config.arbiter.artefact, "model.safetensors").is_file()
+    assert asked == 3 * [("org/target", {"revision": "v2", **OURS})]
+
+
+@pytest.mark.parametrize(("written", "revision"), [("", None), ("@v1.2", "v1.2"), ("@refs/pr/3", "refs/pr/3")])
+def test_an_arbiter_of_the_hub_has_a_revision_of_its_own(hub: Path, written: Any, revision: Any) -> None:
+    raw = {"method": "cospec", "model": "org/draft", "num_speculative_tokens": 3, "arbiter": f"org/arbiter{written}"}
+    resolve(raw, "org/target", ENGINE_KEYS, Hub(revision="v2", **OURS))
+    assert asked[1:] == [("org/arbiter", {"revision": revision, **OURS})]
+
+
+def test_vllm_hands_over_how_it_reaches_the_hub(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+
+    def snapshot_download(repo: Any, **how: Any) -> Any:
+        fetched.append((repo, how["revision"], how["cache_dir"], how["token"]))
+        return str(pair.artefact)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    build(
+        pair.target,
+        user_config(pair, arbiter="org/arbiter@v3"),
+        download_dir="/cache",
+        hf_token="secret",
+        revision="v2",
+    )
+    assert fetched == [("org/arbiter", "v3", "/cache", "secret")]
+
+
+def test_a_directory_with_an_at_sign_is_a_directory(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair.artefact, tmp_path / "here" / "mine@v1")
+    raw = {"method": "cospec", "model": "org/draft", "num_speculative_tokens": 3, "arbiter": "mine@v1"}
+    config, _ = resolve(raw, "target", ENGINE_KEYS)
+    assert config.arbiter == Learned(artefact=str(tmp_path / "here" / "mine@v1"))
 
 
 def test_a_repository_without_a_recipe_asks_for_the_keys(hub: Path) -> None:

@@ -1,16 +1,17 @@
 """What fits what: drafter, vocabulary, arbiter, threshold."""
 
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from configurations import Pair, assert_one_sentence, learned, write_artefact
 
+import vllm_cospec.settle as settle_module
 from vllm_cospec.config import CoSpecConfig, Settings
 from vllm_cospec.errors import ArtefactError, ConfigError
 from vllm_cospec.kernels.policies import Cascade, Fly, Kl, Strict, Typical
-from vllm_cospec.settle import settle
+from vllm_cospec.settle import Models, settle
 from vllm_cospec.training.pairs.demo import build_tokenizer
 
 
@@ -18,21 +19,50 @@ def settled(
     arbiter: Any = None,
     *,
     method: str = "draft_model",
-    tokens: int = 5,
-    target_vocab: int = 100,
-    draft_vocab: int = 100,
-    vocabulary: Callable[..., Any] | None = None,
+    tokens: Any = 5,
+    target: Any = None,
+    draft: Any = None,
+    models: Any = None,
     **own: Any,
-) -> Settings:
-    return settle(
-        CoSpecConfig(arbiter=arbiter or Typical(), **own),
-        method,
-        tokens,
-        target_vocab,
-        draft_vocab,
-        vocabulary or build_tokenizer().get_vocab,
-        "counters",
-    )
+) -> Any:
+    values = {
+        "method": method,
+        "num_speculative_tokens": tokens,
+        "target_vocab_size": 100,
+        "draft_vocab_size": 100,
+        "target_context": 64,
+        "draft_context": 64,
+        "target_tokenizer": target or build_tokenizer,
+        "draft_tokenizer": draft or build_tokenizer,
+    }
+    return settle(CoSpecConfig(arbiter=arbiter or Typical(), **own), Models(**values | (models or {})), "counters")
+
+
+class Tokenizer:
+    """As much of a tokenizer as is compared."""
+
+    def __init__(self, changes: Any = None, split: Any = None) -> None:
+        self.vocabulary = build_tokenizer().get_vocab()
+        self.split = split
+        for token, token_id in (changes or {}).items():
+            if token_id is None:
+                del self.vocabulary[token]
+            else:
+                self.vocabulary[token] = token_id
+
+    def get_vocab(self) -> Any:
+        return self.vocabulary
+
+    def encode(self, text: Any, add_special_tokens: Any) -> Any:
+        return self.split or build_tokenizer().encode(text, add_special_tokens=add_special_tokens)
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the operator is warned of."""
+    said = []
+    monkeypatch.setattr(settle_module.logger, "warning_once", lambda text, *args: said.append(text % args))
+    return said
 
 
 def test_settings_carry_every_field() -> None:
@@ -65,9 +95,93 @@ def test_a_drafter_that_vllm_detects_and_we_do_not_know_is_refused(method: str) 
 
 def test_a_draft_model_with_another_vocabulary_is_refused_and_other_drafters_are_not_compared() -> None:
     with pytest.raises(ConfigError, match=r"speculative_config\.model: .* 101 tokens, the target of 100"):
-        settled(draft_vocab=101)
+        settled(models={"draft_vocab_size": 101})
     for method in ("eagle", "ngram"):
-        settled(method=method, draft_vocab=0)
+        settled(method=method, models={"draft_vocab_size": 0}, draft=lambda: pytest.fail("loaded"))
+
+
+DIGITS = build_tokenizer().get_vocab()
+
+
+def test_a_draft_whose_tokenizer_has_two_digits_swapped_is_refused_with_the_first_of_them(warnings: list[str]) -> None:
+    low, high = sorted(("3", "7"), key=DIGITS.__getitem__)
+    swapped = Tokenizer({low: DIGITS[high], high: DIGITS[low]})
+    with pytest.raises(ConfigError) as caught:
+        settled(draft=lambda: swapped)
+    assert_one_sentence(
+        caught.value,
+        f"speculative_config.model: the draft's tokenizer has {high!r} under id {DIGITS[low]}, where the target's has "
+        f"{low!r}; use a draft with the target's tokenizer",
+    )
+    assert not warnings
+
+
+def test_strict_verification_takes_any_draft_of_the_right_size() -> None:
+    settled(Strict(), draft=lambda: pytest.fail("loaded"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"<|tool|>": 100}, "has '<|tool|>' under id 100, where the target's has nothing"),
+        ({"<eos>": 100}, "has '<eos>' under id 100, where the target's has nothing"),
+    ],
+    ids=["a token the target lacks", "a special token elsewhere"],
+)
+def test_a_draft_with_tokens_the_target_does_not_have_is_refused(changes: Any, sentence: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        settled(draft=lambda: Tokenizer(changes))
+
+
+def test_a_draft_that_lacks_a_token_is_warned_of(warnings: list[str]) -> None:
+    settled(draft=lambda: Tokenizer({"7": None}))
+    assert warnings == [
+        f"speculative_config.model: the draft's tokenizer lacks '7' (id {DIGITS['7']}) of the target's; it cannot "
+        f"draft that token, and what it drafts after it is a guess."
+    ]
+
+
+def test_padding_of_the_vocabulary_is_no_difference(warnings: list[str]) -> None:
+    padded = {"<|reserved_special_token_2|>": 100, "[PAD101]": 101, "<unused3>": 102, "<|finetune_right_pad_id|>": 103}
+    settled(draft=lambda: Tokenizer(padded))
+    settled(target=lambda: Tokenizer(padded))
+    settled(target=lambda: Tokenizer({"<unused7>": 100}), draft=lambda: Tokenizer({"[PAD100]": 100}))
+    assert not warnings
+
+
+def test_the_same_tokens_split_otherwise_are_warned_of(warnings: list[str]) -> None:
+    settled(draft=lambda: Tokenizer(split=[1, 2, 3]))
+    assert len(warnings) == 1
+    assert "splits text otherwise" in warnings[0]
+
+
+@pytest.mark.parametrize("missing", ["target", "draft"])
+def test_a_pair_that_cannot_be_compared_is_warned_of(warnings: list[str], missing: str) -> None:
+    def none() -> Any:
+        raise ValueError("no\ntokenizer here")
+
+    settled(target=none if missing == "target" else None, draft=none if missing == "draft" else None)
+    assert len(warnings) == 1
+    assert "was not checked, since a tokenizer is missing (no tokenizer here)" in warnings[0]
+
+
+def test_a_trained_arbiter_without_a_tokenizer_to_check_is_one_sentence(pair: Pair) -> None:
+    def none() -> Any:
+        raise ValueError("no\ntokenizer here")
+
+    with pytest.raises(ConfigError) as caught:
+        settled(learned(pair.artefact), method="eagle", target=none)
+    assert_one_sentence(caught.value, "tokenizer: the target's cannot be loaded (no tokenizer here)")
+
+
+@pytest.mark.parametrize(("draft", "warned"), [(63, True), (64, False), (128, False)])
+@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+def test_a_draft_with_a_shorter_context_is_warned_of(warnings: list[str], method: str, draft: Any, warned: Any) -> None:
+    settled(method=method, models={"draft_context": draft})
+    assert len(warnings) == warned
+    if warned:
+        assert "the draft's context of 63 tokens is shorter than the target's of 64" in warnings[0]
+        assert "--max-model-len 63" in warnings[0]
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
@@ -123,15 +237,15 @@ def test_an_arbiter_that_does_not_fit_drafter_vocabulary_or_tokenizer_is_refused
         settled(learned(pair.artefact), method="ngram")
     with pytest.raises(ArtefactError, match="without draft logits"):
         settled(learned(write_artefact(tmp_path / "a", draft_logits=False)))
-    with pytest.raises(ArtefactError, match="vocabulary of 100 tokens, the target has 101"):
-        settled(learned(pair.artefact), target_vocab=101, draft_vocab=101)
+    other = Tokenizer({"7": DIGITS["3"], "3": DIGITS["7"]})
     with pytest.raises(ArtefactError, match="tokenizer"):
-        settled(learned(pair.artefact), vocabulary=lambda: {"a": 0, "b": 1})
+        settled(learned(pair.artefact), target=lambda: other, draft=lambda: other)
+    settled(learned(pair.artefact), models={"target_vocab_size": 128, "draft_vocab_size": 128})  # padded
     settled(learned(write_artefact(tmp_path / "b", draft_logits=False)), method="ngram")
 
 
-def test_rules_do_not_load_the_tokenizer() -> None:
-    settled(Typical(), vocabulary=lambda: pytest.fail("loaded"))
+def test_rules_without_a_draft_model_do_not_load_the_tokenizer() -> None:
+    settled(Typical(), method="ngram", target=lambda: pytest.fail("loaded"))
 
 
 def test_lossy_verification_is_announced_with_policy_threshold_and_artefact(pair: Pair) -> None:

@@ -33,6 +33,7 @@ from vllm_cospec.config import Settings
 from vllm_cospec.errors import CompatibilityError, CoSpecError
 from vllm_cospec.kernels.policies import Fly, Random, Typical, policy_class, policy_names
 from vllm_cospec.scheduler import CoSpecScheduler
+from vllm_cospec.training.pairs.demo import build_tokenizer
 
 
 def test_vllm_gets_the_inner_method_our_worker_and_the_settings(pair: Pair) -> None:
@@ -63,6 +64,51 @@ def test_arguments_that_were_read_before_are_read_alike(pair: Pair) -> None:
     args = engine_args(pair.target, user_config(pair))
     first, second = (args.create_engine_config().scheduler_config.scheduler_cls for _ in range(2))
     assert first == second == translate.SCHEDULER
+
+
+@pytest.mark.parametrize("method", ["CoSpec", "COSPEC", " cospec", "cospec "])
+def test_the_method_is_understood_in_other_letters_and_with_blanks(pair: Pair, method: str) -> None:
+    assert settings_of(pair, method=method).policy == Typical()
+    short = engine_args(pair.target, user_config(pair, method=LEFT_OUT), spec_method=method)
+    assert short.create_engine_config().speculative_config.cospec.policy == Typical()
+
+
+def test_a_draft_with_swapped_digits_is_refused_before_an_engine_starts(pair: Pair, tmp_path: Path) -> None:
+    draft = Path(shutil.copytree(pair.draft, tmp_path / "draft"))
+    tokenizer = json.loads((draft / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    three, seven = vocabulary["3"], vocabulary["7"]
+    vocabulary |= {"3": seven, "7": three}
+    (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(pair.target, user_config(pair, model=str(draft)), f"has '7' under id {three}, where the target's has '3'")
+    settings_of(pair, model=str(draft), arbiter={"policy": "strict"})
+
+
+def test_an_arbiter_fits_a_target_whose_vocabulary_is_padded(pair: Pair) -> None:
+    padded = pair.other_draft  # 8 rows more than tokens
+    config = build(padded, user_config(pair, model=str(padded), arbiter=str(pair.artefact)))
+    assert config.model_config.get_vocab_size() > len(build_tokenizer().get_vocab())
+    assert config.speculative_config.cospec.policy == learned(pair.artefact)
+
+
+def test_a_trained_arbiter_without_tokenizer_files_is_refused_in_one_sentence(pair: Pair, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(pair.target, tmp_path / "target"))
+    for path in target.glob("*token*"):
+        path.unlink()
+    user = user_config(pair, arbiter=str(pair.artefact))
+    refused(target, user, "tokenizer: the target's cannot be loaded", skip_tokenizer_init=True)
+    rule = build(target, user_config(pair), skip_tokenizer_init=True)
+    assert rule.speculative_config.cospec.policy == Typical()
+
+
+def test_collecting_is_refused_under_vllms_own_command_and_allowed_in_a_program(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = user_config(pair, collect=True)
+    assert build(pair.target, user).speculative_config.cospec.collect
+    monkeypatch.setattr(sys, "argv", ["/somewhere/vllm", "serve"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back afterwards
+    refused(pair.target, user, "speculative_config.collect: True keeps every decision in memory")
 
 
 def test_ngram_drafts_without_a_model(pair: Pair) -> None:
@@ -188,7 +234,7 @@ def test_a_vllm_that_lost_a_hook_is_refused_before_an_engine_starts(
 STOCK = """
 import dataclasses, re, sys
 from vllm.engine.arg_utils import EngineArgs
-from vllm_cospec import compat, plugin
+from vllm_cospec import compat, ledger, plugin
 
 stock = EngineArgs.create_speculative_config
 plugin.register()
@@ -225,7 +271,7 @@ for case in cases:
     (config, flags), (again, _) = case(), case()
     expected, got = outcome(stock, config, **flags), outcome(ours, again, **flags)
     assert got == expected, (got, expected)
-for patch in compat.PATCHES:
+for patch in ledger.PATCHES:
     if patch.level == "symbol" and patch.when != "always":
         assert compat.MARK not in vars(compat.find(patch.symbol)), patch.symbol
 print("SAME", len(cases))
