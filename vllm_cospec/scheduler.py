@@ -105,8 +105,7 @@ class WholeBlocks(Scheduler):
 
     def _stops_before_last(self, request: Any) -> bool:
         """Whether the request is computed up to its last token but one before it goes on decoding."""
-        # the V2 runner takes the last token of a resumed request from what it sampled last
-        return getattr(request, REDRAFT, False) and request.num_output_tokens > 0 and not self.use_v2_model_runner
+        return getattr(request, REDRAFT, False) and request.num_output_tokens > 0
 
     def _may_draft_again(self, request: Any) -> bool:
         """Let a resumed request decode once all but its last token are computed; returns whether that was now."""

@@ -124,16 +124,19 @@ class NgramMatches:
         **rest: Any,
     ) -> Tensor:
         """As the drafter's: [R, K]."""
-        drafts = self._propose(
-            input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **rest
-        )
-        if not rest.get("dummy_run"):
-            drafter, slots = self._speculator, input_batch.idx_mapping
-            # as the drafter's kernel reads it: length of the match x (L + 1) + its position + 1, 0 for no match
-            score = drafter.scratch[: input_batch.num_reqs].amax(1)
-            length, position = (score - 1) // (drafter.max_model_len + 1), (score - 1) % (drafter.max_model_len + 1)
-            behind = drafter.req_states.total_len.gpu[slots] - length - position
-            self._found[slots] = torch.where((score > 0) & (num_sampled > 0), behind, 0)
+        inputs = (input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states)
+        if rest.get("dummy_run"):
+            return self._propose(*inputs, num_sampled, *args, **rest)
+        drafter, slots = self._speculator, input_batch.idx_mapping
+        total = drafter.req_states.total_len.gpu[slots]
+        # A request that comes back from a preemption samples nothing before its last token, which is known.
+        resumed = input_batch.seq_lens[: input_batch.num_reqs] == total - 1
+        num_sampled = torch.where(resumed, 1, num_sampled)
+        drafts = self._propose(*inputs, num_sampled, *args, **rest)
+        # as the drafter's kernel reads it: length of the match x (L + 1) + its position + 1, 0 for no match
+        score = drafter.scratch[: input_batch.num_reqs].amax(1)
+        length, position = (score - 1) // (drafter.max_model_len + 1), (score - 1) % (drafter.max_model_len + 1)
+        self._found[slots] = torch.where((score > 0) & (num_sampled > 0), total - length - position, 0)
         return drafts
 
     def absent(self, batch: Any, arbitrated: Tensor) -> Tensor:

@@ -154,6 +154,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 def test_ngram_drafts_that_were_not_found_are_none() -> None:
     texts = {1: [1, 2, 3, 4, 9, 1, 2, 3], 4: [1, 2, 3, 4, 5, 6], 0: [7, 8, 7, 8], 2: [5, 6, 5, 6, 5, 6]}
+    texts[3] = texts[1]
     length = torch.tensor([len(texts.get(slot, [])) for slot in range(6)], dtype=torch.int32)
     tokens = torch.zeros(6, MODEL_LENGTH, dtype=torch.int32)
     for slot, text in texts.items():
@@ -166,18 +167,20 @@ def test_ngram_drafts_that_were_not_found_are_none() -> None:
     )  # fmt: skip
     speculator = NgramGPUSpeculator(config, torch.device("cpu"), states)  # type: ignore[arg-type]
     matches = NgramMatches(speculator)
-    slots = torch.tensor([1, 4, 0, 2])
+    slots = torch.tensor([1, 4, 0, 2, 3])
     last = torch.tensor([texts[int(slot)][-1] if int(slot) in texts else 0 for slot in range(6)]).view(-1, 1)
     drafts = speculator.propose(
-        SimpleNamespace(num_reqs=4, idx_mapping=slots), None, None, last, None, torch.tensor([1, 1, 1, 0]), last, last,
-        last, last, last,
+        SimpleNamespace(num_reqs=5, idx_mapping=slots, seq_lens=torch.tensor([7, 5, 3, 3, 7])), None, None, last, None,
+        torch.tensor([1, 1, 1, 0, 0]), last, last, last, last, last,
     )  # fmt: skip
-    assert drafts.tolist() == [[4, 9, 1], [6, 6, 6], [7, 8, 8], [6, 6, 6]]  # 6: nothing found; 0 and 2 of K found
-    rows = torch.arange(K + 1).repeat(4)
+    # 6: nothing found; 8: two of K; the fourth request is in the middle of its prompt, the last one is resumed
+    assert drafts.tolist() == [[4, 9, 1], [6, 6, 6], [7, 8, 8], [6, 6, 6], [4, 9, 1]]
+    rows = torch.arange(K + 1).repeat(5)
     verified = SimpleNamespace(expanded_idx_mapping=slots.repeat_interleave(K + 1), expanded_local_pos=rows)
-    absent = matches.absent(verified, torch.ones(6, dtype=torch.int32)).view(4, K + 1)
+    absent = matches.absent(verified, torch.ones(6, dtype=torch.int32)).view(5, K + 1)
     assert absent.tolist() == [
         [False, False, False, False], [False, True, True, True], [False, False, False, True], [False, True, True, True],
+        [False, False, False, False],
     ]  # fmt: skip
     assert not matches.absent(verified, torch.zeros(6, dtype=torch.int32)).any()  # strict requests keep stock's drafts
 
