@@ -5,12 +5,10 @@ checkout this folder also answers to the name ``kernels`` for whatever runs with
 (``python -m ...`` started there), and transformers means another package by that.
 """
 
-import sys
-
 UNLIMITED = 2**31 - 1
 """``max_overrides`` of a request without a limit, on every path."""
 
 if __name__ == "kernels":
     from vllm_cospec.kernels.shadowed import stand_aside
 
-    sys.modules["kernels"] = stand_aside(__path__)
+    stand_aside(__path__)
