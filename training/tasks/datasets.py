@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
-from vllm_cospec.errors import ConfigError, shorten
+from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.tasks.protocol import Options, Problem, task
+from vllm_cospec.training.tasks.records import AnswerFormat, BadLines, collect, read_lines
 from vllm_cospec.training.tasks.rewards import math_verify
 from vllm_cospec.training.tasks.splits import GIVEN, Split, split_of
 
 
-class JsonlOptions(Options):
-    """Of the task jsonl."""
+class RecordOptions(Options):
+    """Of every task that is made of records."""
 
-    path: str
-    """File with a JSON object per line: {"prompt", "answer"}, or {"question", "answer"} as in GSM8K, where the answer
-    stands after ####."""
-    test_path: str | None = None
-    """File with the test problems; left out: an eighth of ``path``, chosen by a hash of the prompt."""
+    prompt_key: str | None = None
+    """Field with the prompt; left out: prompt, else question."""
+    answer_key: str | None = None
+    """Field with the answer; left out: answer. All other fields go to the grader as ``problem.metadata``."""
+    answer_format: AnswerFormat = "auto"
+    """How the result stands in the answer: plain (alone), gsm8k (behind ####), boxed (in the last \\boxed{}). auto
+    takes what it finds, and wants #### where the prompt's field is called question, as in GSM8K."""
+    bad_lines: BadLines = "refuse"
+    """What becomes of a line that is no problem: refuse ends with its number, leave_out counts it and goes on."""
     template: str = Field("{prompt}", pattern=r"\{prompt\}")
     """The prompt as it is sent."""
 
 
-@task("jsonl", JsonlOptions)
-class JsonlTask:
-    """Problems from files. A hash of the prompt decides which split a problem is in."""
+class JsonlOptions(RecordOptions):
+    """Of the task jsonl."""
 
-    def __init__(self, options: JsonlOptions):
-        everything = read_problems(Path(options.path))
-        tests = read_problems(Path(options.test_path)) if options.test_path else None
-        self._template = options.template
-        self._path = options.path
+    path: str
+    """File with a JSON object per line: {"prompt", "answer"}, or {"question", "answer"} as in GSM8K, where the answer
+    stands after ####. UTF-8, plain or .gz."""
+    test_path: str | None = None
+    """File with the test problems; left out: an eighth of ``path``, chosen by a hash of the prompt."""
+
+
+class Records:
+    """Problems that are all there from the beginning. A hash of the prompt decides which split one is in."""
+
+    def __init__(self, where: str, template: str, everything: list[Problem], tests: list[Problem] | None):
+        """Divide the problems.
+
+        Args:
+            where: what they come from, for messages.
+            template: of the prompt.
+            everything: all problems, but for tests of their own.
+            tests: the test split; None for an eighth of everything.
+        """
+        self._where = where
         known = {problem.prompt for problem in tests or ()}
         self._splits: dict[Split, list[Problem]] = {
             split: [p for p in everything if split_of(p.prompt) in sources and p.prompt not in known]
@@ -43,6 +62,14 @@ class JsonlTask:
         if tests is not None:
             self._splits["train"] += [p for p in self._splits["test"] if p.prompt not in known]
             self._splits["test"] = tests
+        for split, own in self._splits.items():
+            self._splits[split] = [
+                Problem(template.replace("{prompt}", p.prompt), p.answer, p.metadata, p.source) for p in own
+            ]
+
+    def everything(self, split: Split) -> list[Problem]:
+        """Return all problems of a split."""
+        return list(self._splits[split])
 
     def problems(self, seed: int, n: int, split: Split = "test") -> list[Problem]:
         """See :meth:`Task.problems`.
@@ -52,54 +79,27 @@ class JsonlTask:
         """
         found = self._splits[split]
         if n > len(found):
-            raise ConfigError(
-                f"task.options.path: {self._path} has {len(found)} problems for {split}, {n} were asked for"
-            )
-        chosen = random.Random(f"{split}/{seed}").sample(found, n)
-        return [Problem(self._template.replace("{prompt}", p.prompt), p.answer) for p in chosen]
+            raise ConfigError(f"{self._where} has {len(found)} problems for {split}, {n} were asked for")
+        return random.Random(f"{split}/{seed}").sample(found, n)
 
-    def score(self, problem: Problem, text: str) -> float:
+    @staticmethod
+    def score(problem: Problem, text: str) -> float:
         """By math-verify."""
         return math_verify(problem, text)
 
 
-def read_problems(path: Path) -> list[Problem]:
-    """Read a JSONL file of problems; of equal prompts only the first is kept.
+@task("jsonl", JsonlOptions)
+class JsonlTask(Records):
+    """Problems from files."""
 
-    Raises:
-        ConfigError: names file, line number and what is wrong.
-    """
-    problems: dict[str, Problem] = {}
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    problem = _problem(line, f"{path}, line {number}")
-                    problems.setdefault(problem.prompt, problem)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); pass a JSONL file") from None
-    if not problems:
-        raise ConfigError(f"{path}: holds no problem")
-    return list(problems.values())
-
-
-def _problem(line: str, where: str) -> Problem:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(entry, dict):
-        raise ConfigError(f"{where}: must be a JSON object, is {shorten(entry)}")
-    gsm8k = "question" in entry
-    prompt, answer = entry.get("question" if gsm8k else "prompt"), entry.get("answer")
-    for name, value in (("question" if gsm8k else "prompt", prompt), ("answer", answer)):
-        if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{where}: {name!r} must be a text that is not empty, is {shorten(value)}")
-    assert prompt is not None
-    assert answer is not None
-    if gsm8k:
-        _, mark, answer = answer.rpartition("####")
-        if not mark:
-            raise ConfigError(f"{where}: 'answer' has no '####' before the result, as GSM8K's have")
-        answer = answer.replace(",", "")
-    return Problem(prompt, answer.strip())
+    def __init__(self, options: JsonlOptions):
+        keys: dict[str, Any] = {
+            "prompt_key": options.prompt_key,
+            "answer_key": options.answer_key,
+            "answer_format": options.answer_format,
+        }
+        paths = [options.path] + ([options.test_path] if options.test_path else [])
+        read = [collect(read_lines(Path(path)), path, options.bad_lines, **keys) for path in paths]
+        self.left_out = sum(count for _, count in read)
+        tests = read[1][0] if len(read) > 1 else None
+        super().__init__(f"task.options.path: {options.path}", options.template, read[0][0], tests)

@@ -25,6 +25,7 @@ class Problem:
     prompt: str
     answer: str
     metadata: Any = field(default=None, compare=False, repr=False)  # what the task's own scorer needs besides
+    source: str = field(default="", compare=False, repr=False)  # where it stands: a file and a line
 
 
 class Task(Protocol):

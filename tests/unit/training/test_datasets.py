@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_cospec.errors import ConfigError
-from vllm_cospec.training.tasks import load_task
+from vllm_cospec.training.tasks import Problem, load_task
 
 GSM8K = Path(os.environ.get("GSM8K_DIRECTORY", "not given"))
 
@@ -76,7 +77,15 @@ GOOD = {"prompt": "a?", "answer": "b"}
         ({"prompt": "x"}, "line 2: 'answer' must be a text"),
         ({"answer": "x"}, "line 2: 'prompt' must be a text"),
         ({"prompt": "", "answer": "x"}, "line 2: 'prompt' must be a text"),
-        ({"prompt": "x", "answer": 5}, "line 2: 'answer' must be a text that is not empty, is 5"),
+        ({"prompt": 5, "answer": "x"}, "line 2: 'prompt' must be a text that is not empty, is 5"),
+        ({"prompt": "x", "answer": None}, "line 2: 'answer' must be a text that is not empty, is None"),
+        ({"prompt": "x", "answer": True}, "line 2: 'answer' must be a text that is not empty, is True"),
+        ({"prompt": "x", "answer": ["5"]}, "line 2: 'answer' must be a text"),
+        ('{"prompt": "x", "answer": NaN}', "line 2: not valid JSON"),
+        ({"prompt": "x\ud83d", "answer": "5"}, "line 2: 'prompt' holds half of a surrogate pair"),
+        ({"problem": "x", "solution": "5"}, "line 2: 'prompt' .*the fields here are 'problem', 'solution'"),
+        ({"question": "x", "answer": "no result\n####"}, "line 2: 'answer' has nothing behind its last '####'"),
+        ({"prompt": "a?", "answer": "c"}, "line 2: has the prompt of line 1 with another answer, 'c' instead of 'b'"),
         ({"question": "x", "answer": "5"}, "line 2: 'answer' has no '####'"),
         ("[" * 100_000, "line 2: not valid JSON"),
     ],
@@ -86,6 +95,71 @@ def test_a_broken_line_is_named_by_file_and_number(tmp_path: Path, bad: object, 
     with pytest.raises(ConfigError, match=message) as caught:
         load_task("jsonl", path=str(path))
     assert "broken.jsonl" in str(caught.value)
+
+
+def only(path: Path, **options: object) -> Problem:
+    """The first problem of a file."""
+    task = load_task("jsonl", path=str(path), **options)
+    return next(p for split in ("train", "calibration", "test") for p in task.everything(split))  # type: ignore[attr-defined]
+
+
+def test_lines_may_be_left_out_and_are_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", GOOD, "{", {"prompt": "a?", "answer": "c"}, {"prompt": "d?", "answer": "e"})
+    task = load_task("jsonl", path=str(path), bad_lines="leave_out")
+    assert task.left_out == 2  # type: ignore[attr-defined]
+    every = [p for split in ("train", "calibration", "test") for p in task.everything(split)]  # type: ignore[attr-defined]
+    assert {(p.prompt, p.answer) for p in every} == {("a?", "b"), ("d?", "e")}
+    with pytest.raises(ConfigError, match=r"holds no problem .*line 1: not valid JSON"):
+        load_task("jsonl", path=str(write(tmp_path / "q.jsonl", "{")), bad_lines="leave_out")
+
+
+@pytest.mark.parametrize(
+    ("raw", "answer"),
+    [
+        ('\ufeff{"prompt": "q", "answer": "1"}\n', "1"),
+        ('{"prompt": "q", "answer": "1"}\r\n\r\n', "1"),
+        ('\n  \n\t\n{"prompt": "q", "answer": " 1 "}\n\n', "1"),
+        ('{"prompt": "q\u2028r", "answer": "1"}\n', "1"),
+        ('{"prompt": "q", "answer": 42}', "42"),
+        ('{"prompt": "q", "answer": 0.50}', "0.50"),
+        ('{"prompt": "q", "answer": 12345678901234567890}', "12345678901234567890"),
+        ('{"prompt": "q", "answer": "1"}\n{"prompt": "q", "answer": "1.0"}', "1"),
+        ('{"question": "q", "answer": "so\\n#### -1,234"}', "-1234"),
+        ('{"question": "q", "answer": "#### +5"}', "5"),
+        ('{"question": "q", "answer": "#### $18.00"}', "18.00"),
+        ('{"question": "q", "answer": "#### -$5"}', "-5"),
+        ('{"question": "q", "answer": "####5"}', "5"),
+        ('{"question": "q", "answer": "#### 1 234"}', "1234"),
+        ('{"question": "q", "answer": "#### 3\\n#### 4"}', "4"),
+        ('{"question": "q", "answer": "#### \u22127"}', "-7"),
+        ('{"question": "q", "answer": "#### 3/4"}', "3/4"),
+        ('{"prompt": "q", "answer": "steps\\nso \\\\boxed{\\\\frac{1}{2}}."}', "\\frac{1}{2}"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_as_people_have_them_are_read_with_the_right_answer(
+    tmp_path: Path, raw: str, answer: str, packed: bool
+) -> None:
+    path = tmp_path / ("p.jsonl.gz" if packed else "p.jsonl")
+    path.write_bytes(gzip.compress(raw.encode()) if packed else raw.encode())
+    problem = only(path)
+    assert problem.answer == answer
+    assert problem.source.startswith(f"{path}, line ")
+    assert load_task("jsonl", path=str(path)).score(problem, f"The answer is \\boxed{{{answer}}}.") == 1.0
+    assert load_task("jsonl", path=str(path)).score(problem, "The answer is \\boxed{777}.") == 0.0
+
+
+def test_other_keys_and_formats_are_named_by_settings_and_other_fields_reach_the_grader(tmp_path: Path) -> None:
+    line = {"problem": "q", "solution": "x\n\\boxed{3}", "level": 5, "tags": [1.5, "a"]}
+    problem = only(write(tmp_path / "p.jsonl", line), prompt_key="problem", answer_key="solution")
+    assert (problem.prompt, problem.answer) == ("q", "3")
+    assert problem.metadata == {"level": 5, "tags": [1.5, "a"]}
+    bare = write(tmp_path / "q.jsonl", {"question": "q", "answer": "5"})
+    assert only(bare, answer_format="plain").answer == only(bare, prompt_key="question").answer == "5"
+    with pytest.raises(ConfigError, match=r"answer_format = \"plain\""):
+        only(bare)
+    with pytest.raises(ConfigError, match=r"has no \\boxed\{\}"):
+        only(bare, answer_format="boxed")
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
