@@ -49,7 +49,7 @@ from vllm_cospec.training.tasks.code_lines import LEARNT_PACKAGE, draw_problems
 STATE, HELD, LOG = "state.safetensors", "before_decay.safetensors", "log.jsonl"
 WARM_UP = 100
 SETTLED = 30  # steps of an invocation after which its pace is known
-DECAY_SHARE = 2 / 3  # steps of the decay for each step before it
+DECAY_SHARE = 2.2  # steps of the decay for each step before it; most of a run: the rate that is held is a high one
 MATRIX_RATE, OTHER_RATE, WEIGHT_DECAY = 0.02, 2e-3, 0.01
 
 
