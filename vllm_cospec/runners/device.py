@@ -1,10 +1,9 @@
-"""What both device runners share: settings as the kernels take them, the policy, counters and traces on the device."""
+"""What both device samplers share: the policy as the kernels take it, counters and traces on the device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,41 +11,11 @@ from torch import Tensor
 
 from vllm_cospec.config import Settings
 from vllm_cospec.health import REASONS
-from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.policies import Policy
 from vllm_cospec.kernels.triton.policies import Program, compile_policy, flatten_weights
 from vllm_cospec.kernels.triton.step import Trace
 from vllm_cospec.metrics import Counters, Counts
-from vllm_cospec.requests import served_settings
 from vllm_cospec.runners.trace import Decision
-
-
-@dataclass(frozen=True)
-class SlotEntry:
-    """One request's settings, in the numbers of :class:`vllm_cospec.kernels.triton.step.Slots`."""
-
-    arbitrated: bool
-    threshold: float
-    max_overrides: int
-    exact_tokens: int
-    written: int  # tokens of the response that stand in the prompt; training
-    forced: int
-    overrides: int  # made before this engine saw the request; training
-
-
-def slot_entry(sampling_params: Any, settings: Settings) -> SlotEntry:
-    """Return what a request is served with."""
-    own = served_settings(sampling_params, settings)
-    branch = own.branch
-    return SlotEntry(
-        arbitrated=own.arbitrated,
-        threshold=own.threshold,
-        max_overrides=UNLIMITED if own.max_overrides is None else min(own.max_overrides, UNLIMITED),
-        exact_tokens=min(own.exact_tokens, UNLIMITED),
-        written=branch.written if branch else 0,
-        forced=2 * branch.decided_at + branch.keep if branch else -1,
-        overrides=branch.overrides if branch else 0,
-    )
 
 
 class DeviceCounters:

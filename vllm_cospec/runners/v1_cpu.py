@@ -136,6 +136,9 @@ class CoSpecRejectionSampler(V1Sampler):
         taken, self.decisions = self.decisions, []
         return taken
 
+    def warm_up(self) -> None:
+        """There is nothing to compile."""
+
     def _state(self, cached: Any) -> RequestState:
         state = getattr(cached, STATE, None)
         if state is None:

@@ -8,7 +8,6 @@ the other, its bonus row last. Nothing here waits for the device.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -30,89 +29,20 @@ from vllm_cospec import compat, hooks
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.kernels.triton.launch import Server, arbitrate_given, warm_up
-from vllm_cospec.kernels.triton.step import Rows, Slots, Verdict
+from vllm_cospec.kernels.triton.step import Rows, Verdict
 from vllm_cospec.metrics import Counters, counters_of_this_rank
-from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, slot_entry
+from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep
+from vllm_cospec.runners.slots import PlacedSlots
 
 logger = init_logger("vllm.cospec")
 
-SLOT, OVERRIDES = "cospec_slot", "cospec_overrides"  # attributes of vLLM's CachedRequestState
 NOTHING_PROPOSED = -2  # no token, and not vLLM's placeholder either
-_INTEGERS = ("arbitrated", "max_overrides", "exact_tokens", "response_start", "forced")
-
-
-class SlotTable:
-    """A slot for every request of the batch; V1 itself moves requests about in its batch.
-
-    The host's table is sent whole when a request enters, so that steps in flight keep the one they were launched with.
-    """
-
-    def __init__(self, runner: Any, settings: Settings):
-        self.size = runner.max_num_reqs
-        self._runner = runner
-        self._settings = settings
-        self._owners: list[Any] = [lambda: None] * self.size  # weak references to the requests
-        self._integers = np.zeros((len(_INTEGERS), self.size), np.int32)
-        self._threshold = np.zeros(self.size, np.float32)
-        self._seed = np.zeros(self.size, np.int64)
-        self._overrides = torch.zeros(self.size, dtype=torch.int32, device=runner.device)
-        self._send()
-
-    def place(self) -> np.ndarray:
-        """Return the slot of every request of the runner's batch, int64 [B]; newcomers are given one."""
-        batch = [self._runner.requests[request_id] for request_id in self._runner.input_batch.req_ids]
-        slots = np.array([getattr(request, SLOT, -1) for request in batch], np.int64)
-        new = np.flatnonzero(slots < 0)
-        if len(new):
-            taken = set(slots.tolist())
-            free = sorted(set(range(self.size)) - taken, key=lambda slot: self._owners[slot]() is not None)
-            for index, slot in zip(new, free, strict=False):
-                self._give(slot, batch[index])
-                slots[index] = slot
-            self._send()
-        return slots
-
-    def arbitrated(self, slots: np.ndarray) -> np.ndarray:
-        """Return which of these slots' requests are arbitrated."""
-        return self._integers[0, slots] != 0
-
-    def on_device(self) -> tuple[Slots, Tensor]:
-        """Return the table as the kernels take it, and the seeds of sampled actions, int64 [S]."""
-        columns = dict(zip(_INTEGERS, self._sent[0], strict=True))
-        return Slots(threshold=self._sent[1], overrides_so_far=self._overrides, **columns), self._sent[2]
-
-    def _give(self, slot: int, request: Any) -> None:
-        before = self._owners[slot]()
-        if before is not None:  # preempted: it takes its count along
-            setattr(before, OVERRIDES, self._overrides[slot].clone())
-            setattr(before, SLOT, -1)
-        entry = slot_entry(request.sampling_params, self._settings)
-        self._integers[:, slot] = (
-            entry.arbitrated, entry.max_overrides, entry.exact_tokens, request.num_prompt_tokens - entry.written,
-            entry.forced,
-        )  # fmt: skip
-        self._threshold[slot] = entry.threshold
-        seed = getattr(request.sampling_params, "seed", None)
-        self._seed[slot] = np.random.randint(2**62) if seed is None else seed
-        used = getattr(request, OVERRIDES, None)
-        if used is None:
-            self._overrides[slot].fill_(entry.overrides)
-        else:
-            self._overrides[slot].copy_(used)
-        self._owners[slot] = weakref.ref(request)
-        setattr(request, SLOT, slot)
-
-    def _send(self) -> None:
-        self._sent = [
-            async_tensor_h2d(table.copy(), self._runner.device)
-            for table in (self._integers, self._threshold, self._seed)
-        ]
 
 
 class Recorder:
     """Wraps the drafter of a runner: what it proposes in each slot, tokens and raw logits, stays on the device."""
 
-    def __init__(self, runner: Any, settings: Settings, table: SlotTable):
+    def __init__(self, runner: Any, settings: Settings, table: PlacedSlots):
         k = settings.num_speculative_tokens
         self._runner = runner
         self._drafter = drafter = runner.drafter
@@ -162,7 +92,7 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
     def __init__(self, runner: Any, settings: Settings, counters: Counters | None):
         super().__init__(runner.rejection_sampler.sampler, runner.speculative_config, runner.device)
         self._runner = runner
-        self._table = SlotTable(runner, settings)
+        self._table = PlacedSlots(runner, settings)
         self.recorder = Recorder(runner, settings, self._table)
         self._counters = DeviceCounters(counters, settings.num_speculative_tokens, runner.device)
         self.load_policy(settings, runner.device)

@@ -10,10 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from vllm.logger import init_logger
-from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
@@ -21,111 +19,13 @@ from vllm_cospec import compat
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.kernels.triton.launch import Server, arbitrate, warm_up
-from vllm_cospec.kernels.triton.step import Rows, Sampling, Slots
+from vllm_cospec.kernels.triton.step import Rows, Sampling
 from vllm_cospec.metrics import Counters, counters_of_this_rank
-from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, slot_entry
-from vllm_cospec.runners.v2_health import DraftHealth, NgramMatches, protect
+from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep
+from vllm_cospec.runners.slots import StagedSlots
+from vllm_cospec.runners.v2_drafter import DraftHealth, NgramMatches, ResumedRequests, protect
 
 logger = init_logger("vllm.cospec")
-
-
-class SlotTable:
-    """What the kernels need to know of the request in each of the runner's slots.
-
-    Settings are written on the host, as the sampler writes its own, and become visible with its staged writes. The
-    number of overrides lives on the device; a preempted request takes it along to its next slot.
-    """
-
-    def __init__(self, runner: Any, settings: Settings):
-        size = runner.max_num_reqs
-        self._runner = runner
-        self._settings = settings
-        self.arbitrated = UvaBackedTensor(size, dtype=torch.int32)
-        self._threshold = UvaBackedTensor(size, dtype=torch.float32)
-        self._max_overrides = UvaBackedTensor(size, dtype=torch.int32)
-        self._exact_tokens = UvaBackedTensor(size, dtype=torch.int32)
-        self._written = UvaBackedTensor(size, dtype=torch.int32)
-        self._forced = UvaBackedTensor(size, dtype=torch.int32)
-        self._overrides_so_far = torch.zeros(size, dtype=torch.int32, device=runner.device)
-        self._preempted: dict[str, Tensor] = {}
-        self._resumed: set[str] = set()  # and not decoding yet
-        staged = "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_staged_writes"
-        self._apply_staged_writes = compat.wrap(staged, runner.sampler, self.apply_staged_writes)
-        finish = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests"
-        self._finish_requests = compat.wrap(finish, runner, self.finish_requests)
-
-    def add_request(self, slot: int, request: Any) -> None:
-        """Take up a request, vLLM's NewRequestData; slots are recycled, so everything is overwritten."""
-        entry = slot_entry(request.sampling_params, self._settings)
-        self.arbitrated.np[slot] = entry.arbitrated
-        self._threshold.np[slot] = entry.threshold
-        self._max_overrides.np[slot] = entry.max_overrides
-        self._exact_tokens.np[slot] = entry.exact_tokens
-        self._written.np[slot] = entry.written
-        self._forced.np[slot] = entry.forced
-        if len(request.prefill_token_ids) > request.prompt_len:  # the drafter goes on from the last token
-            self._resumed.add(request.req_id)
-            self._runner.req_states.last_sampled_tokens[slot].fill_(request.prefill_token_ids[-1])
-        before = self._preempted.pop(request.req_id, None)
-        if before is None:
-            self._overrides_so_far[slot].fill_(entry.overrides)
-        else:
-            self._overrides_so_far[slot].copy_(before)
-
-    def apply_staged_writes(self) -> None:
-        """As the sampler's, which this wraps."""
-        self._apply_staged_writes()
-        for tensor in (
-            self.arbitrated, self._threshold, self._max_overrides, self._exact_tokens, self._written, self._forced
-        ):  # fmt: skip
-            tensor.copy_to_uva()
-
-    def finish_requests(self, scheduler_output: Any) -> None:
-        """As the runner's, which this wraps.
-
-        A preempted request keeps what it has used of its budget, and the block it had: the scheduler resumes it with
-        all but its last token, after which the drafter proposes that block again.
-        """
-        for req_id in scheduler_output.preempted_req_ids or ():
-            slot = self._runner.req_states.req_id_to_index.get(req_id)
-            if slot is not None:
-                self._preempted[req_id] = self._overrides_so_far[slot].clone()
-        for req_id in scheduler_output.finished_req_ids:
-            self._preempted.pop(req_id, None)
-            self._resumed.discard(req_id)
-        self._finish_requests(scheduler_output)
-        if self._resumed:
-            self._let_resumed_requests_decode(scheduler_output)
-
-    def _let_resumed_requests_decode(self, scheduler_output: Any) -> None:
-        """Take the last token of a resumed request for one it has sampled: vLLM ignores drafts behind a prompt's."""
-        states, cached, changed = self._runner.req_states, scheduler_output.scheduled_cached_reqs, False
-        for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            if req_id not in self._resumed:
-                continue
-            slot = states.req_id_to_index[req_id]
-            if computed == states.prefill_len.np[slot] - 1 and req_id in scheduler_output.scheduled_spec_decode_tokens:
-                states.prefill_len.np[slot] -= 1
-                changed = True
-            if computed >= states.prefill_len.np[slot]:
-                self._resumed.discard(req_id)
-        if changed and not scheduler_output.scheduled_new_reqs:  # else the runner sends it, and once is enough
-            states.prefill_len.copy_to_uva()
-
-    def on_device(self, arbitrated: Tensor) -> Slots:
-        """Return the table as the kernels take it; ``arbitrated``, int32 [S], is this step's."""
-        response_start = self._runner.req_states.prompt_len.gpu
-        if self._settings.collect:
-            response_start = response_start - self._written.gpu
-        return Slots(
-            arbitrated,
-            self._threshold.gpu,
-            self._max_overrides.gpu,
-            self._exact_tokens.gpu,
-            self._overrides_so_far,
-            response_start,
-            self._forced.gpu,
-        )
 
 
 class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
@@ -134,7 +34,8 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
     def __init__(self, runner: Any, settings: Settings, counters: Counters | None):
         super().__init__(runner.sampler, runner.speculative_config, runner.device)
         self._runner = runner
-        self._slots = SlotTable(runner, settings)
+        self._slots = StagedSlots(runner, settings)
+        self._resumed = ResumedRequests(runner)
         self._counters = DeviceCounters(counters, settings.num_speculative_tokens, runner.device)
         self._health = DraftHealth(runner, settings, self._counters)
         speculator = runner.speculator
@@ -142,13 +43,28 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
         self._matches = NgramMatches(speculator) if isinstance(speculator, NgramGPUSpeculator) else None
         add = "vllm.v1.worker.gpu.model_states.interface:ModelState.add_request"
         self._add_request = compat.wrap(add, runner.model_state, self.add_request)
+        staged = "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_staged_writes"
+        self._apply_staged_writes = compat.wrap(staged, runner.sampler, self.apply_staged_writes)
+        finish = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests"
+        self._finish_requests = compat.wrap(finish, runner, self.finish_requests)
         self.load_policy(settings, runner.device)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """As the model state's, which this wraps."""
         self._add_request(req_index, new_req_data)
-        self._slots.add_request(req_index, new_req_data)
-        self._health.add_request(req_index, new_req_data)
+        for table in (self._slots, self._health, self._resumed):
+            table.add_request(req_index, new_req_data)
+
+    def apply_staged_writes(self) -> None:
+        """As the stock sampler's, which this wraps."""
+        self._apply_staged_writes()
+        self._slots.apply_staged_writes()
+
+    def finish_requests(self, scheduler_output: Any) -> None:
+        """As the runner's, which this wraps."""
+        self._slots.finish_requests(scheduler_output)
+        self._finish_requests(scheduler_output)
+        self._resumed.finish_requests(scheduler_output)
 
     def __call__(
         self,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_cospec.kernels.policies import Policy
+    from vllm_cospec.runners.base import ArbitratingSampler
     from vllm_cospec.runners.trace import Decision
 
 
 class Control:
     """Mixed into the workers; ``cospec`` is the runner's sampler."""
 
-    cospec: Any
+    cospec: ArbitratingSampler
 
     def cospec_set_arbiter(self, state_dict: dict[str, Tensor], sample_actions: bool) -> None:
         """Replace the arbiter's weights in memory.

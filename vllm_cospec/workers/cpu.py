@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -58,7 +56,7 @@ class CoSpecCPUWorker(Control, CPUWorker):
         else:
             from vllm_cospec.runners.v1_cpu import install  # type: ignore[assignment]
 
-        self.cospec: Any = install(
+        self.cospec = install(
             self.model_runner,
             self.vllm_config.speculative_config.cospec,  # type: ignore[union-attr]
             self.vllm_config.parallel_config.data_parallel_index,

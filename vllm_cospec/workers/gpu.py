@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_cospec.workers.control import Control
@@ -24,7 +22,7 @@ class CoSpecGPUWorker(Control, Worker):
         else:
             from vllm_cospec.runners.v1_gpu import install  # type: ignore[assignment]
 
-        self.cospec: Any = install(
+        self.cospec = install(
             self.model_runner,
             self.vllm_config.speculative_config.cospec,  # type: ignore[union-attr]
             self.vllm_config.parallel_config.data_parallel_index,

@@ -20,7 +20,7 @@ from vllm_cospec.kernels.triton import draft, launch, scan, target, verdict
 from vllm_cospec.kernels.triton.policies import compile_policy
 from vllm_cospec.kernels.triton.step import Slots
 from vllm_cospec.runners import v1_gpu, v2
-from vllm_cospec.runners.v2_health import Arbitrated
+from vllm_cospec.runners.v2_drafter import Arbitrated
 from vllm_cospec.workers.gpu import CoSpecGPUWorker
 
 META = torch.device("meta")

@@ -15,7 +15,7 @@ from processes import DEMO, generate
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 
 from vllm_cospec.health import REASONS
-from vllm_cospec.runners.v2_health import DraftHealth, NgramMatches
+from vllm_cospec.runners.v2_drafter import DraftHealth, NgramMatches
 
 K, CONTEXT, MODEL_LENGTH = 3, 40, 64
 CPU = torch.device("cpu")

@@ -104,6 +104,43 @@ class DraftHealth:
             self._counters.unhealthy[REASONS.index(reason)] += positions
 
 
+class ResumedRequests:
+    """Lets a preempted request go on with the block it had.
+
+    The scheduler resumes it with all but its last token, after which the drafter proposes that block again. V2 takes
+    the last token a slot has sampled for the drafter's next, and drafts within what it knew of a request at its
+    admission for placeholders: here the last token of a resumed request becomes one it has sampled.
+    """
+
+    def __init__(self, runner: Any):
+        self._runner = runner
+        self._waiting: set[str] = set()  # resumed and not decoding yet
+
+    def add_request(self, slot: int, request: Any) -> None:
+        """Take up a request, vLLM's NewRequestData."""
+        if len(request.prefill_token_ids) > request.prompt_len:
+            self._waiting.add(request.req_id)
+            self._runner.req_states.last_sampled_tokens[slot].fill_(request.prefill_token_ids[-1])
+
+    def finish_requests(self, scheduler_output: Any) -> None:
+        """Let those decode that are about to, once the runner has let go of the requests that are gone."""
+        self._waiting.difference_update(scheduler_output.finished_req_ids)
+        if not self._waiting:
+            return
+        states, cached, changed = self._runner.req_states, scheduler_output.scheduled_cached_reqs, False
+        for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if req_id not in self._waiting:
+                continue
+            slot = states.req_id_to_index[req_id]
+            if computed == states.prefill_len.np[slot] - 1 and req_id in scheduler_output.scheduled_spec_decode_tokens:
+                states.prefill_len.np[slot] -= 1
+                changed = True
+            if computed >= states.prefill_len.np[slot]:
+                self._waiting.discard(req_id)
+        if changed and not scheduler_output.scheduled_new_reqs:  # else the runner sends it, and once is enough
+            states.prefill_len.copy_to_uva()
+
+
 class NgramMatches:
     """Wraps the ngram drafter: how many of a slot's drafts it found; the last sampled token stands for the others."""
 

@@ -1,0 +1,30 @@
+"""What a worker may ask of the sampler it has installed, whichever runner it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_cospec.kernels.policies import Policy
+    from vllm_cospec.runners.trace import Decision
+
+
+class ArbitratingSampler(Protocol):
+    """A rejection sampler of vLLM's that consults a policy."""
+
+    sample_actions: bool
+    """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
+
+    def set_arbiter(self, state_dict: dict[str, Tensor]) -> None:
+        """Replace the arbiter's weights in memory; takes effect at the next step."""
+
+    def set_policy(self, policy: Policy) -> None:
+        """Replace a rule by another; takes effect at the next step."""
+
+    def take_decisions(self) -> list[Decision]:
+        """Return what was recorded since the last call, and forget it."""
+
+    def warm_up(self) -> None:
+        """Compile whatever serving would have to compile."""

@@ -1,0 +1,194 @@
+"""Settings and state of the requests on a device, by slot: how either runner keeps the kernels' table.
+
+V2 has slots of its own, and settings of a slot become visible with its staged writes: :class:`StagedSlots`. V1 moves
+requests about in its batch; there each is placed in a slot for as long as it runs: :class:`PlacedSlots`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+
+from vllm_cospec.config import Settings
+from vllm_cospec.kernels import UNLIMITED
+from vllm_cospec.kernels.triton.step import Slots
+from vllm_cospec.requests import served_settings
+
+SLOT, OVERRIDES = "cospec_slot", "cospec_overrides"  # attributes of vLLM's CachedRequestState, on V1
+_INTEGERS = ("arbitrated", "max_overrides", "exact_tokens", "response_start", "forced")
+
+
+@dataclass(frozen=True)
+class SlotEntry:
+    """One request's settings, in the numbers of :class:`vllm_cospec.kernels.triton.step.Slots`."""
+
+    arbitrated: bool
+    threshold: float
+    max_overrides: int
+    exact_tokens: int
+    written: int  # tokens of the response that stand in the prompt; training
+    forced: int
+    overrides: int  # made before this engine saw the request; training
+
+
+def slot_entry(sampling_params: Any, settings: Settings) -> SlotEntry:
+    """Return what a request is served with."""
+    own = served_settings(sampling_params, settings)
+    branch = own.branch
+    return SlotEntry(
+        arbitrated=own.arbitrated,
+        threshold=own.threshold,
+        max_overrides=UNLIMITED if own.max_overrides is None else min(own.max_overrides, UNLIMITED),
+        exact_tokens=min(own.exact_tokens, UNLIMITED),
+        written=branch.written if branch else 0,
+        forced=2 * branch.decided_at + branch.keep if branch else -1,
+        overrides=branch.overrides if branch else 0,
+    )
+
+
+class OverrideCounts:
+    """The overrides of the request in each slot. A request that loses its slot takes its count along to the next."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.on_device = torch.zeros(size, dtype=torch.int32, device=device)  # [S], the kernels add to it
+
+    def enter(self, slot: int, entry: SlotEntry, carried: Tensor | None) -> None:
+        """Start a slot's count: with what the request has carried along, or with what its settings say."""
+        if carried is None:
+            self.on_device[slot].fill_(entry.overrides)
+        else:
+            self.on_device[slot].copy_(carried)
+
+    def leave(self, slot: int) -> Tensor:
+        """Return a slot's count, to be carried along."""
+        return self.on_device[slot].clone()
+
+
+class StagedSlots:
+    """The table of Model Runner V2, whose slots these are; the runner's own wrappers tell it of requests."""
+
+    def __init__(self, runner: Any, settings: Settings):
+        size = runner.max_num_reqs
+        self._runner = runner
+        self._settings = settings
+        self.arbitrated = UvaBackedTensor(size, dtype=torch.int32)
+        self._threshold = UvaBackedTensor(size, dtype=torch.float32)
+        self._max_overrides = UvaBackedTensor(size, dtype=torch.int32)
+        self._exact_tokens = UvaBackedTensor(size, dtype=torch.int32)
+        self._written = UvaBackedTensor(size, dtype=torch.int32)
+        self._forced = UvaBackedTensor(size, dtype=torch.int32)
+        self._overrides = OverrideCounts(size, runner.device)
+        self._preempted: dict[str, Tensor] = {}
+
+    def add_request(self, slot: int, request: Any) -> None:
+        """Take up a request, vLLM's NewRequestData; slots are recycled, so everything is overwritten."""
+        entry = slot_entry(request.sampling_params, self._settings)
+        self.arbitrated.np[slot] = entry.arbitrated
+        self._threshold.np[slot] = entry.threshold
+        self._max_overrides.np[slot] = entry.max_overrides
+        self._exact_tokens.np[slot] = entry.exact_tokens
+        self._written.np[slot] = entry.written
+        self._forced.np[slot] = entry.forced
+        self._overrides.enter(slot, entry, self._preempted.pop(request.req_id, None))
+
+    def apply_staged_writes(self) -> None:
+        """Make what was written visible on the device."""
+        for tensor in (
+            self.arbitrated, self._threshold, self._max_overrides, self._exact_tokens, self._written, self._forced
+        ):  # fmt: skip
+            tensor.copy_to_uva()
+
+    def finish_requests(self, scheduler_output: Any) -> None:
+        """Remember what preempted requests have used of their budgets; they still have their slots."""
+        for req_id in scheduler_output.preempted_req_ids or ():
+            slot = self._runner.req_states.req_id_to_index.get(req_id)
+            if slot is not None:
+                self._preempted[req_id] = self._overrides.leave(slot)
+        for req_id in scheduler_output.finished_req_ids:
+            self._preempted.pop(req_id, None)
+
+    def on_device(self, arbitrated: Tensor) -> Slots:
+        """Return the table as the kernels take it; ``arbitrated``, int32 [S], is this step's."""
+        response_start = self._runner.req_states.prompt_len.gpu
+        if self._settings.collect:
+            response_start = response_start - self._written.gpu
+        return Slots(
+            arbitrated,
+            self._threshold.gpu,
+            self._max_overrides.gpu,
+            self._exact_tokens.gpu,
+            self._overrides.on_device,
+            response_start,
+            self._forced.gpu,
+        )
+
+
+class PlacedSlots:
+    """The table of Model Runner V1.
+
+    The host's copy is sent whole when a request enters, so that steps in flight keep the one they were launched with.
+    """
+
+    def __init__(self, runner: Any, settings: Settings):
+        self.size = runner.max_num_reqs
+        self._runner = runner
+        self._settings = settings
+        self._owners: list[Any] = [lambda: None] * self.size  # weak references to the requests
+        self._integers = np.zeros((len(_INTEGERS), self.size), np.int32)
+        self._threshold = np.zeros(self.size, np.float32)
+        self._seed = np.zeros(self.size, np.int64)
+        self._overrides = OverrideCounts(self.size, runner.device)
+        self._send()
+
+    def place(self) -> np.ndarray:
+        """Return the slot of every request of the runner's batch, int64 [B]; newcomers are given one."""
+        batch = [self._runner.requests[request_id] for request_id in self._runner.input_batch.req_ids]
+        slots = np.array([getattr(request, SLOT, -1) for request in batch], np.int64)
+        new = np.flatnonzero(slots < 0)
+        if len(new):
+            taken = set(slots.tolist())
+            free = sorted(set(range(self.size)) - taken, key=lambda slot: self._owners[slot]() is not None)
+            for index, slot in zip(new, free, strict=False):
+                self._give(slot, batch[index])
+                slots[index] = slot
+            self._send()
+        return slots
+
+    def arbitrated(self, slots: np.ndarray) -> np.ndarray:
+        """Return which of these slots' requests are arbitrated."""
+        return self._integers[0, slots] != 0
+
+    def on_device(self) -> tuple[Slots, Tensor]:
+        """Return the table as the kernels take it, and the seeds of sampled actions, int64 [S]."""
+        columns = dict(zip(_INTEGERS, self._sent[0], strict=True))
+        return Slots(threshold=self._sent[1], overrides_so_far=self._overrides.on_device, **columns), self._sent[2]
+
+    def _give(self, slot: int, request: Any) -> None:
+        before = self._owners[slot]()
+        if before is not None:  # preempted: it takes its count along
+            setattr(before, OVERRIDES, self._overrides.leave(slot))
+            setattr(before, SLOT, -1)
+        entry = slot_entry(request.sampling_params, self._settings)
+        self._integers[:, slot] = (
+            entry.arbitrated, entry.max_overrides, entry.exact_tokens, request.num_prompt_tokens - entry.written,
+            entry.forced,
+        )  # fmt: skip
+        self._threshold[slot] = entry.threshold
+        seed = getattr(request.sampling_params, "seed", None)
+        self._seed[slot] = np.random.randint(2**62) if seed is None else seed
+        self._overrides.enter(slot, entry, getattr(request, OVERRIDES, None))
+        self._owners[slot] = weakref.ref(request)
+        setattr(request, SLOT, slot)
+
+    def _send(self) -> None:
+        self._sent = [
+            async_tensor_h2d(table.copy(), self._runner.device)
+            for table in (self._integers, self._threshold, self._seed)
+        ]
