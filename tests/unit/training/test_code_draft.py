@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.config import bundled
 from vllm_cospec.training.pairs.code import build
-from vllm_cospec.training.pairs.code.draft import HELD, LOG, STATE, Recipe, Run, exact_match, training
+from vllm_cospec.training.pairs.code.draft import DECAY_SHARE, HELD, LOG, STATE, Recipe, Run, exact_match, training
 from vllm_cospec.training.pairs.code.llama import EMBEDDING, Shape, hidden_states, new_weights, token_loss
 from vllm_cospec.training.pairs.code.oracle import END, Choices, figures
 from vllm_cospec.training.pairs.code.text import Vocabulary, line_ends, token_stream, vocabulary_of, windows
@@ -86,14 +86,15 @@ def test_the_model_is_the_llama_that_transformers_runs() -> None:
 
 def test_it_learns_and_ends_with_a_rate_of_zero(tmp_path: Path) -> None:
     run = new_run()
-    records = list(training(run, text(), tmp_path, minutes=5, steps=160))
-    assert [record["step"] for record in records] == list(range(1, 268))
+    held, decay = 110, round(110 * DECAY_SHARE)
+    records = list(training(run, text(), tmp_path, minutes=5, steps=held))
+    assert [record["step"] for record in records] == list(range(1, held + decay + 1))
     assert records[0]["loss"] > 4
     assert records[-1]["loss"] < 1
     rates = [record["rate"] for record in records]
-    assert rates[99] == rates[159] == 1
-    assert rates[160] == 1
-    assert rates[-1] == pytest.approx(1 / 107, abs=1e-4)
+    assert rates[99 : held + 1] == [1] * (held - 98)
+    assert rates[held + 1] < 1
+    assert rates[-1] == pytest.approx(1 / decay, abs=1e-4)
     assert (tmp_path / HELD).is_file()
 
 
@@ -101,9 +102,9 @@ def test_the_decay_begins_when_it_takes_the_rest_of_the_time(tmp_path: Path, mon
     now = iter(range(0, 10_000, 5))  # the clock is read twice a step: 10 seconds each
     monkeypatch.setattr("time.monotonic", lambda: next(now))
     run = new_run()
-    list(training(run, text(), tmp_path, minutes=10, steps=10_000))
-    assert run.progress.decay_from == pytest.approx(36, abs=1)
-    assert run.progress.decay_steps == round(run.progress.decay_from * 2 / 3)
+    list(training(run, text(), tmp_path, minutes=20, steps=10_000))
+    assert run.progress.decay_from == pytest.approx(120 / (1 + DECAY_SHARE), abs=1)
+    assert run.progress.decay_steps == round(run.progress.decay_from * DECAY_SHARE)
     assert run.progress.finished
 
 
