@@ -106,6 +106,8 @@ def _describe(one: Launch, dtype: str, policy: str) -> str:
         words.append("processed fp32")
     if flags.get("HAS_DRAFT_LOGITS") or flags.get("NEEDS_DRAFT"):
         words.append("draft logits")
+    if flags.get("temperature_ptr", 0) is None:
+        words.append("given verdict")
     if "POLICY" in flags:
         words.append(policy)
         if flags["HIDDEN_1"] > 1:

@@ -50,7 +50,7 @@ from vllm_cospec.kernels.triton.layout import (
     UNIFORM,
     WEIGHTED,
 )
-from vllm_cospec.kernels.triton.target import is_bonus, temperature_of
+from vllm_cospec.kernels.triton.target import is_bonus
 from vllm_cospec.kernels.triton.tiles import combine
 
 
@@ -130,6 +130,33 @@ def _store_largest(
     tl.store(row_floats_ptr + TOP_K_ENTROPY, top_k_entropy)
 
 
+@triton.jit
+def _store_greedy_verdict(
+    row_ints_ptr,
+    row_floats_ptr,
+    greedy_max_ptr,
+    greedy_argmax_ptr,
+    floats_ptr,  # of this row
+    ints_ptr,
+    row,
+    drafted,
+    num_tiles,
+    PADDED_TILES: tl.constexpr,
+    SEPARATE: tl.constexpr,
+):
+    """Accept the draft where it is the most likely token."""
+    if SEPARATE:
+        argmax = _compute_global_target_argmax(
+            greedy_max_ptr, num_tiles, greedy_argmax_ptr, num_tiles, row, num_tiles, PADDED_TILES
+        )
+    else:
+        argmax = _compute_global_target_argmax(
+            floats_ptr, 0, ints_ptr + TILE_ARGMAX * num_tiles, 0, row, num_tiles, PADDED_TILES
+        )
+    accepted = (argmax == tl.maximum(drafted, 0)) & (drafted >= 0)
+    _store_verdict(row_ints_ptr, row_floats_ptr, accepted, argmax, 0.0, 1.0, 0.0, 0.0)
+
+
 @triton.jit(
     do_not_specialize=["num_rows", "vocab_size", "num_blocks", "num_tiles"],
     do_not_specialize_on_alignment=["draft_sampled_ptr", "slot_ptr", "local_pos_ptr", "pos_ptr"],
@@ -179,7 +206,6 @@ def row_kernel(
     slot = tl.load(slot_ptr + row).to(tl.int64)
     step = tl.load(local_pos_ptr + row)
     position = tl.load(pos_ptr + row)
-    greedy, temperature = temperature_of(temperature_ptr, slot)
     drafted = tl.load(draft_sampled_ptr + row + 1).to(tl.int64)
     token = tl.maximum(drafted, 0)
     row_ints_ptr += row * ROW_INTS
@@ -192,28 +218,29 @@ def row_kernel(
     ints_ptr += row * TILE_INTS * num_tiles
     largest = tl.load(floats_ptr + tiles, mask=inside & arbitrated, other=-INFINITY)
 
-    if greedy:
-        if SEPARATE:
-            argmax = _compute_global_target_argmax(
-                greedy_max_ptr, num_tiles, greedy_argmax_ptr, num_tiles, row, num_tiles, PADDED_TILES
-            )
-        else:
-            argmax = _compute_global_target_argmax(
-                floats_ptr, 0, ints_ptr + TILE_ARGMAX * num_tiles, 0, row, num_tiles, PADDED_TILES
-            )
-        accepted = (argmax == token) & (drafted >= 0)
-        _store_verdict(row_ints_ptr, row_floats_ptr, accepted, argmax, 0.0, 1.0, 0.0, 0.0)
-    else:  # as stock's rejection kernel
-        uniform = tl_rand32(tl.load(seed_ptr + slot), position, includes_zero=False)
-        target_logprob, draft_logprob, target_lse, draft_lse = _compute_global_logprobs_and_logsumexp(
-            token, True, row, slot, step, temperature,
-            processed_ptr, processed_stride, target_max_ptr, num_blocks, target_sumexp_ptr, num_blocks,
-            draft_ptr, draft_stride_0, draft_stride_1, draft_max_ptr, num_blocks, draft_sumexp_ptr, num_blocks,
-            num_blocks, PADDED_BLOCKS, HAS_DRAFT_LOGITS,
+    if temperature_ptr is None:  # the verdict is given and takes the place of this one
+        _store_greedy_verdict(
+            row_ints_ptr, row_floats_ptr, greedy_max_ptr, greedy_argmax_ptr, floats_ptr, ints_ptr, row, drafted,
+            num_tiles, PADDED_TILES, SEPARATE,
         )  # fmt: skip
-        accepted = (target_logprob > tl.log(uniform) + draft_logprob) & (drafted >= 0)
-        ratio = tl.where(draft_logprob > -INFINITY, tl.exp(target_logprob - draft_logprob), 0.0)
-        _store_verdict(row_ints_ptr, row_floats_ptr, accepted, token, ratio, uniform, target_lse, draft_lse)
+    else:
+        temperature = tl.load(temperature_ptr + slot).to(tl.float32)
+        if temperature == 0.0:
+            _store_greedy_verdict(
+                row_ints_ptr, row_floats_ptr, greedy_max_ptr, greedy_argmax_ptr, floats_ptr, ints_ptr, row, drafted,
+                num_tiles, PADDED_TILES, SEPARATE,
+            )  # fmt: skip
+        else:  # as stock's rejection kernel
+            uniform = tl_rand32(tl.load(seed_ptr + slot), position, includes_zero=False)
+            target_logprob, draft_logprob, target_lse, draft_lse = _compute_global_logprobs_and_logsumexp(
+                token, True, row, slot, step, temperature,
+                processed_ptr, processed_stride, target_max_ptr, num_blocks, target_sumexp_ptr, num_blocks,
+                draft_ptr, draft_stride_0, draft_stride_1, draft_max_ptr, num_blocks, draft_sumexp_ptr, num_blocks,
+                num_blocks, PADDED_BLOCKS, HAS_DRAFT_LOGITS,
+            )  # fmt: skip
+            accepted = (target_logprob > tl.log(uniform) + draft_logprob) & (drafted >= 0)
+            ratio = tl.where(draft_logprob > -INFINITY, tl.exp(target_logprob - draft_logprob), 0.0)
+            _store_verdict(row_ints_ptr, row_floats_ptr, accepted, token, ratio, uniform, target_lse, draft_lse)
 
     if not arbitrated:
         tl.store(row_ints_ptr + STATUS, CLOSED)
