@@ -19,6 +19,7 @@ if not __package__:  # run as a file: the package is found from the root
 
 from benchmarks.command import run as run_command
 from benchmarks.command import wide_console
+from vllm_cospec.kernels.policies import policy_names
 from vllm_cospec.training.commands import DEMO_CONFIG
 from vllm_cospec.training.config import load_train_config
 from vllm_cospec.training.measure.calibrate import SEED as CALIBRATION_SEED
@@ -35,8 +36,8 @@ THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99)
 
 
 def grid(num_speculative_tokens: int) -> dict[str, list[str]]:
-    """Return the settings of each rule, as modes."""
-    return {
+    """Return the settings of each rule, as modes; a rule without a grid of its own is tried as it is by default."""
+    own = {
         "typical": [
             f"typical(posterior_threshold={e}, posterior_alpha={d})"
             for e in (0.005, 0.01, 0.02, 0.05, 0.09, 0.2, 0.3)
@@ -56,6 +57,8 @@ def grid(num_speculative_tokens: int) -> dict[str, list[str]]:
         ],
         "kl": [f"kl(max_kl={k})" for k in (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0, 30.0)],
     }
+    others = set(policy_names()) - own.keys() - {"strict", "learned", "random"}
+    return own | {name: [name] for name in sorted(others)}
 
 
 def beaten_by(rows: dict[str, dict[str, Any]]) -> dict[str, str | None]:

@@ -20,7 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from vllm_cospec.kernels.frozen import Frozen
 
 SCORE_EDGES = (1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 """Between the bins of the histogram of scores, close together where most of a trained arbiter's scores lie; a score on
@@ -31,13 +33,7 @@ RANGE_ERROR = 0.005
 STAKES = np.array([0.03, 0.1, 0.3, 0.6, 0.9])  # shares of the largest stake that cannot ruin a gambler
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class Range(_Record):
+class Range(Frozen):
     """What calibration saw of one figure x."""
 
     mean: float = Field(ge=0, le=1)
@@ -55,7 +51,7 @@ class Range(_Record):
         return self
 
 
-class Traffic(_Record):
+class Traffic(Frozen):
     """What calibration saw of the requests themselves."""
 
     requests: int = Field(ge=1)

@@ -52,7 +52,7 @@ def counters_directory() -> str:
     return directory
 
 
-class Counts(NamedTuple):
+class Totals(NamedTuple):
     """What the workers of an engine have counted."""
 
     mismatches: int
@@ -60,7 +60,7 @@ class Counts(NamedTuple):
     unhealthy: np.ndarray  # [R] int64, in the order of REASONS
 
     @classmethod
-    def of(cls, row: np.ndarray) -> Counts:
+    def of(cls, row: np.ndarray) -> Totals:
         """Read a row of a file, int64 [K + 1 + R]."""
         k = len(row) - 1 - len(REASONS)
         return cls(int(row[k]), row[:k], row[k + 1 :])
@@ -112,23 +112,23 @@ class Counters:
         if unhealthy is not None:
             values[self.num_positions + 1 : self._length] += unhealthy
 
-    def totals(self) -> Counts:
+    def totals(self) -> Totals:
         """Return what was counted since the engine started."""
         if not self.open(create=False):
-            return Counts.of(np.zeros(self._length, np.int64))
-        return Counts.of(self._snapshot())
+            return Totals.of(np.zeros(self._length, np.int64))
+        return Totals.of(self._snapshot())
 
-    def take_unexported(self) -> Counts:
+    def take_unexported(self) -> Totals:
         """Return what no process has taken yet, and mark it taken."""
         if not self.open(create=False):
-            return Counts.of(np.zeros(self._length, np.int64))
+            return Totals.of(np.zeros(self._length, np.int64))
         with self._locked():
             values = self._values
             assert values is not None
             now = self._snapshot()
             new = now - values[self._length :]
             values[self._length :] = now
-        return Counts.of(new)
+        return Totals.of(new)
 
     def _snapshot(self) -> np.ndarray:
         """Copy overrides, then the rest: one copy of both may read its tail first."""

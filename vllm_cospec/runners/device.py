@@ -14,7 +14,7 @@ from vllm_cospec.health import REASONS
 from vllm_cospec.kernels.policies import Policy
 from vllm_cospec.kernels.triton.policies import Program, compile_policy, flatten_weights
 from vllm_cospec.kernels.triton.step import Trace
-from vllm_cospec.metrics import Counters, Counts
+from vllm_cospec.metrics import Counters, Totals
 from vllm_cospec.runners.trace import Decision
 
 
@@ -55,7 +55,7 @@ class DeviceCounters:
         new = self._on_host.numpy() - self._exported
         if new.any():
             assert self._counters is not None
-            self._counters.add(*Counts.of(new))
+            self._counters.add(*Totals.of(new))
             self._exported += new
 
 

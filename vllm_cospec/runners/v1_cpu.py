@@ -37,7 +37,7 @@ class RequestState:
 
 
 @dataclass
-class Verdict:
+class StrictVerdict:
     """What strict verification says of each of N draft positions by itself."""
 
     accepted: Tensor  # [N] bool
@@ -231,14 +231,14 @@ def _reason(block: Block | None, drafts: np.ndarray) -> Reason | None:
     return block.reason
 
 
-def _strict_verdict(step: V1Step) -> Verdict:
+def _strict_verdict(step: V1Step) -> StrictVerdict:
     """Decide every position as strict verification does."""
     drafts, sampling = step.metadata.draft_token_ids.long(), step.sampling
     best = argmax(step.processed) if len(drafts) else drafts
     if step.rows is not None:
         best = best[step.rows]
     if step.draws is None:
-        return Verdict(drafts == best, best, best, None, None)
+        return StrictVerdict(drafts == best, best, best, None, None)
     uniform = step.draws.uniform.float()
     index = drafts.clamp(0, step.processed.shape[1] - 1).unsqueeze(1)
     p = step.draws.probabilities.gather(1, index).squeeze(1)
@@ -249,7 +249,7 @@ def _strict_verdict(step: V1Step) -> Verdict:
     sampled = (sampling.temperature != GREEDY_TEMPERATURE).repeat_interleave(
         torch.tensor(step.metadata.num_draft_tokens)
     )
-    return Verdict(
+    return StrictVerdict(
         accepted=torch.where(sampled, (drafts >= 0) & (q > 0) & (ratio >= uniform), drafts == best),
         target_tokens=torch.where(sampled, step.draws.recovered.long(), best),
         argmax=best,

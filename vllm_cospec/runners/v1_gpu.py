@@ -39,7 +39,7 @@ logger = init_logger("vllm.cospec")
 NOTHING_PROPOSED = -2  # no token, and not vLLM's placeholder either
 
 
-class Recorder:
+class DeviceRecorder:
     """Wraps the drafter of a runner: what it proposes in each slot, tokens and raw logits, stays on the device."""
 
     def __init__(self, runner: Any, settings: Settings, table: PlacedSlots):
@@ -93,7 +93,7 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
         super().__init__(runner.rejection_sampler.sampler, runner.speculative_config, runner.device)
         self._runner = runner
         self._table = PlacedSlots(runner, settings)
-        self.recorder = Recorder(runner, settings, self._table)
+        self.recorder = DeviceRecorder(runner, settings, self._table)
         self._counters = DeviceCounters(counters, settings.num_speculative_tokens, runner.device)
         self.load_policy(settings, runner.device)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from policy_examples import EXAMPLES
 from torch import Tensor
 from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.gumbel import tl_rand32
@@ -14,21 +15,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sam
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.cpu import top_k_entropy
-from vllm_cospec.kernels.policies import (
-    Cascade,
-    Fly,
-    Kl,
-    Learned,
-    Mars,
-    Mismatches,
-    Policy,
-    Random,
-    RelaxedTopK,
-    Rule,
-    Strict,
-    Threshold,
-    Typical,
-)
+from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
 from vllm_cospec.kernels.reference import Block, BlockResult, verify_block
 from vllm_cospec.kernels.triton.launch import arbitrate
 from vllm_cospec.kernels.triton.policies import compile_policy
@@ -37,18 +24,7 @@ from vllm_cospec.kernels.triton.step import Rows, Sampling, Slots, Verified
 CPU = torch.device("cpu")
 POISON = -7777
 
-POLICIES = {
-    "typical": Typical(posterior_threshold=0.2),
-    "relaxed_topk": RelaxedTopK(top_n=4, delta=0.5),
-    "threshold": Threshold(single=0.2, acc=0.6),
-    "cascade": Cascade(alpha=0.8),
-    "mars": Mars(ratio=0.7),
-    "fly": Fly(entropy_top_k=3, entropy_threshold=0.3, window=1),
-    "kl": Kl(max_kl=4.0),
-    "random": Random(rate=0.6, seed=5),
-    "learned": Learned(artefact="unused"),
-    "strict": Strict(),
-}
+POLICIES = EXAMPLES
 
 
 def arbiter(*hidden: int) -> Arbiter:

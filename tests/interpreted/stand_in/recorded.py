@@ -1,6 +1,7 @@
 """Decisions and tokens of every path on a fixed set of cases, held against a committed record of them.
 
-    TRITON_INTERPRET=1 PYTHONPATH=tests/interpreted/stand_in python -m recorded [--write] [--statistics FILE]
+    export TRITON_INTERPRET=1 PYTHONPATH=tests/interpreted/stand_in:tests/support
+    python -m recorded [--write] [--statistics FILE]
 
 For what must not change a decision: moving code, making kernels faster. The record holds one digest per case, of the
 tokens emitted, the mismatches consulted, what was decided there, and the budgets and overrides counted afterwards;

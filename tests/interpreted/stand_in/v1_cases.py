@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from policy_examples import EXAMPLES
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessors
@@ -36,6 +37,7 @@ CPU = torch.device("cpu")
 K, VOCAB = 4, 111
 
 POLICIES: dict[str, Policy | None] = {
+    **{name: example for name, example in EXAMPLES.items() if name != "strict"},
     "typical": Typical(posterior_threshold=0.1),
     "relaxed_topk": RelaxedTopK(top_n=3, delta=0.6),
     "threshold": Threshold(single=0.05, acc=0.3),

@@ -7,20 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from policy_cases import INF, TYPE_ADAPTER, mismatch_rows, mismatches, quick
+from policy_examples import EXAMPLES, RULES
 from pydantic import ValidationError
 
 from vllm_cospec.kernels import policies
 from vllm_cospec.kernels.policies import (
-    Cascade,
-    Fly,
-    Kl,
     Learned,
-    Mars,
-    Random,
-    RelaxedTopK,
     Rule,
-    Strict,
-    Threshold,
     Typical,
 )
 from vllm_cospec.kernels.statistics import INDEX
@@ -28,24 +21,10 @@ from vllm_cospec.kernels.statistics import INDEX
 # What holds for all of them
 
 
-def every_rule() -> list[Rule]:
-    return [
-        Strict(),
-        Typical(),
-        RelaxedTopK(),
-        Threshold(single=0.5, acc=0.5),
-        Cascade(alpha=0.5),
-        Mars(),
-        Fly(window=1),
-        Kl(max_kl=0.5),
-        Random(rate=0.5),
-    ]
-
-
 @settings(quick, max_examples=15)
 @given(mismatch_rows())
 def test_rules_look_only_at_the_statistics_they_say_they_read(rows: Any) -> None:
-    for rule in every_rule():
+    for rule in RULES:
         complete, partial = mismatches(rows), mismatches(rows)
         for name in set(INDEX) - type(rule).reads:
             partial.statistics[:, INDEX[name]] = math.nan
@@ -67,16 +46,15 @@ def test_two_policies_cannot_share_a_code() -> None:
 def test_rules_decide_each_row_by_itself_and_change_nothing(rows: list[tuple[Any, ...]]) -> None:
     together = mismatches(rows)
     before = together.statistics.clone()
-    for rule in every_rule():
+    for rule in RULES:
         kept = rule.keep(together)
         assert kept.tolist() == [rule.keep(mismatches([row])).item() for row in rows]
     assert torch.equal(together.statistics, before)
 
 
 def test_every_registered_policy_is_covered_and_named_as_users_write_it() -> None:
-    names = [rule.policy for rule in every_rule()] + ["learned"]
-    assert names == list(policies.policy_names())
-    for rule in every_rule():
+    assert sorted(EXAMPLES) == sorted(policies.policy_names())
+    for rule in RULES:
         assert policies.policy_class(rule.policy) is type(rule)
         assert TYPE_ADAPTER.validate_python(rule.model_dump()) == rule
         assert rule.describe().startswith(rule.policy)
@@ -135,7 +113,7 @@ def test_parameters_without_a_safe_default_must_be_given(parameters: dict[str, A
         TYPE_ADAPTER.validate_python(parameters)
 
 
-@pytest.mark.parametrize("rule", [*every_rule(), Learned(artefact="somewhere")], ids=lambda rule: rule.policy)
+@pytest.mark.parametrize("rule", [*RULES, Learned(artefact="somewhere")], ids=lambda rule: rule.policy)
 def test_unknown_keys_are_refused(rule: Any) -> None:
     with pytest.raises(ValidationError, match="treshold"):
         TYPE_ADAPTER.validate_python({**rule.model_dump(), "treshold": 0.5})
@@ -168,7 +146,7 @@ def test_parameters_of_the_wrong_type_are_refused(parameters: dict[str, Any]) ->
         TYPE_ADAPTER.validate_python(parameters)
 
 
-@pytest.mark.parametrize("rule", every_rule()[1:], ids=lambda rule: rule.policy)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.policy != "strict"], ids=lambda rule: rule.policy)
 def test_parameters_cannot_be_changed(rule: Any) -> None:
     name = next(name for name in type(rule).model_fields if name != "policy")
     with pytest.raises(ValidationError):

@@ -1,0 +1,45 @@
+"""Files and functions stay short enough to be read at once."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILE, FUNCTION, KERNEL = 400, 80, 120  # lines
+FOLDERS = ("kernels", "vllm_cospec", "training", "benchmarks", "tests")
+TOO_LONG_STILL = {("kernels/triton/scan.py", "scan_kernel")}
+
+
+def sources() -> list[Path]:
+    return [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def functions(path: Path) -> Iterator[tuple[str, int, bool]]:
+    """Yield name, lines and whether it is a kernel, of every function of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            kernel = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1, kernel
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_file_and_no_function_is_too_long(folder: str) -> None:
+    files = [path for path in sources() if path.relative_to(ROOT).parts[0] == folder]
+    assert files
+    assert [str(path) for path in files if len(path.read_text().splitlines()) > FILE] == []
+    long = {
+        (str(path.relative_to(ROOT)), name)
+        for path in files
+        for name, lines, kernel in functions(path)
+        if lines > (KERNEL if kernel else FUNCTION)
+    }
+    assert long <= TOO_LONG_STILL
+
+
+def test_a_long_function_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("@triton.jit(x=1)\ndef a():\n" + "    b\n" * 120 + "async def c(): pass\n")
+    assert list(functions(tmp_path / "a.py")) == [("a", 121, True), ("c", 1, False)]
