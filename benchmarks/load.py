@@ -30,8 +30,15 @@ class Reply:
     arrivals: list[float]  # of every piece of text
 
 
-async def ask(url: str, model: str, prompts: Sequence[str], load: Load) -> list[Reply]:
-    """Send every prompt as a chat message, ``max_concurrency`` at a time; replies come in the order of the prompts.
+async def ask(url: str, model: str, prompts: Sequence[str], load: Load, chat: bool) -> list[Reply]:
+    """Send every prompt, ``max_concurrency`` at a time; replies come in the order of the prompts.
+
+    Args:
+        url: of the server.
+        model: its name there.
+        prompts: what to ask.
+        load: how.
+        chat: as a message; else as the beginning of a text, for a model without a chat template.
 
     Raises:
         openai.OpenAIError: the server refused a request or is gone.
@@ -43,22 +50,26 @@ async def ask(url: str, model: str, prompts: Sequence[str], load: Load) -> list[
             async with gate:
                 sent = time.perf_counter()
                 reply = Reply("", 0, False, [])
-                stream: Any = await client.chat.completions.create(
-                    model=model,
-                    messages=[{"role": "user", "content": prompt}],
-                    max_completion_tokens=load.max_tokens,
-                    temperature=load.temperature,
-                    seed=index,
-                    stream=True,
-                    stream_options={"include_usage": True},
-                )
+                common: dict[str, Any] = {
+                    "model": model, "temperature": load.temperature, "seed": index, "stream": True,
+                    "stream_options": {"include_usage": True},
+                }  # fmt: skip
+                stream: Any
+                if chat:
+                    messages: Any = [{"role": "user", "content": prompt}]
+                    stream = await client.chat.completions.create(
+                        messages=messages, max_completion_tokens=load.max_tokens, **common
+                    )
+                else:
+                    stream = await client.completions.create(prompt=prompt, max_tokens=load.max_tokens, **common)
                 async for event in stream:
                     if event.usage is not None:
                         reply.output_tokens = event.usage.completion_tokens
                     for choice in event.choices:
-                        if choice.delta.content:
+                        text = choice.delta.content if chat else choice.text
+                        if text:
                             reply.arrivals.append(time.perf_counter() - sent)
-                            reply.text += choice.delta.content
+                            reply.text += text
                         if choice.finish_reason is not None:
                             reply.capped = choice.finish_reason == "length"
                 return reply

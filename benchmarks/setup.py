@@ -18,6 +18,12 @@ from vllm_cospec.training.measure.modes import Mode
 from vllm_cospec.training.tasks import Problem, load_task, task_names
 
 NAME = "model"  # the servers' name for what they serve
+NEUTRAL: dict[str, Any] = {
+    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "temperature": 1.0, "top_k": 0,
+    "top_p": 1.0, "min_p": 0.0, "max_new_tokens": None,
+}  # fmt: skip
+"""What a model's ``generation_config.json`` may not change: ``cospec evaluate`` asks without it. Its other keys, such
+as the tokens that end a response, stay."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,31 @@ def set_up(
 def server_arguments(options: dict[str, Any]) -> tuple[str, ...]:
     """Turn arguments of vLLM's ``LLM`` into those of ``vllm serve``."""
     flags: list[str] = ["--served-model-name", NAME]
-    for key, value in options.items():
+    neutral = NEUTRAL | options.get("override_generation_config", {})
+    for key, value in {**options, "override_generation_config": neutral}.items():
         flag = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             flags += [flag, value if isinstance(value, str) else json.dumps(value)]
     return tuple(flags)
+
+
+def has_chat_template(model: str, options: dict[str, Any]) -> bool:
+    """Return whether a model is asked in messages; a base model is not.
+
+    Args:
+        model: directory or hub id.
+        options: of the engine; ``tokenizer``, its revision and ``trust_remote_code`` are read.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        options.get("tokenizer") or model,
+        revision=options.get("tokenizer_revision"),
+        trust_remote_code=options.get("trust_remote_code", False),
+    )
+    return bool(tokenizer.chat_template)
 
 
 def served(mode: Mode, pair: PairConfig, arbiter: str) -> tuple[str, dict[str, Any] | None]:

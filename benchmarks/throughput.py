@@ -34,7 +34,7 @@ if not __package__:  # run as a file: the package is found from the root
 from benchmarks import rounds as results
 from benchmarks.command import run, wide_console
 from benchmarks.load import Load, ask
-from benchmarks.setup import NAME, Setup, served, server_arguments, set_up
+from benchmarks.setup import NAME, Setup, has_chat_template, served, server_arguments, set_up
 from vllm_cospec.errors import ConfigError, ServerError
 from vllm_cospec.server import Server, interruptible
 from vllm_cospec.training.config import bundled
@@ -55,10 +55,10 @@ BUNDLED_ARBITER = bundled("target").parent / "arbiter"
 Served = tuple[str, dict[str, Any] | None]  # model, speculative configuration
 
 
-def ask_round(server: Server, problems: dict[int, Problem], reward: Reward, load: Load) -> Outcome:
+def ask_round(server: Server, problems: dict[int, Problem], reward: Reward, load: Load, chat: bool) -> Outcome:
     """Ask one server for every problem once; returns what came of it."""
     before, began = Counts.of_metrics(server.counters()), time.perf_counter()
-    replies = asyncio.run(ask(server.url, NAME, [problem.prompt for problem in problems.values()], load))
+    replies = asyncio.run(ask(server.url, NAME, [problem.prompt for problem in problems.values()], load, chat))
     seconds, counts = time.perf_counter() - began, Counts.of_metrics(server.counters()) - before
     scores = [reward(problem, reply.text) for problem, reply in zip(problems.values(), replies, strict=True)]
     return Outcome(
@@ -89,6 +89,7 @@ def run_rounds(
         ServerError, openai.OpenAIError, OSError: a server did not come up or is gone.
     """
     names = list(modes)
+    chat = {name: has_chat_template(model, setup.pair.engine) for name, (model, _) in modes.items()}
     reward = load_reward(setup.task.reward, load_task(setup.task.name, **setup.task.options))
     with (
         tempfile.TemporaryDirectory(prefix="cospec-throughput-") as scratch,
@@ -104,7 +105,7 @@ def run_rounds(
             stack.enter_context(server)
             server.wait_until_ready()
             first = [problem.prompt for problem in setup.problems[:WARM_UP]]
-            asyncio.run(ask(server.url, NAME, first, load))
+            asyncio.run(ask(server.url, NAME, first, load, chat[name]))
             return server
 
         servers = {} if one_server_at_a_time else {name: start(name, alive) for name in names}
@@ -115,7 +116,7 @@ def run_rounds(
                 tick(text=f"round {number + 1}: {name[:30]}")
                 with contextlib.ExitStack() as brief:
                     server = servers.get(name) or start(name, brief)
-                    outcomes[name].append(ask_round(server, asked, reward, load))
+                    outcomes[name].append(ask_round(server, asked, reward, load, chat[name]))
                 tick(1)
             yield number
 

@@ -4,6 +4,9 @@ There is no device to synchronise with here, so control flow runs in numpy over 
 verdict on every position is an input, and each round takes the first undecided mismatch of every request at once.
 Typically one or two rounds end a step. Only the rows of those mismatches, [M, V], get a softmax; nothing of size
 [N, V] is written. Decisions equal those of :mod:`vllm_cospec.kernels.reference`.
+
+NaN: a statistic is NaN where a row of logits it comes from has a NaN or no finite logit. Such a mismatch is strict,
+whatever the policy or a decision made beforehand says, and is not recorded.
 """
 
 from __future__ import annotations

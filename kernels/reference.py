@@ -3,6 +3,10 @@
 Nothing here is fast. The CPU path and the Triton kernels are tested against it, and whoever wants to know what a
 decision depends on reads this file. Statistics are computed in float64 and rounded once, to float32.
 
+NaN: a mismatch is strict where the raw target logits or the draft's hold a NaN or nothing finite. It counts as a
+mismatch, but the policy is not asked and nothing is recorded. The kernels read the draft's row only for policies that
+look at it or when decisions are collected, and notice a NaN there only then.
+
 A block is verified from left to right. At each position strict verification says accept or reject; at a reject the
 policy is consulted if keeping the draft is allowed there, and only a kept draft lets the block go on.
 """

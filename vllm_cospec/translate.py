@@ -210,6 +210,15 @@ def _translate(
         speculative_config = original(stand_in, target_model_config, target_parallel_config)
     except Exception as error:  # pydantic, transformers and the hub client all raise their own types here
         raise ConfigError(f"{WHERE}: vLLM refused the drafter {inner.get('model')!r}: {_reason(error)}") from None
+    if (
+        target_model_config.enable_prompt_embeds
+        and compat.placement().runner == "v1"
+        and speculative_config.method not in ("ngram", "suffix")
+    ):
+        raise ConfigError(
+            f"enable_prompt_embeds: True ends vLLM's engine at the first prompt of embeddings when a model drafts "
+            f"({speculative_config.method}) on Model Runner V1; leave it out, or draft with ngram"
+        )
     settings = settle_loaded(config, speculative_config, target_model_config, hub)
     replace_front_end()
     speculative_config.cospec = settings

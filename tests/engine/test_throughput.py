@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from vllm_cospec.training.tasks import load_task
+
+RunEngine = Callable[..., dict[str, Any]]
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "throughput.py"
 MODE_KEYS = {
     "mode", "tokens_per_s", "requests_per_s", "ttft_ms_p50", "tpot_ms_p50", "itl_ms_p99", "acceptance_length",
@@ -76,6 +81,33 @@ def test_a_server_that_dies_ends_the_run_and_leaves_the_figures_of_the_rounds_be
     assert 0 <= low <= learned["accuracy"] <= high <= 1
     assert set(learned["paired_vs_target"]) >= {"gained", "lost", "p_value"}
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(600)
+def test_what_lies_beside_a_base_model_moves_no_figure(pair: Path, run_engine: RunEngine, tmp_path: Path) -> None:
+    """No chat template, and sampling defaults of its own: it is asked for the same, as a text, and says the same."""
+    target = Path(shutil.copytree(pair / "target", tmp_path / "base", ignore=shutil.ignore_patterns("*.jinja")))
+    written = json.loads((target / "generation_config.json").read_text())
+    defaults = written | {"repetition_penalty": 1.3, "max_new_tokens": 3}
+    (target / "generation_config.json").write_text(json.dumps(defaults))
+    task, path = load_task("demo"), tmp_path / "figures.json"
+    problems = task.problems(2026, 16, "test")
+    engine = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, "kv_cache_memory_bytes": 2**28}
+    process = start(
+        "--target", str(target), "--draft", str(pair / "draft"), "--modes", "target", "--task", "demo",
+        "--num-prompts", "16", "--rounds", "1", "--max-tokens", "60", "--engine", json.dumps(engine),
+        "--json", str(path),
+    )  # fmt: skip
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors[-2000:]
+    (figures,) = json.loads(path.read_text())["modes"]
+    greedy = {"temperature": 0, "max_tokens": 60}
+    asked = [{"name": "run", "prompts": [problem.prompt for problem in problems], "params": greedy}]
+    answers = [completions[0] for completions in run_engine(asked)["runs"]["run"]]
+    scores = [task.score(problem, answer["text"]) for problem, answer in zip(problems, answers, strict=True)]
+    assert 0 < sum(scores) < 16
+    assert figures["accuracy"] == sum(scores) / 16
+    assert figures["mean_output_tokens"] == sum(len(answer["token_ids"]) for answer in answers) / 16
 
 
 @pytest.mark.timeout(300)

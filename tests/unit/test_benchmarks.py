@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +15,14 @@ import typer.main
 from scripts import ROOT, benchmark
 from typer.testing import CliRunner
 
+import vllm_cospec.demo
 from vllm_cospec.kernels.policies import policy_names
 from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.modes import parse_mode
 from vllm_cospec.training.measure.outcome import Outcome
 from vllm_cospec.training.tasks import Problem
 
-pareto, rounds, throughput = benchmark("pareto"), benchmark("rounds"), benchmark("throughput")
+pareto, rounds, setup, throughput = map(benchmark, ("pareto", "rounds", "setup", "throughput"))
 
 
 def row(accuracy: float, acceptance_length: float) -> dict[str, Any]:
@@ -60,6 +64,28 @@ def test_the_shares_of_the_rounds_are_all_problems_once() -> None:
     assert [sorted(own) for own in shares] == [[0, 3, 6], [1, 4], [2, 5]]
     assert all(problems[index] is problem for own in shares for index, problem in own.items())
     assert [throughput.share(problems, number, 1) for number in range(3)] == [dict(enumerate(problems))] * 3
+
+
+def test_a_server_is_started_with_neutral_sampling_but_for_what_was_asked_for() -> None:
+    def override(options: dict[str, Any]) -> dict[str, Any]:
+        flags = setup.server_arguments(options)
+        assert flags.count("--override-generation-config") == 1
+        return json.loads(flags[flags.index("--override-generation-config") + 1])
+
+    assert override({"max_model_len": 9}) == {
+        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "temperature": 1.0, "top_k": 0,
+        "top_p": 1.0, "min_p": 0.0, "max_new_tokens": None,
+    }  # fmt: skip
+    given = override({"override_generation_config": {"top_p": 0.5}})
+    assert (given["top_p"], given["min_p"]) == (0.5, 0.0)
+
+
+def test_a_base_model_is_not_asked_in_messages(tmp_path: Path) -> None:
+    target = Path(vllm_cospec.demo.__file__).parent / "target"
+    assert setup.has_chat_template(str(target), {})
+    base = shutil.copytree(target, tmp_path / "base", ignore=shutil.ignore_patterns("*.jinja", "*.safetensors"))
+    assert not setup.has_chat_template(str(base), {})
+    assert setup.has_chat_template(str(base), {"tokenizer": str(target)})
 
 
 def outcome(problems: list[int], scores: list[float], seconds: float) -> Outcome:

@@ -101,6 +101,12 @@ def test_a_trained_arbiter_without_tokenizer_files_is_refused_in_one_sentence(pa
     assert rule.speculative_config.cospec.policy == Typical()
 
 
+def test_prompts_of_embeddings_are_refused_where_a_model_drafts_on_v1(pair: Pair) -> None:
+    refused(pair.target, user_config(pair), "enable_prompt_embeds: True ends", enable_prompt_embeds=True)
+    ngram = user_config(pair, draft_method="ngram", model=LEFT_OUT, prompt_lookup_max=4)
+    assert build(pair.target, ngram, enable_prompt_embeds=True).speculative_config.method == "ngram"
+
+
 def test_collecting_is_refused_under_vllms_own_command_and_allowed_in_a_program(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
