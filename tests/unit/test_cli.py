@@ -119,13 +119,20 @@ def test_what_is_wrong_is_said_in_one_sentence(
         assert err.count("\n") == 1
 
 
-def test_every_command_explains_itself(cospec: Callable[..., Any]) -> None:
-    names = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+def test_every_command_explains_itself_at_80_columns(
+    cospec: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    names = sorted(commands)
     assert names == ["calibrate", "demo", "doctor", "evaluate", "inspect", "train"]
+    monkeypatch.setenv("COLUMNS", "80")
     for name in names:
         code, out, _ = cospec(name, "--help")
         assert code == 0
         assert f"Usage: cospec {name}" in out
+        assert max(map(len, out.splitlines())) <= 80
+        options = [option for parameter in commands[name].params for option in parameter.opts if option[0] == "-"]
+        assert [option for option in options if option not in out] == []
 
 
 def test_inspect_shows_an_arbiter(cospec: Callable[..., Any]) -> None:
