@@ -39,6 +39,7 @@ BAD_KEYS: list[dict[str, Any]] = [
     {"cospec_exact_tokens": 0.5},
     {"cospec_typo": 1},
     {"cospec_policy": [1]},
+    {"cospec_max_overrides": True},  # which vLLM would read as 1
 ]
 
 
@@ -148,6 +149,20 @@ def test_a_bad_value_is_a_400_with_a_reason_and_the_server_lives_on(server: Serv
             assert next(iter(keys)) in str(caught.value)
         assert api.completions.create(model="demo", prompt=prompts[0], max_tokens=20).choices[0].text
     assert server.alive()
+
+
+@pytest.mark.engine
+def test_keys_are_checked_with_beam_search_too(server: Server, prompts: list[str]) -> None:
+    beams: dict[str, Any] = {"use_beam_search": True}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as api:
+
+        def ask(keys: dict[str, Any]) -> openai.types.Completion:
+            body = beams | {"vllm_xargs": keys}
+            return api.completions.create(model="demo", prompt=prompts[0], n=2, max_tokens=8, extra_body=body)
+
+        with pytest.raises(openai.BadRequestError, match="cospec_policy: 'nope'"):
+            ask({"cospec_policy": "nope"})
+        assert [bool(choice.text) for choice in ask({"cospec_policy": "strict"}).choices] == [True, True]
 
 
 @pytest.mark.engine

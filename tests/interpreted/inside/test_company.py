@@ -15,7 +15,9 @@ pytestmark = pytest.mark.engine
 
 COUNT = 60
 # room for three blocks of drafts in a step, and in the cache for two long requests or a few short ones
-PRESSED = {"block_size": 32, "max_num_seqs": 6, "max_num_batched_tokens": 32, "num_gpu_blocks_override": 9}
+PRESSED: dict[str, Any] = {
+    "block_size": 32, "max_num_seqs": 6, "max_num_batched_tokens": 32, "num_gpu_blocks_override": 9
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

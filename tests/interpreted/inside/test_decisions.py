@@ -12,7 +12,7 @@ import torch
 from arbitration_cases import POLICIES, arbiter
 
 from vllm_cospec.arbiter import Arbiter
-from vllm_cospec.kernels.policies import Learned, Strict
+from vllm_cospec.kernels.policies import Learned, Policy, Strict
 from vllm_cospec.kernels.triton import launch
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -21,7 +21,7 @@ REPETITIONS = int(os.environ.get("COSPEC_TEST_REPETITIONS", "1"))
 """Multiplies the number of generated batches."""
 
 
-def check(case: cases.Case, policy, network: Arbiter | None = None) -> int:
+def check(case: cases.Case, policy: Policy, network: Arbiter | None = None) -> int:
     """Compare a batch with reference and stock; returns how many requests were unambiguous."""
     want = cases.expected(case, policy, network)
     got, counters, slots = case.ours(policy, network, collect=True)
@@ -141,7 +141,7 @@ def test_strict_requests_of_a_mixed_batch_get_the_stock_tokens() -> None:
 
 def test_a_forced_decision_overrides_the_policy_and_what_lies_before_it_is_kept() -> None:
     network = arbiter(32)
-    network.layers[-1].bias.fill_(-50.0)  # keeps nothing by itself
+    cases.set_bias(network, -50.0)  # keeps nothing by itself
     case = cases.make_case(5, requests=8, arbitrated=1.0, agreement=0.3, full=True)
     free, _, _ = case.ours(Learned(artefact="unused"), network, collect=True)
     _, _, expanded, _ = case.layout()
@@ -161,10 +161,10 @@ def test_a_forced_decision_overrides_the_policy_and_what_lies_before_it_is_kept(
 
 def test_sampled_actions_follow_the_score_and_leave_the_verdict_alone() -> None:
     network = arbiter(32)
-    network.layers[-1].bias.fill_(50.0)
+    cases.set_bias(network, 50.0)
     case = cases.make_case(5, arbitrated=1.0, agreement=0.3, full=True)
     always, _, _ = case.ours(Learned(artefact="unused"), network, collect=True, sample_actions=True)
-    network.layers[-1].bias.fill_(-50.0)
+    cases.set_bias(network, -50.0)
     never, counters, _ = case.ours(Learned(artefact="unused"), network, collect=True, sample_actions=True)
     assert (always.trace.action != 0).all()
     assert (always.trace.action == 1).any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import arbitration_cases as cases
 import pytest
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("regime", ["plain", "masked"])
 def test_fly_defers_where_vllms_own_does(window: int, sampled: float, regime: str) -> None:
     policy = Fly(entropy_top_k=3, entropy_threshold=0.2, window=window)
+    fly: dict[str, Any] = {"fly_window_size": window, "fly_entropy_threshold": 0.2, "fly_entropy_top_k": 3}
     overrides = 0
     for seed in range(6 * window):  # the longer the run that has to follow, the rarer it is
         case = cases.make_case(
@@ -34,7 +36,7 @@ def test_fly_defers_where_vllms_own_does(window: int, sampled: float, regime: st
         theirs, num_theirs = rejection_sample(
             case.processed, case.draft, case.draft_sampled, cu, case.pos, slot, expanded, local,
             case.temperature, case.seed, case.num_speculative_steps,
-            fly_window_size=window, fly_entropy_threshold=0.2, fly_entropy_top_k=3,
+            **fly,
         )  # fmt: skip
         ours, counters, _ = case.ours(policy)
         assert torch.equal(ours.num_sampled.long(), num_theirs.long()), seed

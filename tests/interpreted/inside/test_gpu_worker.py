@@ -39,7 +39,7 @@ def test_the_worker_installs_and_warms_up_for_the_runner_vllm_chose(
 
     monkeypatch.setattr(Worker, "load_model", lambda self, load_dummy_weights=False: calls.append("load"))
     monkeypatch.setattr(module, "install", install)
-    worker = object.__new__(CoSpecGPUWorker)
+    worker: Any = object.__new__(CoSpecGPUWorker)
     worker.use_v2_model_runner = uses_v2
     worker.model_runner = "runner"
     worker.vllm_config = SimpleNamespace(
@@ -73,7 +73,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def __getitem__(self, grid: tuple[int, ...]):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **kwargs: names.append(self.name)
 
     for module in (target, verdict, draft, scan, launch.stock):
@@ -101,7 +101,7 @@ def test_verification_on_v2_waits_for_nothing(launched: list[str], tmp_path: Pat
     cu, slot, expanded, local = (t.to(META) for t in case.layout())
     logits = case.raw.to(META)
     slots = Slots(**{name: value.to(META) for name, value in vars(case.slots).items()})
-    sampler = object.__new__(v2.CoSpecRejectionSampler)
+    sampler: Any = object.__new__(v2.CoSpecRejectionSampler)
     sampler._settings = settings_of(tmp_path)
     sampler._slots = SimpleNamespace(on_device=lambda arbitrated: replace(slots, arbitrated=arbitrated))
     sampler._counters = counters()

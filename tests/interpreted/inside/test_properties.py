@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import arbitration_cases as cases
 import numpy as np
@@ -47,7 +48,7 @@ def select(case: cases.Case, order: list[int]) -> cases.Case:
     )
 
 
-def emitted(case: cases.Case, result) -> list[list[int]]:
+def emitted(case: cases.Case, result: Any) -> list[list[int]]:
     return [row[:n] for row, n in zip(result.sampled.tolist(), result.num_sampled.tolist(), strict=True)]
 
 
@@ -112,7 +113,7 @@ def test_the_coin_is_the_same_on_every_path() -> None:
     from vllm.triton_utils import tl, triton
 
     @triton.jit
-    def flip(out_ptr, seed, position_ptr, draft_ptr, target_ptr, SIZE: tl.constexpr) -> None:
+    def flip(out_ptr, seed, position_ptr, draft_ptr, target_ptr, SIZE: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
         i = tl.arange(0, SIZE)
         out = coin(seed, tl.load(position_ptr + i), tl.load(draft_ptr + i), tl.load(target_ptr + i))
         tl.store(out_ptr + i, out)
@@ -133,7 +134,7 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def __getitem__(self, grid: tuple[int, ...]):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **kwargs: launches.append((self.name, grid))
 
     for module, name in (
@@ -147,7 +148,9 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, Recorder(name))
     case = cases.make_case(1, requests=3, k=5, full=True)
     program = cases.compile_policy(LEARNED, cases.CPU, arbiter())
-    given = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in vars(case.rows()).items()}
+    given: dict[str, Any] = {
+        name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in vars(case.rows()).items()
+    }
     raw = given["raw"]
     slots = Slots(**{name: value.to("meta") for name, value in vars(case.slots).items()})
     with pytest.raises(RuntimeError):
@@ -179,11 +182,11 @@ def traffic(**tensors: torch.Tensor) -> Iterator[dict[str, int]]:
             total[name] += len(np.unique(np.concatenate(pieces))) * ranges[name][2]
         seen.clear()
 
-    def set_grid_idx(self, *index: int) -> None:
+    def set_grid_idx(self: Any, *index: int) -> None:
         close()
         start(self, *index)
 
-    def create_masked_load(self, pointers, mask, *args):
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
         address = np.asarray(pointers.data)[np.asarray(mask.data).astype(bool)]
         for name, (low, high, _) in ranges.items():
             inside = address[(address >= low) & (address < high)]
@@ -231,7 +234,7 @@ def test_bytes_of_a_step(sampled: bool, bound: float) -> None:
     with traffic(target=case.raw, draft=case.draft) as stock:
         case.stock()
     network = arbiter()
-    network.layers[-1].bias.fill_(-50.0)  # what an override saves in steps is not counted here
+    cases.set_bias(network, -50.0)  # what an override saves in steps is not counted here
     with traffic(target=case.raw, draft=case.draft) as ours:
         result, counters, _ = case.ours(LEARNED, network)
     assert result.num_sampled.tolist() == [1, 1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 6]

@@ -102,7 +102,7 @@ def test_logprobs_are_those_of_the_tokens_emitted(tmp_path: Path) -> None:
     runner.input_batch.req_ids = IDS
     outputs = []
     forward = sampler.forward
-    sampler.forward = lambda *args: outputs.append(forward(*args)) or outputs[-1]
+    sampler.forward = lambda *args: outputs.append(forward(*args)) or outputs[-1]  # type: ignore[func-returns-value]
     tokens = runner.run(sampler, step)
     logprobs = outputs[0].logprobs_tensors
     starts = np.cumsum([0] + [n + 1 for n in step.num_drafts[:-1]])

@@ -169,8 +169,9 @@ def test_ngram_drafts_that_were_not_found_are_none() -> None:
     matches = NgramMatches(speculator)
     slots = torch.tensor([1, 4, 0, 2, 3])
     last = torch.tensor([texts[int(slot)][-1] if int(slot) in texts else 0 for slot in range(6)]).view(-1, 1)
+    batch: Any = SimpleNamespace(num_reqs=5, idx_mapping=slots, seq_lens=torch.tensor([7, 5, 3, 3, 7]))
     drafts = speculator.propose(
-        SimpleNamespace(num_reqs=5, idx_mapping=slots, seq_lens=torch.tensor([7, 5, 3, 3, 7])), None, None, last, None,
+        batch, None, None, last, None,
         torch.tensor([1, 1, 1, 0, 0]), last, last, last, last, last,
     )  # fmt: skip
     # 6: nothing found; 8: two of K; the fourth request is in the middle of its prompt, the last one is resumed
@@ -200,7 +201,7 @@ def ask(prompt: str, max_tokens: int = 12, **parameters: Any) -> dict[str, Any]:
     return {"prompt": prompt, "temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **parameters}
 
 
-STRICT = {"extra_args": {"cospec_policy": "strict"}}
+STRICT: dict[str, Any] = {"extra_args": {"cospec_policy": "strict"}}
 SHORT = ["2+3*4?", "(7-2)*3?", "12+9-4?"]
 LONG = "+".join(str(n) for n in range(1, 30)) + "?"  # 79 characters
 

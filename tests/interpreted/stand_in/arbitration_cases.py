@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
 from vllm_cospec.kernels.reference import Block, BlockResult, verify_block
 from vllm_cospec.kernels.triton.launch import arbitrate
 from vllm_cospec.kernels.triton.policies import compile_policy
-from vllm_cospec.kernels.triton.step import Rows, Sampling, Slots, Verified
+from vllm_cospec.kernels.triton.step import Rows, Sampling, Slots
 
 CPU = torch.device("cpu")
 POISON = -7777
@@ -36,13 +37,18 @@ def arbiter(*hidden: int) -> Arbiter:
     return network.eval().requires_grad_(False)
 
 
+def set_bias(network: Arbiter, value: float) -> None:
+    """Set the last layer's bias: with 50 the network keeps everything, with -50 nothing."""
+    list(network.parameters())[-1].fill_(value)
+
+
 @dataclass
 class Case:
     """One step of a batch, in the layout of Model Runner V2."""
 
     raw: Tensor  # [R, V]
     processed: Tensor  # [R, V], possibly raw itself
-    draft: Tensor | None  # [S, K, V]
+    draft: Any  # [S, K, V]
     draft_sampled: Tensor  # [R] int32
     num_drafts: list[int]  # [B]
     slot: list[int]  # [B]
@@ -82,8 +88,8 @@ class Case:
 
     def ours(
         self, policy: Policy, arbiter: Arbiter | None = None, collect: bool = False, sample_actions: bool = False
-    ) -> tuple[Verified, Tensor, Slots]:
-        """Fused verification -> result, counters, slots afterwards."""
+    ) -> tuple[Any, Tensor, Slots]:
+        """Fused verification -> result (a ``Verified``, with a trace if collected), counters, slots afterwards."""
         slots = Slots(**{name: value.clone() for name, value in vars(self.slots).items()})
         counters = torch.zeros(self.num_speculative_steps + 1, dtype=torch.int64)
         program = replace(compile_policy(policy, CPU, arbiter, collect), sample_actions=sample_actions)
@@ -197,7 +203,7 @@ def make_case(
 
 
 @triton.jit
-def _uniform_kernel(out_ptr, seed_ptr, pos_ptr, SIZE: tl.constexpr, n) -> None:
+def _uniform_kernel(out_ptr, seed_ptr, pos_ptr, SIZE: tl.constexpr, n) -> None:  # type: ignore[no-untyped-def]
     index = tl.arange(0, SIZE)
     mask = index < n
     u = tl_rand32(tl.load(seed_ptr + index, mask=mask), tl.load(pos_ptr + index, mask=mask), includes_zero=False)
