@@ -72,6 +72,12 @@ class TaskConfig(Frozen):
     number."""
     reward_timeout_s: float = Field(10.0, gt=0)
     """Seconds one reward may take."""
+    reward_memory_gb: float = Field(4.0, gt=0)
+    """GiB of address space a grading process may use."""
+    reward_processes: int = Field(1, ge=1)
+    """Grading processes beside each engine."""
+    max_failed_rewards: float = Field(0.01, ge=0, lt=1)
+    """Share of the answers whose reward may throw, hang or return no number; they score 0. Above it the run ends."""
 
 
 class RolloutConfig(Frozen):

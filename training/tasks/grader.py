@@ -1,0 +1,61 @@
+"""What runs in a grading process: it loads a task and its reward, and scores what arrives. See :mod:`grading`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from vllm_cospec.errors import ConfigError
+
+DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def main(connection: int, parent: int) -> None:
+    """Grade what arrives; runs in a process of its own.
+
+    Args:
+        connection: file descriptor that pairs of problem and text arrive at, and scores leave by.
+        parent: process without which this one is to end.
+    """
+    _end_with(parent)
+    with Connection(connection) as link:
+        task = link.recv()
+        try:
+            from vllm_cospec.training.tasks import load_task
+            from vllm_cospec.training.tasks.rewards import load_reward
+
+            reward = load_reward(task.reward, load_task(task.name, **task.options))
+            limit = int(task.reward_memory_gb * 2**30)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        except Exception as error:
+            link.send(str(error) if isinstance(error, ConfigError) else f"task: {type(error).__name__}: {error}")
+            return
+        link.send(None)
+        for problem, text in _incoming(link):
+            try:
+                value = reward(problem, text)
+                score = float(value)
+                link.send(score if math.isfinite(score) else f"returned {value!r}, which is no finite number")
+            except Exception as error:  # a user's function may raise anything
+                link.send(f"raised {type(error).__name__}: {error}")
+
+
+def _incoming(link: Connection) -> Iterator[Any]:
+    with contextlib.suppress(EOFError):
+        while True:
+            yield link.recv()
+
+
+def _end_with(parent: int) -> None:
+    """Have Linux end this process when its parent's thread ends, also in the middle of a calculation."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
