@@ -29,7 +29,7 @@ from vllm_cospec.training.progress import progress_bar
 from vllm_cospec.training.rollout.actors import RolloutActor, remote
 from vllm_cospec.training.rollout.episodes import Episodes
 from vllm_cospec.training.rollout.pool import Pool
-from vllm_cospec.training.rollout.session import ray_session
+from vllm_cospec.training.rollout.session import engines_session
 from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import load_task
 
@@ -48,9 +48,7 @@ def main(
     run = load_train_config(config)
     arbiter, made = load_artefact(artefact)
     rollout = run.rollout.model_copy(update={"branches_per_response": EVERY, "responses_per_prompt": 1})
-    learner = run.learner.model_copy(
-        update={"advantage": "branch", "speed_weight": 0.0, "hidden_sizes": made.hidden_sizes}
-    )
+    learner = run.learner.model_copy(update={"advantage": "branch", "hidden_sizes": made.hidden_sizes})
     run = run.model_copy(update={"rollout": rollout, "learner": learner})
     test = load_task(run.task.name, **run.task.options).problems(seed, problems, "test")
     units = [
@@ -60,14 +58,14 @@ def main(
     weights = arbiter.state_dict()
     actor = remote(RolloutActor, rollout.cpus_per_actor, rollout.gpus_per_actor)
     with (
-        ray_session(run.ray_address, rollout.actors * rollout.cpus_per_actor),
+        engines_session(run),
         Pool(lambda: actor.remote(run, weights), min(rollout.actors, len(units))) as pool,
         progress_bar("branching", problems) as tick,
     ):
         pool.submit(units, weights)
         parts = pool.collect([u.key for u in units], tick=lambda parts: tick(sum(len(p.problem) for p in parts)))
     episodes = Episodes.merge([episode for part in parts for episode in part])
-    difference = episodes.branch_keep - episodes.branch_drop
+    difference = episodes.difference()
     telling = difference != 0
     chose_better = (episodes.kept[episodes.branch_decision] == (difference > 0))[telling]
     n, right = int(telling.sum()), int(chose_better.sum())

@@ -18,6 +18,7 @@ class Load:
     max_tokens: int
     temperature: float
     max_concurrency: int
+    max_model_len: int | None = None  # prompt and answer together
 
 
 @dataclass
@@ -30,15 +31,10 @@ class Reply:
     arrivals: list[float]  # of every piece of text
 
 
-async def ask(url: str, model: str, prompts: Sequence[str], load: Load, chat: bool) -> list[Reply]:
-    """Send every prompt, ``max_concurrency`` at a time; replies come in the order of the prompts.
+async def ask(url: str, model: str, prompts: Sequence[Sequence[int]], load: Load) -> list[Reply]:
+    """Send every prompt as token ids, ``max_concurrency`` at a time; replies come in the order of the prompts.
 
-    Args:
-        url: of the server.
-        model: its name there.
-        prompts: what to ask.
-        load: how.
-        chat: as a message; else as the beginning of a text, for a model without a chat template.
+    Token ids, so that a server answers what ``cospec evaluate`` asks: a chat template was applied where there is one.
 
     Raises:
         openai.OpenAIError: the server refused a request or is gone.
@@ -46,30 +42,27 @@ async def ask(url: str, model: str, prompts: Sequence[str], load: Load, chat: bo
     gate = asyncio.Semaphore(load.max_concurrency)
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=600) as client:
 
-        async def one(index: int, prompt: str) -> Reply:
+        async def one(index: int, prompt: Sequence[int]) -> Reply:
             async with gate:
                 sent = time.perf_counter()
                 reply = Reply("", 0, False, [])
-                common: dict[str, Any] = {
-                    "model": model, "temperature": load.temperature, "seed": index, "stream": True,
-                    "stream_options": {"include_usage": True},
-                }  # fmt: skip
-                stream: Any
-                if chat:
-                    messages: Any = [{"role": "user", "content": prompt}]
-                    stream = await client.chat.completions.create(
-                        messages=messages, max_completion_tokens=load.max_tokens, **common
-                    )
-                else:
-                    stream = await client.completions.create(prompt=prompt, max_tokens=load.max_tokens, **common)
+                room = load.max_model_len - len(prompt) if load.max_model_len else load.max_tokens
+                stream: Any = await client.completions.create(
+                    model=model,
+                    prompt=list(prompt),
+                    max_tokens=min(load.max_tokens, room),
+                    temperature=load.temperature,
+                    seed=index,
+                    stream=True,
+                    stream_options={"include_usage": True},
+                )
                 async for event in stream:
                     if event.usage is not None:
                         reply.output_tokens = event.usage.completion_tokens
                     for choice in event.choices:
-                        text = choice.delta.content if chat else choice.text
-                        if text:
+                        if choice.text:
                             reply.arrivals.append(time.perf_counter() - sent)
-                            reply.text += text
+                            reply.text += choice.text
                         if choice.finish_reason is not None:
                             reply.capped = choice.finish_reason == "length"
                 return reply

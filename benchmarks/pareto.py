@@ -22,14 +22,14 @@ from benchmarks.command import wide_console
 from vllm_cospec.kernels.policies import policy_names
 from vllm_cospec.training.commands import DEMO_CONFIG
 from vllm_cospec.training.config import load_train_config
-from vllm_cospec.training.measure.calibrate import SEED as CALIBRATION_SEED
 from vllm_cospec.training.measure.evaluate import evaluate, rows_of
 from vllm_cospec.training.measure.modes import parse_mode
 from vllm_cospec.training.measure.plots import plot_accuracy
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.measure.render import named, rich_table
+from vllm_cospec.training.preflight import CALIBRATION_SEED
 from vllm_cospec.training.progress import progress_bar
-from vllm_cospec.training.rollout.session import ray_session
+from vllm_cospec.training.rollout.session import engines_session
 from vllm_cospec.training.tasks import load_task
 
 THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99)
@@ -120,7 +120,7 @@ def main(
 
     names = [name for family in settings.values() for name in family]
     learned = ["learned", *(f"learned(threshold={t})" for t in THRESHOLDS[::every])]
-    with ray_session(run.ray_address, rollout.actors * rollout.cpus_per_actor):
+    with engines_session(run):
         tuned = measure(["strict", *learned, *names], tune, "calibration problems")
         publish(calibration=tuned)
         if json_path is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,20 @@ from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.errors import ConfigError, first_sentence
 from vllm_cospec.recipe import locate_artefact
 from vllm_cospec.training.commands import DEMO_CONFIG
-from vllm_cospec.training.config import PairConfig, TaskConfig, load_train_config, locate, require_models
+from vllm_cospec.training.config import (
+    PairConfig,
+    RolloutConfig,
+    TaskConfig,
+    TrainConfig,
+    load_train_config,
+    locate,
+    require_models,
+)
 from vllm_cospec.training.measure.modes import Mode
-from vllm_cospec.training.tasks import Problem, load_task, task_names
+from vllm_cospec.training.preflight import test_problems
+from vllm_cospec.training.problems import Problems
+from vllm_cospec.training.prompts import max_model_len
+from vllm_cospec.training.tasks import Problem, task_names
 
 NAME = "model"  # the servers' name for what they serve
 NEUTRAL: dict[str, Any] = {
@@ -33,7 +45,9 @@ class Setup:
     pair: PairConfig
     task: TaskConfig
     problems: list[Problem]
+    prompts: list[list[int]]  # token ids of each
     max_tokens: int
+    max_model_len: int | None
 
 
 def set_up(
@@ -69,8 +83,12 @@ def set_up(
         task = TaskConfig(name=task_name or "demo")
     else:
         task = run.task
-    problems = load_task(task.name, **task.options).problems(seed, count, "test")
-    return Setup(pair, task, problems, max_tokens or (run.rollout.max_tokens if run else 512))
+    longest = max_tokens or (run.rollout.max_tokens if run else 512)
+    asked = TrainConfig(pair=pair, task=task, rollout=RolloutConfig(max_tokens=longest))
+    source = Problems(pair, task, asked.rollout)
+    problems = test_problems(asked, source, seed, count, "test", lambda text: print(text, file=sys.stderr))
+    prompts = [source.encode(problem.prompt) for problem in problems]
+    return Setup(pair, task, problems, prompts, longest, max_model_len(pair))
 
 
 def server_arguments(options: dict[str, Any]) -> tuple[str, ...]:
@@ -84,23 +102,6 @@ def server_arguments(options: dict[str, Any]) -> tuple[str, ...]:
         else:
             flags += [flag, value if isinstance(value, str) else json.dumps(value)]
     return tuple(flags)
-
-
-def has_chat_template(model: str, options: dict[str, Any]) -> bool:
-    """Return whether a model is asked in messages; a base model is not.
-
-    Args:
-        model: directory or hub id.
-        options: of the engine; ``tokenizer``, its revision and ``trust_remote_code`` are read.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        options.get("tokenizer") or model,
-        revision=options.get("tokenizer_revision"),
-        trust_remote_code=options.get("trust_remote_code", False),
-    )
-    return bool(tokenizer.chat_template)
 
 
 def served(mode: Mode, pair: PairConfig, arbiter: str) -> tuple[str, dict[str, Any] | None]:

@@ -20,7 +20,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,8 +34,8 @@ if not __package__:  # run as a file: the package is found from the root
 from benchmarks import rounds as results
 from benchmarks.command import run, wide_console
 from benchmarks.load import Load, ask
-from benchmarks.setup import NAME, Setup, has_chat_template, served, server_arguments, set_up
-from vllm_cospec.errors import ConfigError, ServerError
+from benchmarks.setup import NAME, Setup, served, server_arguments, set_up
+from vllm_cospec.errors import ConfigError, CoSpecError, ServerError
 from vllm_cospec.server import Server, interruptible
 from vllm_cospec.training.config import bundled
 from vllm_cospec.training.counts import Counts
@@ -46,8 +46,7 @@ from vllm_cospec.training.measure.plots import plot_accuracy
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.measure.render import SPEED, rich_table
 from vllm_cospec.training.progress import progress_bar
-from vllm_cospec.training.tasks import Problem, load_task
-from vllm_cospec.training.tasks.rewards import Reward, load_reward
+from vllm_cospec.training.tasks.grading import FailureWatch, Graders
 
 WARM_UP = 16  # requests before the first round
 BUNDLED_ARBITER = bundled("target").parent / "arbiter"
@@ -55,26 +54,27 @@ BUNDLED_ARBITER = bundled("target").parent / "arbiter"
 Served = tuple[str, dict[str, Any] | None]  # model, speculative configuration
 
 
-def ask_round(server: Server, problems: dict[int, Problem], reward: Reward, load: Load, chat: bool) -> Outcome:
-    """Ask one server for every problem once; returns what came of it."""
+def ask_round(server: Server, numbers: Sequence[int], setup: Setup, graders: Graders, load: Load) -> Outcome:
+    """Ask one server for the problems of these numbers once; returns what came of it."""
     before, began = Counts.of_metrics(server.counters()), time.perf_counter()
-    replies = asyncio.run(ask(server.url, NAME, [problem.prompt for problem in problems.values()], load, chat))
+    replies = asyncio.run(ask(server.url, NAME, [setup.prompts[number] for number in numbers], load))
     seconds, counts = time.perf_counter() - began, Counts.of_metrics(server.counters()) - before
-    scores = [reward(problem, reply.text) for problem, reply in zip(problems.values(), replies, strict=True)]
+    grades = graders.grade([setup.problems[number] for number in numbers], [reply.text for reply in replies])
     return Outcome(
-        np.array(list(problems)),
-        np.array(scores, np.float64),
+        np.array(numbers),
+        np.array([grade.score for grade in grades], np.float64),
         np.array([reply.output_tokens for reply in replies], np.int64),
         np.array([reply.capped for reply in replies], bool),
         counts,
         seconds,
         [reply.arrivals for reply in replies],
+        [grade.failure for grade in grades if grade.failure],
     )
 
 
-def share(problems: list[Problem], number: int, parts: int) -> dict[int, Problem]:
-    """Return one part of the problems, by their place among all: every ``parts``-th of them."""
-    return {index: problem for index, problem in enumerate(problems) if index % parts == number % parts}
+def share(count: int, number: int, parts: int) -> range:
+    """Return the numbers of one part of the problems: every ``parts``-th of them."""
+    return range(number % parts, count, parts)
 
 
 def run_rounds(
@@ -89,9 +89,9 @@ def run_rounds(
         ServerError, openai.OpenAIError, OSError: a server did not come up or is gone.
     """
     names = list(modes)
-    chat = {name: has_chat_template(model, setup.pair.engine) for name, (model, _) in modes.items()}
-    reward = load_reward(setup.task.reward, load_task(setup.task.name, **setup.task.options))
+    watch = FailureWatch(setup.task.max_failed_rewards)
     with (
+        Graders(setup.task) as graders,
         tempfile.TemporaryDirectory(prefix="cospec-throughput-") as scratch,
         interruptible(),
         contextlib.ExitStack() as alive,
@@ -104,19 +104,20 @@ def run_rounds(
             server = Server(model, speculative, server_arguments(setup.pair.engine), log=log)
             stack.enter_context(server)
             server.wait_until_ready()
-            first = [problem.prompt for problem in setup.problems[:WARM_UP]]
-            asyncio.run(ask(server.url, NAME, first, load, chat[name]))
+            asyncio.run(ask(server.url, NAME, setup.prompts[:WARM_UP], load))
             return server
 
         servers = {} if one_server_at_a_time else {name: start(name, alive) for name in names}
         for number in range(rounds):
             shift = number % len(names)
-            asked = share(setup.problems, number, rounds if partition else 1)
+            asked = share(len(setup.problems), number, rounds if partition else 1)
             for name in names[shift:] + names[:shift]:
                 tick(text=f"round {number + 1}: {name[:30]}")
                 with contextlib.ExitStack() as brief:
                     server = servers.get(name) or start(name, brief)
-                    outcomes[name].append(ask_round(server, asked, reward, load, chat[name]))
+                    outcome = ask_round(server, asked, setup, graders, load)
+                watch.add(len(asked), outcome.failures)
+                outcomes[name].append(outcome)
                 tick(1)
             yield number
 
@@ -174,11 +175,11 @@ def main(
         if rows and plot is not None:
             plot_accuracy(plot, {row["mode"]: [row] for row in rows}, SPEED_AXIS)
 
-    load = Load(setup.max_tokens, temperature, max_concurrency)
+    load = Load(setup.max_tokens, temperature, max_concurrency, setup.max_model_len)
     try:
         for _ in run_rounds(setup, servers, outcomes, rounds, load, partition, one_server_at_a_time):
             publish(complete=False, show=False)
-    except (ServerError, openai.OpenAIError, OSError, KeyboardInterrupt) as error:
+    except (CoSpecError, openai.OpenAIError, OSError, KeyboardInterrupt) as error:
         failure = error
     publish(complete=failure is None, show=True)
     if failure is not None:

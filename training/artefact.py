@@ -8,17 +8,16 @@ from typing import Any
 from vllm_cospec.arbiter import ArtefactConfig, Provenance, current_schema, tokenizer_hash
 from vllm_cospec.config import DRAFT_METHODS
 from vllm_cospec.training.config import PairConfig
+from vllm_cospec.training.prompts import target_config, target_tokenizer
 
 
 def artefact_config(pair: PairConfig, hidden_sizes: tuple[int, ...], **provenance: Any) -> ArtefactConfig:
     """Describe an arbiter of this shape that fits the pair, with a threshold of 0.5 and no curve."""
-    from transformers import AutoConfig, AutoTokenizer
-
     made = Provenance(
         target=short_name(pair.target),
         draft=short_name(pair.draft or pair.draft_method or ""),
-        vocab_size=AutoConfig.from_pretrained(pair.target).get_text_config().vocab_size,
-        tokenizer_hash=tokenizer_hash(AutoTokenizer.from_pretrained(pair.target).get_vocab()),
+        vocab_size=target_config(pair).vocab_size,
+        tokenizer_hash=tokenizer_hash(target_tokenizer(pair).get_vocab()),
         **provenance,
     )
     schema = current_schema(draft_logits=DRAFT_METHODS.get(pair.draft_method or "", True))

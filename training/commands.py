@@ -22,10 +22,12 @@ from vllm_cospec.training.measure.plots import plot_accuracy
 from vllm_cospec.training.measure.provenance import command_line, write_result
 from vllm_cospec.training.measure.render import rich_table
 from vllm_cospec.training.measure.report import plot_learning
+from vllm_cospec.training.preflight import calibration_problems, test_problems
+from vllm_cospec.training.problems import Problems
 from vllm_cospec.training.progress import progress_bar
-from vllm_cospec.training.rollout.session import ray_session
-from vllm_cospec.training.tasks import FurtherFigures, Split, digest, load_task
-from vllm_cospec.training.trainer import Trainer
+from vllm_cospec.training.rollout.session import engines_session
+from vllm_cospec.training.tasks import FurtherFigures, Split, digest
+from vllm_cospec.training.trainer import FAILURES, RAY_LOGS, Trainer
 
 ARBITER = "arbiter"
 
@@ -41,9 +43,14 @@ def train(config_file: Path, output: Path, resume: bool, console: Console) -> Pa
     """Train, calibrate, draw; returns the artefact's directory."""
     config = load_train_config(config_file)
     try:
-        return _train(Trainer(config, output, resume), console)
+        return _train(Trainer(config, output, resume, notice), console)
     except OSError as error:
         raise TrainingError(f"{output}: {error}; the last checkpoint is intact, continue with --resume") from None
+
+
+def notice(text: str) -> None:
+    """Say something that is no result, on standard error."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _train(trainer: Trainer, console: Console) -> Path:
@@ -55,33 +62,37 @@ def _train(trainer: Trainer, console: Console) -> Path:
             f"stopped after update {trainer.updates} of {config.iterations}; continue with --resume (checkpoints are "
             f"in {output})"
         ) from None
-    artefact = output / ARBITER
-    totals = {name: round(value, 1) for name, value in trainer.totals.items()}
-    totals["idle_share"] = round(trainer.idle_share, 4)
-    totals["idle_share_with_start"] = round(trainer.idle_share_with_start, 4)
-    save_uncalibrated(artefact, trainer.learner.arbiter, config.pair, _portable(config), {"training": totals})
+    artefact, tally = output / ARBITER, trainer.tally
+    totals = {name: round(value, 1) for name, value in tally.totals.items()}
+    totals["idle_share"] = round(tally.idle_share, 4)
+    totals["idle_share_with_start"] = round(tally.idle_share_with_start, 4)
+    update, arbiter = trainer.shipped()
+    totals["shipped_update"] = update
+    save_uncalibrated(artefact, arbiter, config.pair, _portable(config), {"training": totals})
     plot_learning(output)
     calibrate_artefact(artefact, config, console)
     console.print(
-        f"{totals['responses']:.0f} responses and {totals['branches']:.0f} branches in {totals['seconds'] / 60:.1f} "
-        f"minutes; {100 * totals['idle_share']:.1f} % of the actors' time was not spent generating, "
-        f"{100 * totals['idle_share_with_start']:.1f} % with the {totals.get('start_seconds', 0):.0f} seconds in which "
-        f"the engines started"
+        f"{tally['responses']:.0f} responses and {tally['branches']:.0f} branches in {tally['seconds'] / 60:.1f} "
+        f"minutes; {100 * tally.idle_share:.1f} % of the actors' time was not spent generating, "
+        f"{100 * tally.idle_share_with_start:.1f} % with the {tally['start_seconds']:.0f} seconds in which the engines "
+        f"started"
     )
-    console.print(f"arbiter: {artefact}", soft_wrap=True)
+    if tally["grader_failures"]:
+        console.print(f"{tally['grader_failures']:.0f} answers could not be graded and scored 0, see {FAILURES}")
+    console.print(f"arbiter, as it was after update {update}: {artefact}", soft_wrap=True)
     return artefact
 
 
 def calibrate_artefact(artefact: Path, config: TrainConfig, console: Console) -> None:
     """Measure thresholds, write the curve into the artefact, draw it beside the artefact."""
-    require_models(config.pair)
-    rollout, calibration = config.rollout, config.calibration
+    calibration = config.calibration
+    questions = calibration_problems(config, notice)
     count = calibration.problems * (1 + len(set(calibration.thresholds)))
     with (
-        ray_session(config.ray_address, rollout.actors * rollout.cpus_per_actor),
+        engines_session(config, notice, artefact.parent / RAY_LOGS),
         progress_bar("calibrating", count) as tick,
     ):
-        strict, *rows = calibrate(artefact, config.pair, config.task, rollout, calibration, tick)
+        strict, *rows = calibrate(artefact, config, questions, tick)
     console.print(rich_table([strict, *rows], f"{calibration.problems} calibration problems, greedy"))
     plot_accuracy(
         artefact.parent / "thresholds.png", {"arbiter, by threshold": rows, "strict": [strict]},
@@ -117,14 +128,13 @@ def run_evaluation(
         raise ConfigError("--record: needs the artefact to write to; pass --artefact")
     parsed = [parse_mode(text, artefact is not None) for text in dict.fromkeys(modes)]
     parsed = at_temperature(parsed, temperature, baseline)
-    task = load_task(config.task.name, **config.task.options)
-    problems = task.problems(seed=seed, n=num_problems, split=split)
-    rollout = config.rollout
+    source = Problems(config.pair, config.task, config.rollout)
+    task, problems = source.task, test_problems(config, source, seed, num_problems, split, notice)
     with (
-        ray_session(config.ray_address, rollout.actors * rollout.cpus_per_actor),
+        engines_session(config, notice),
         progress_bar("evaluating", num_problems * len(parsed)) as tick,
     ):
-        answers = evaluate(config.pair, config.task, rollout, parsed, problems, artefact, tick)
+        answers = evaluate(config.pair, config.task, config.rollout, parsed, problems, artefact, tick)
     rows = rows_of(answers)
     if isinstance(task, FurtherFigures):
         for row in rows:
@@ -132,6 +142,10 @@ def run_evaluation(
     how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     title = f"{num_problems} {split} problems of {config.task.name}, seed {seed}, {how}"
     console.print(rich_table(rows, title))
+    for mode, own in answers.items():
+        if own.outcome.failures:
+            console.print(f"{mode}: {len(own.outcome.failures)} answers could not be graded and scored 0; the first: "
+                          f"{own.outcome.failures[0]}", markup=False)  # fmt: skip
     result = {
         "command": command_line(), "problems": title, "problems_sha256": digest(problems),
         "modes": {row["mode"]: row for row in rows},

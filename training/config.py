@@ -67,6 +67,12 @@ class TaskConfig(Frozen):
     """demo, jsonl, or reasoning_gym."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Of the task: path, test_path, template for jsonl; generator and its own options for reasoning_gym."""
+    system: str | None = None
+    """System prompt."""
+    chat_template: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template, for example {enable_thinking = false}."""
+    apply_chat_template: bool | None = None
+    """Whether prompts go through the chat template; left out: where the tokenizer has one."""
     reward: str = "task"
     """task (the task's own), math_verify, exact, or module:function, called with (problem, text) and returning a
     number."""
@@ -99,6 +105,11 @@ class RolloutConfig(Frozen):
     """Branch advantages: mismatches of each response at which the other continuation is rolled out too."""
     max_tokens: int = Field(512, ge=1)
     """Longest response."""
+    long_prompts: Literal["refuse", "leave_out"] = "refuse"
+    """What becomes of prompts that leave no room for a response: refuse ends with their lines before anything starts,
+    leave_out counts them and goes on."""
+    least_room: int = Field(16, ge=1)
+    """Tokens a prompt must leave for its response, of the engine's max_model_len."""
     temperature: float = Field(0.0, ge=0, le=2)
     """Of the token sampling; 0 is greedy. The arbiter's actions are sampled in any case."""
     max_staleness: int = Field(1, ge=0, le=4)
@@ -142,6 +153,15 @@ class LearnerConfig(Frozen):
     """Reward for the share of target steps saved, 1 - steps / tokens, next to 1 for a right answer."""
 
 
+class SelectionConfig(Frozen):
+    """Which checkpoint is shipped: the best one on training problems that are held out."""
+
+    every: int = Field(10, ge=0)
+    """Updates between two evaluations; the last update is evaluated too. 0: the last update is shipped."""
+    problems: int = Field(200, ge=1)
+    """Problems of the training split that are held out for it, and never trained on."""
+
+
 class CalibrationConfig(Frozen):
     """How the threshold is chosen after training."""
 
@@ -158,9 +178,11 @@ class TrainConfig(Frozen):
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
+    selection: SelectionConfig = SelectionConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     iterations: int = Field(100, ge=1)
-    """Updates of the arbiter, warm start included."""
+    """Updates of the arbiter, warm start included. May be raised when a run is continued; the learning rate falls over
+    the new number from there on."""
     seed: int = Field(1, ge=0, lt=2**31)
     """Decides problems, actions, initial weights and minibatches."""
     ray_address: str | None = None

@@ -9,7 +9,6 @@ not.
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import threading
 import time
@@ -22,57 +21,68 @@ import ray
 import torch
 from torch import Tensor
 
+from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.atomic import write_text
-from vllm_cospec.errors import ConfigError
-from vllm_cospec.training.config import TrainConfig, require_models
-from vllm_cospec.training.counts import Counts
+from vllm_cospec.errors import ConfigError, TrainingError
+from vllm_cospec.training.config import TrainConfig
+from vllm_cospec.training.continuation import check_continuation, fingerprints, settings_of
 from vllm_cospec.training.learning.advantages import load_advantage
 from vllm_cospec.training.learning.checkpoint import Checkpoint, load_latest, save_checkpoint
 from vllm_cospec.training.learning.learner import Learner
 from vllm_cospec.training.measure.report import Report
+from vllm_cospec.training.preflight import Say, check_training, held_out_problems
 from vllm_cospec.training.rollout.actors import RolloutActor, remote
-from vllm_cospec.training.rollout.episodes import Episodes
+from vllm_cospec.training.rollout.episodes import Episodes, saved
 from vllm_cospec.training.rollout.pool import Pool
-from vllm_cospec.training.rollout.session import ray_session
+from vllm_cospec.training.rollout.session import engines_session
 from vllm_cospec.training.rollout.units import Unit
-from vllm_cospec.training.tasks import Problem, load_task
-from vllm_cospec.training.tasks.rewards import load_reward
+from vllm_cospec.training.tally import Tally
+from vllm_cospec.training.tasks import Problem
+from vllm_cospec.training.tasks.grading import FailureWatch
 
-CONFIG_FILE, CHECKPOINTS = "config.json", "checkpoints"
-# What may differ between a run and its continuation: none of it changes a result.
-FREE = {"ray_address"}
-FREE_IN_ROLLOUT = {"actors", "cpus_per_actor", "gpus_per_actor", "unit_timeout_s", "start_timeout_s", "attempts"}
-# What may differ because it is the way out of an error: a loss that is not finite, a reward that takes too long.
-FREE_IN_LEARNER, FREE_IN_TASK = {"learning_rate"}, {"reward_timeout_s"}
+CONFIG_FILE, CHECKPOINTS, FAILURES, RAY_LOGS = "config.json", "checkpoints", "grader_failures.txt", "ray-logs"
+PATIENCE = 4  # iterations without a warm start after which something must have been telling
+HELD_OUT = -1  # stands for the iteration of held-out problems: they always come with the same random numbers
+SERVED_THRESHOLD = 0.5  # that of an arbiter before it is calibrated
+
+Weights = dict[str, Tensor]
 
 
 class Trainer:
     """One run, in a directory of its own."""
 
-    def __init__(self, config: TrainConfig, output: Path, resume: bool):
-        """Check the configuration and the directory; nothing is started yet.
+    def __init__(self, config: TrainConfig, output: Path, resume: bool, say: Say = lambda text: None):
+        """Check the configuration, the problems and the directory; nothing is started yet.
+
+        Args:
+            config: of the run.
+            output: its directory.
+            resume: go on from the last checkpoint there.
+            say: called with what was left out.
 
         Raises:
             ConfigError: something does not fit.
         """
         torch.set_num_threads(1)  # the network is tiny, and actors want the cores
-        require_models(config.pair)
+        if output.exists() and not resume and any(output.iterdir()):
+            raise ConfigError(f"--output: {output} is not empty; pass --resume to continue it, or another directory")
         self.config, self.output = config, output
-        self._task = load_task(config.task.name, **config.task.options)
-        load_reward(config.task.reward, self._task)
+        self._problems = check_training(config, say)
+        self._held_out = held_out_problems(config, self._problems)
         self._advantage = load_advantage(config.learner.advantage)
         self._warm = config.learner.warm_start_iterations
+        self._prints = fingerprints(config)
         self.learner = Learner(config.learner, config.seed, config.iterations - self._warm)
+        self.tally = Tally(config.rollout.actors)
         self._version = 0
-        self._history: dict[int, dict[str, Tensor]] = {0: self.learner.weights()}
+        self._history: dict[int, Weights] = {0: self.learner.weights()}
         self._labels: list[tuple[np.ndarray, np.ndarray]] = []
         self._set_aside: list[str] = []
-        self.totals: dict[str, float] = {}
+        self._evaluated = 0  # the update that was evaluated last
+        self._best: tuple[int, float, Weights] | None = None  # updates, worth, weights
         found = load_latest(output / CHECKPOINTS) if resume else None
         if found is not None:
             self._restore(found)
-        elif output.exists() and any(output.iterdir()) and not resume:
-            raise ConfigError(f"--output: {output} is not empty; pass --resume to continue it, or another directory")
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
 
@@ -83,8 +93,16 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all updates have been taken."""
-        return self._version == self.config.iterations
+        """Whether all updates have been taken, and the last one was evaluated."""
+        return self._version == self.config.iterations and not self._due()
+
+    def shipped(self) -> tuple[int, Arbiter]:
+        """Return the update that did best on the held-out problems, and its arbiter; else the last one's."""
+        if self._best is None:
+            return self._version, self.learner.arbiter
+        arbiter = Arbiter(self.learner.arbiter.hidden_sizes)
+        arbiter.load_state_dict(self._best[2])
+        return self._best[0], arbiter
 
     def run(self) -> None:
         """Take all updates that are left.
@@ -97,7 +115,7 @@ class Trainer:
         rollout = self.config.rollout
         with (
             Report(self.output, self.config.iterations, self._version) as report,
-            ray_session(self.config.ray_address, rollout.actors * rollout.cpus_per_actor),
+            engines_session(self.config, report.say, self.output / RAY_LOGS),
         ):
             began = time.perf_counter()
             report.say(f"starting {rollout.actors} engines")
@@ -112,37 +130,49 @@ class Trainer:
                 notice=report.say,
             ) as pool:
                 pool.wait_until_ready()
-                now = time.perf_counter()
-                self.totals["start_seconds"] = self.totals.get("start_seconds", 0.0) + now - began
-                began = now
-                for iteration, episodes in self._episodes(pool, report):
-                    with interrupts_held_back():  # an update that was begun is taken and saved
-                        metrics = self._learn(iteration, episodes)
-                        self._set_aside += [problem.prompt for unit in pool.set_aside for problem in unit.problems]
-                        pool.set_aside.clear()
-                        now = time.perf_counter()
-                        self._count(episodes, now - began)
-                        began = now
-                        metrics["idle_share"] = self.idle_share
-                        # logged first: a line without its checkpoint is dropped when the run is resumed
-                        report.update(iteration, {**self._summary(episodes), **metrics})
-                        self._save()
+                self.tally.started(time.perf_counter() - began)
+                self._run(pool, report)
         if self._set_aside:
             report.say(f"{len(self._set_aside)} prompts always lost their actor and were set aside")
 
-    @property
-    def idle_share(self) -> float:
-        """Share of the actors' time that was not spent generating, from the moment all of them were ready."""
-        return self._idle(self.totals.get("actor_seconds", 0.0))
+    def _run(self, pool: Pool, report: Report) -> None:
+        watch = FailureWatch(
+            self.config.task.max_failed_rewards,
+            int(self.tally["responses"] + self.tally["branches"]),
+            int(self.tally["grader_failures"]),
+        )
+        if self._due():  # stopped between an update and its evaluation
+            report.held_out(self._version, self._evaluate(pool))
+            self._save()
+        began = time.perf_counter()
+        for iteration, episodes in self._episodes(pool, report):
+            self._show_failures(episodes, report)
+            watch.add(episodes.graded, episodes.failures)
+            with interrupts_held_back():  # an update that was begun is taken and saved
+                metrics = self._learn(iteration, episodes)
+                self._set_aside += [problem.prompt for unit in pool.set_aside for problem in unit.problems]
+                pool.set_aside.clear()
+                now = time.perf_counter()
+                self.tally.count(episodes, now - began)
+                began = now
+                self._check_telling(iteration, episodes)
+                # logged first: a line without its checkpoint is dropped when the run is resumed
+                report.update(iteration, {**self.tally.figures(episodes), **metrics})
+                self._save()
+            if self._due():
+                report.held_out(self._version, self._evaluate(pool))
+                self._save()
 
-    @property
-    def idle_share_with_start(self) -> float:
-        """The same share, with the time in which the engines started."""
-        started = self.totals.get("start_seconds", 0.0) * self.config.rollout.actors
-        return self._idle(self.totals.get("actor_seconds", 0.0) + started)
-
-    def _idle(self, seconds: float) -> float:
-        return 1 - self.totals.get("generating_seconds", 0.0) / seconds if seconds else float("nan")
+    def _show_failures(self, episodes: Episodes, report: Report) -> None:
+        """Say what could not be graded, once an iteration, and keep all of it in a file."""
+        if not episodes.failures:
+            return
+        report.say(
+            f"{len(episodes.failures)} of {episodes.graded} answers could not be graded and scored 0; the first: "
+            f"{episodes.failures[0]} (all are in {FAILURES})"
+        )
+        with (self.output / FAILURES).open("a") as file:
+            file.writelines(f"{failure}\n" for failure in episodes.failures)
 
     def version_for(self, iteration: int) -> int:
         """Return the number of updates the weights of an iteration's rollouts have seen."""
@@ -152,16 +182,18 @@ class Trainer:
 
     def units(self, iteration: int) -> list[Unit]:
         """Return an iteration's work; the same for the same configuration."""
-        rollout = self.config.rollout
-        problems = self._problems(iteration, rollout.prompts_per_iteration)
-        size = rollout.prompts_per_unit
+        problems = self._problems.draw(
+            self.config.seed * 1_000_003 + iteration, self.config.rollout.prompts_per_iteration, "train",
+            "rollout.prompts_per_iteration", {problem.prompt for problem in self._held_out},
+        )  # fmt: skip
+        return self._units(iteration, problems)
+
+    def _units(self, iteration: int, problems: list[Problem], **options: Any) -> list[Unit]:
+        size = self.config.rollout.prompts_per_unit
         return [
-            Unit(iteration, index, tuple(problems[first : first + size]), first, self.config.seed)
+            Unit(iteration, index, tuple(problems[first : first + size]), first, self.config.seed, **options)
             for index, first in enumerate(range(0, len(problems), size))
         ]
-
-    def _problems(self, iteration: int, count: int) -> list[Problem]:
-        return self._task.problems(seed=self.config.seed * 1_000_003 + iteration, n=count, split="train")
 
     def _episodes(self, pool: Pool, report: Report) -> Iterator[tuple[int, Episodes]]:
         """Yield (iteration, episodes) in order, with as much under way as staleness allows."""
@@ -182,14 +214,34 @@ class Trainer:
             yield iteration, Episodes.merge([part for parts in results for part in parts])
             references = {v: r for v, r in references.items() if v >= self.version_for(submitted - 1)}
 
+    def _due(self) -> bool:
+        """Whether the present weights are to be evaluated on the held-out problems and have not been."""
+        every = self.config.selection.every
+        if not every or self._version <= self._warm - (self._warm > 0):
+            return False
+        last = self._version == self.config.iterations
+        return (last or self._version % every == 0) and self._evaluated < self._version
+
+    def _evaluate(self, pool: Pool) -> Episodes:
+        """Answer the held-out problems as they would be served, and remember the weights if none did better."""
+        units = self._units(HELD_OUT, self._held_out, threshold=SERVED_THRESHOLD, branches=False)
+        pool.submit(units, ray.put(self._history[self._version]))
+        results = pool.collect([unit.key for unit in units])
+        episodes = Episodes.merge([part for parts in results for part in parts])
+        gain = self.config.learner.speed_weight * saved(episodes.steps, episodes.tokens)
+        worth = float((episodes.reward + gain).mean()) if len(episodes.reward) else 0.0
+        if self._best is None or worth >= self._best[1]:
+            self._best = self._version, worth, self.learner.weights()
+        self._evaluated = self._version
+        return episodes
+
     def _learn(self, iteration: int, episodes: Episodes) -> dict[str, float]:
         """Take one update from an iteration's episodes."""
         if not self.learner.normalised and len(episodes.statistics):
             self.learner.normalise(episodes.statistics)
         metrics: dict[str, float] = {}
         if iteration < self._warm:
-            at = episodes.branch_decision
-            self._labels.append((episodes.statistics[at], episodes.branch_keep - episodes.branch_drop))
+            self._labels.append((episodes.statistics[episodes.branch_decision], episodes.difference()))
             if iteration == self._warm - 1:
                 statistics, difference = (np.concatenate(parts) for parts in zip(*self._labels, strict=True))
                 metrics = self.learner.warm_start(statistics, difference)
@@ -202,33 +254,20 @@ class Trainer:
         self._history = {version: weights for version, weights in self._history.items() if version >= oldest}
         return metrics
 
-    def _count(self, episodes: Episodes, seconds: float) -> None:
-        for name, value in (
-            ("responses", len(episodes.reward)),
-            ("branches", len(episodes.branch_decision)),
-            ("generated_tokens", episodes.generated_tokens),
-            ("generating_seconds", episodes.generating_s),
-            ("actor_seconds", seconds * self.config.rollout.actors),
-            ("seconds", seconds),
-        ):
-            self.totals[name] = self.totals.get(name, 0.0) + value
+    def _check_telling(self, iteration: int, episodes: Episodes) -> None:
+        """End a run in which no decision has changed an answer: all it could learn is to keep everything.
 
-    def _summary(self, episodes: Episodes) -> dict[str, float]:
-        difference = episodes.branch_keep - episodes.branch_drop
-        decisions, responses = len(episodes.kept), len(episodes.reward)
-        return {
-            "accuracy": float(episodes.reward.mean()) if responses else float("nan"),
-            "acceptance_length": Counts(episodes.drafts, episodes.accepted).acceptance_length,
-            "override_rate": float(episodes.kept.mean()) if decisions else float("nan"),
-            "mismatches_per_response": decisions / max(1, responses),
-            "capped": float(episodes.capped.mean()) if responses else float("nan"),
-            "branches": float(len(difference)),
-            "keep_was_better": float((difference > 0.5).mean()) if len(difference) else float("nan"),
-            "keep_was_worse": float((difference < -0.5).mean()) if len(difference) else float("nan"),
-            "generated_tokens": self.totals["generated_tokens"],
-            "rollouts_per_s": (responses + len(difference)) / max(episodes.busy_s, 1e-9) * self.config.rollout.actors,
-            "seconds": self.totals["seconds"],
-        }
+        Raises:
+            TrainingError: with the counts.
+        """
+        branching = self.config.learner.advantage == "branch"
+        if not branching or self.tally["telling_branches"] or iteration + 1 < (self._warm or PATIENCE):
+            return
+        raise TrainingError(
+            f"learner: none of {self.tally['branches']:.0f} branches at the mismatches of "
+            f"{self.tally['responses']:.0f} responses changed its answer (mean reward {episodes.reward.mean():.3f}); "
+            f"check task.reward, or raise warm_start_iterations"
+        )
 
     def _save(self) -> None:
         tensors = self.learner.state()
@@ -237,28 +276,35 @@ class Trainer:
         for i, (statistics, difference) in enumerate(self._labels):
             tensors[f"labels.{i}.statistics"] = torch.from_numpy(statistics)
             tensors[f"labels.{i}.difference"] = torch.from_numpy(difference)
+        if self._best is not None:
+            tensors |= {f"best.0.{name}": tensor for name, tensor in self._best[2].items()}
         facts = {
-            "config": json.loads(self.config.model_dump_json()),
-            "totals": self.totals,
+            "config": settings_of(self.config),
+            "fingerprints": self._prints,
+            "totals": self.tally.totals,
             "set_aside": self._set_aside,
+            "evaluated": self._evaluated,
+            "best": None if self._best is None else self._best[:2],
         }
         save_checkpoint(self.output / CHECKPOINTS, Checkpoint(self._version, tensors, facts))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        _same(_essential(checkpoint.facts["config"]), _essential(json.loads(self.config.model_dump_json())), "")
+        facts = checkpoint.facts
+        check_continuation(facts, self.config, checkpoint.updates)
         self.learner.load_state(checkpoint.tensors)
-        self._version = checkpoint.updates
-        self.totals, self._set_aside = checkpoint.facts["totals"], checkpoint.facts["set_aside"]
-        self._history = {}
-        labels: dict[int, dict[str, Any]] = {}
+        self._version, self._evaluated = checkpoint.updates, facts["evaluated"]
+        self.tally = Tally(self.config.rollout.actors, facts["totals"])
+        self._set_aside = facts["set_aside"]
+        parts: dict[str, dict[int, dict[str, Any]]] = {"history": {}, "labels": {}, "best": {}}
         for name, tensor in checkpoint.tensors.items():
             kind, _, rest = name.partition(".")
             number, _, field = rest.partition(".")
-            if kind == "history":
-                self._history.setdefault(int(number), {})[field] = tensor
-            elif kind == "labels":
-                labels.setdefault(int(number), {})[field] = tensor.numpy()
-        self._labels = [(labels[i]["statistics"], labels[i]["difference"]) for i in sorted(labels)]
+            if kind in parts:
+                parts[kind].setdefault(int(number), {})[field] = tensor
+        self._history = parts["history"]
+        labels = parts["labels"]
+        self._labels = [(labels[i]["statistics"].numpy(), labels[i]["difference"].numpy()) for i in sorted(labels)]
+        self._best = (*facts["best"], parts["best"][0]) if facts["best"] is not None else None
 
 
 @contextlib.contextmanager
@@ -275,23 +321,3 @@ def interrupts_held_back() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
     if pressed:
         raise KeyboardInterrupt
-
-
-def _essential(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings a result depends on."""
-    rest = {key: value for key, value in config.items() if key not in FREE}
-    for part, free in (("rollout", FREE_IN_ROLLOUT), ("learner", FREE_IN_LEARNER), ("task", FREE_IN_TASK)):
-        rest[part] = {key: value for key, value in config[part].items() if key not in free}
-    return rest
-
-
-def _same(old: Any, new: Any, where: str) -> None:
-    """Refuse to continue a run with other settings; names the first that differs."""
-    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-        for key in old:
-            _same(old[key], new[key], f"{where}.{key}" if where else key)
-    elif old != new:
-        raise ConfigError(
-            f"--resume: {where} was {old!r} when the run began and is {new!r} now; set it back, or start anew in "
-            f"another directory"
-        )

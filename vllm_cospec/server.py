@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -208,8 +209,12 @@ def _serve_command() -> list[str]:
 def interruptible() -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGHUP unwind the stack, so that servers are stopped.
 
-    SIGINT is named because a shell starts background jobs with it ignored, and Python then leaves it so.
+    SIGINT is named because a shell starts background jobs with it ignored, and Python then leaves it so. Off the main
+    thread, in a notebook's executor for instance, no handler can be set, and nothing is changed.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from vllm_cospec.arbiter import Arbiter
-from vllm_cospec.errors import RewardError
-from vllm_cospec.training.config import RolloutConfig, load_train_config
+from vllm_cospec.training.config import RolloutConfig, TaskConfig, load_train_config
 from vllm_cospec.training.learning.advantages import group_advantages
 from vllm_cospec.training.learning.learner import initial_arbiter
 from vllm_cospec.training.rollout.branches import branch_request, joined
@@ -25,7 +24,8 @@ from vllm_cospec.training.rollout.collect import roll_out
 from vllm_cospec.training.rollout.engine import Engine, Request
 from vllm_cospec.training.rollout.episodes import Episodes
 from vllm_cospec.training.rollout.units import Unit
-from vllm_cospec.training.tasks import load_task
+from vllm_cospec.training.tasks import Problem, load_task
+from vllm_cospec.training.tasks.grading import Graders
 
 TIMES = {"generating_s", "busy_s"}
 
@@ -39,10 +39,11 @@ def same(a: Episodes, b: Episodes) -> bool:
     )
 
 
-def hanging(problem: Any, text: str) -> float:
-    """A reward that never comes back."""
-    while True:
+def hangs_at_some(problem: Problem, text: str) -> float:
+    """The task's score, but for the first problem, at which it never comes back."""
+    while problem.prompt == load_task("demo").problems(seed=5, n=1, split="train")[0].prompt:
         time.sleep(0.1)
+    return load_task("demo").score(problem, text)
 
 
 def roads(engine: Engine, unit: Unit) -> dict[str, int]:
@@ -76,6 +77,7 @@ def main() -> None:
     os.dup2(2, 1)  # the engine logs to standard output; results must stand alone there
     config = load_train_config(Path(sys.argv[1]))
     task = load_task("demo")
+    graders = Graders(config.task)
     problems = task.problems(seed=5, n=48, split="train")
     first, second = (Unit(9, i, tuple(problems[24 * i : 24 * i + 24]), 24 * i, seed=3) for i in range(2))
     # undecided everywhere, and not everywhere alike: both actions have to occur
@@ -86,13 +88,16 @@ def main() -> None:
     found: dict[str, Any] = {}
 
     engine.set_arbiter(arbiter.state_dict(), sample_actions=True)
-    once = roll_out(engine, first, config, task.score)
-    other = roll_out(engine, second, config, task.score)
-    found["repeatable"] = same(once, roll_out(engine, first, config, task.score))
+    once = roll_out(engine, first, config, graders)
+    other = roll_out(engine, second, config, graders)
+    found["repeatable"] = same(once, roll_out(engine, first, config, graders))
     found["units_differ"] = not same(once, other)
     found["rewards"] = [task.score(problems[p], t) for p, t in zip(once.problem, once.texts, strict=True)]
     found["own_rewards"] = once.reward.tolist()
     found["branches"] = len(once.branch_decision)
+    found["discarded"] = once.discarded
+    first_blocks = [m for m in once.branch_decision if once.output_position[m] <= config.pair.num_speculative_tokens]
+    found["branches_in_first_blocks"] = len(first_blocks)
     with torch.no_grad():
         probability = arbiter(torch.from_numpy(once.statistics)).double().numpy()
     found["decisions"], found["kept"] = len(once.kept), int(once.kept.sum())
@@ -100,24 +105,28 @@ def main() -> None:
     found["expected_kept"] = float(probability.sum())
     found["roads"] = roads(engine, first)
 
-    try:
-        slow = config.model_copy(update={"task": config.task.model_copy(update={"reward_timeout_s": 0.5})})
-        roll_out(engine, first, slow, hanging)
-    except RewardError as error:
-        found["hanging"] = str(error)
-    found["repeatable_after_a_bad_reward"] = same(once, roll_out(engine, first, config, task.score))
+    hanging = TaskConfig(reward="run_rollouts:hangs_at_some", reward_timeout_s=2.0)
+    with Graders(hanging) as slow:
+        hung = roll_out(engine, first, config, slow)
+    found["hanging"] = {
+        "failures": hung.failures,
+        "rewards": hung.reward.tolist(),
+        "same_texts": hung.texts == once.texts,
+        "same_decisions": bool(np.array_equal(hung.statistics, once.statistics)),
+    }
+    found["repeatable_after_a_bad_reward"] = same(once, roll_out(engine, first, config, graders))
 
     for name, bias in (("always", 30.0), ("never", -30.0)):
         fixed = initial_arbiter(config.learner, seed=2)
         with torch.no_grad():
             fixed.layers[-1].bias.fill_(bias)  # type: ignore[operator]
         engine.set_arbiter(fixed.state_dict(), sample_actions=True)
-        found[name] = float(roll_out(engine, first, config, task.score).kept.mean())
+        found[name] = float(roll_out(engine, first, config, graders).kept.mean())
 
     sampled = RolloutConfig(responses_per_prompt=4, temperature=1.0, max_tokens=60)
     learner = config.learner.model_copy(update={"advantage": "group", "warm_start_iterations": 0})
     engine.set_arbiter(arbiter.state_dict(), sample_actions=True)
-    group = roll_out(engine, first, config.model_copy(update={"rollout": sampled, "learner": learner}), task.score)
+    group = roll_out(engine, first, config.model_copy(update={"rollout": sampled, "learner": learner}), graders)
     texts = np.array(group.texts, object).reshape(24, 4)
     samples = group_advantages(group, 0.0)
     found["group"] = {
@@ -128,6 +137,7 @@ def main() -> None:
         "samples": len(samples.keep),
         "nonzero": int((samples.advantage != 0).sum()),
     }
+    graders.close()
     with os.fdopen(results_to, "w") as out:
         json.dump(found, out)
 

@@ -43,6 +43,9 @@ max_tokens = 60
 [learner]
 warm_start_iterations = 2
 minibatch_size = 8
+[selection]
+every = 4
+problems = 10
 [calibration]
 problems = 20
 thresholds = [0.3, 0.5]
@@ -144,6 +147,8 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == list(range(1, UPDATES + 1))
     assert 0 <= lines[-1]["accuracy"] <= 1 < lines[-1]["acceptance_length"]
+    held_out = [json.loads(line) for line in (straight / "held_out.jsonl").read_text().splitlines()]
+    assert [(line["update"], line["problems"]) for line in held_out] == [(4, 10), (8, 10), (9, 10)]
     # A second time over it: refused.
     refused = subprocess.run(
         [*command, "--output", str(straight)], capture_output=True, text=True, timeout=100, check=False
@@ -190,5 +195,6 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
     assert expected.tensors.keys() == found.tensors.keys()
     for name, tensor in expected.tensors.items():
         assert torch.equal(tensor, found.tensors[name]), name
-    for name in ("responses", "branches", "generated_tokens"):
+    assert expected.facts["best"] == found.facts["best"]
+    for name in ("responses", "branches", "discarded_branches", "telling_branches", "generated_tokens"):
         assert expected.facts["totals"][name] == found.facts["totals"][name]  # nothing was counted twice

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,10 @@ import typer.main
 from scripts import ROOT, benchmark
 from typer.testing import CliRunner
 
-import vllm_cospec.demo
 from vllm_cospec.kernels.policies import policy_names
 from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.modes import parse_mode
 from vllm_cospec.training.measure.outcome import Outcome
-from vllm_cospec.training.tasks import Problem
 
 pareto, rounds, setup, throughput = map(benchmark, ("pareto", "rounds", "setup", "throughput"))
 
@@ -59,11 +55,8 @@ def test_a_setting_is_beaten_by_more_accuracy_at_no_shorter_an_acceptance_length
 
 
 def test_the_shares_of_the_rounds_are_all_problems_once() -> None:
-    problems = [Problem(str(i), "") for i in range(7)]
-    shares = [throughput.share(problems, number, 3) for number in range(3)]
-    assert [sorted(own) for own in shares] == [[0, 3, 6], [1, 4], [2, 5]]
-    assert all(problems[index] is problem for own in shares for index, problem in own.items())
-    assert [throughput.share(problems, number, 1) for number in range(3)] == [dict(enumerate(problems))] * 3
+    assert [list(throughput.share(7, number, 3)) for number in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [list(throughput.share(7, number, 1)) for number in range(3)] == [list(range(7))] * 3
 
 
 def test_a_server_is_started_with_neutral_sampling_but_for_what_was_asked_for() -> None:
@@ -78,14 +71,6 @@ def test_a_server_is_started_with_neutral_sampling_but_for_what_was_asked_for() 
     }  # fmt: skip
     given = override({"override_generation_config": {"top_p": 0.5}})
     assert (given["top_p"], given["min_p"]) == (0.5, 0.0)
-
-
-def test_a_base_model_is_not_asked_in_messages(tmp_path: Path) -> None:
-    target = Path(vllm_cospec.demo.__file__).parent / "target"
-    assert setup.has_chat_template(str(target), {})
-    base = shutil.copytree(target, tmp_path / "base", ignore=shutil.ignore_patterns("*.jinja", "*.safetensors"))
-    assert not setup.has_chat_template(str(base), {})
-    assert setup.has_chat_template(str(base), {"tokenizer": str(target)})
 
 
 def outcome(problems: list[int], scores: list[float], seconds: float) -> Outcome:

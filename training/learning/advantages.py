@@ -77,18 +77,19 @@ def group_advantages(episodes: Episodes, speed_weight: float) -> Samples:
 def branch_advantages(episodes: Episodes, speed_weight: float) -> Samples:
     """Two samples per branch, one for each action, weighted with the probability the policy gave it.
 
-    The weighted sum is the exact policy gradient at this mismatch, not one drawn action's estimate of it. What the
-    speed is worth is part of the branches' returns already.
+    The weighted sum is the exact policy gradient at this mismatch, not one drawn action's estimate of it.
     """
     at = episodes.branch_decision
     keep = episodes.probability[at]
-    mean = keep * episodes.branch_keep + (1 - keep) * episodes.branch_drop
+    kept = episodes.branch_keep + speed_weight * episodes.branch_keep_saved
+    dropped = episodes.branch_drop + speed_weight * episodes.branch_drop_saved
+    mean = keep * kept + (1 - keep) * dropped
     actions = np.concatenate([np.ones(len(at), bool), np.zeros(len(at), bool)])
     probability = np.concatenate([keep, 1 - keep])
     return Samples(
         np.concatenate([episodes.statistics[at]] * 2),
         actions,
         probability,
-        np.concatenate([episodes.branch_keep - mean, episodes.branch_drop - mean]),
+        np.concatenate([kept - mean, dropped - mean]),
         probability,
     )

@@ -86,7 +86,12 @@ class Learner:
         return {name: tensor.detach().clone() for name, tensor in self.arbiter.state_dict().items()}
 
     def normalise(self, statistics: np.ndarray) -> None:
-        """Set mean and scale of the standardising layer from [M, 16]; done once, so that weights keep their meaning."""
+        """Set mean and scale of the standardising layer from [M, 16]; done once, so that weights keep their meaning.
+
+        Raises:
+            TrainingError: a statistic is not finite.
+        """
+        _require_finite("statistics", statistics)
         rows = torch.from_numpy(statistics).double()
         self.arbiter.mean.copy_(rows.mean(0))
         deviation = rows.std(0) if len(rows) > 1 else torch.ones(rows.shape[1])
@@ -95,22 +100,25 @@ class Learner:
         self.normalised = True
 
     def warm_start(self, statistics: np.ndarray, difference: np.ndarray) -> dict[str, float]:
-        """Fit the arbiter to branch labels: which action was better, weighted with by how much.
+        """Fit the arbiter to branch labels: with which action the answer was better, weighted with by how much.
 
         Args:
             statistics: [B, 16] float32 of the branched mismatches.
-            difference: [B] return when kept minus return when not; where it is 0 there is no label.
+            difference: [B] the task's reward when kept minus that when not; where it is 0 there is no label.
 
         Returns:
             The final loss and accuracy on the labels.
 
         Raises:
-            TrainingError: no label at all, or the loss is not finite.
+            TrainingError: no label at all, or something is not finite.
         """
+        _require_finite("statistics", statistics)
+        _require_finite("rewards", difference)
         labelled = np.flatnonzero(difference)
         if not len(labelled):
             raise TrainingError(
-                "warm start: no branch changed its answer; raise warm_start_iterations or check the task's reward"
+                f"warm start: none of {len(difference)} branches changed its answer; check task.reward, or raise "
+                f"warm_start_iterations"
             )
         x = torch.from_numpy(statistics[labelled])
         label = torch.from_numpy(difference[labelled] > 0).float()
@@ -135,8 +143,10 @@ class Learner:
         """Take one update; returns means over its steps.
 
         Raises:
-            TrainingError: the loss is not finite; the weights are those before the update.
+            TrainingError: an input or the loss is not finite.
         """
+        for name in ("statistics", "advantage", "probability", "weight"):
+            _require_finite(name, getattr(samples, name))
         fraction = min(1.0, self.updates_done / max(1, self.updates))
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * (1 - 0.9 * fraction)
@@ -217,3 +227,9 @@ class Learner:
                 self._optimizer.state[parameter] = moments
         self._generator.set_state(tensors["random"])
         self.updates_done, self.normalised = int(tensors["counts"][0]), bool(tensors["counts"][1])
+
+
+def _require_finite(name: str, values: np.ndarray) -> None:
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        raise TrainingError(f"{name}: {bad} of {values.size} values are not finite; the last checkpoint is intact")

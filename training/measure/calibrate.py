@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_cospec.arbiter import CurvePoint, load_artefact, save_artefact
-from vllm_cospec.training.config import CalibrationConfig, PairConfig, RolloutConfig, TaskConfig
+from vllm_cospec.training.config import TrainConfig
 from vllm_cospec.training.measure.card import model_card
 from vllm_cospec.training.measure.evaluate import evaluate, rows_of
 from vllm_cospec.training.measure.modes import parse_mode
-from vllm_cospec.training.tasks import load_task
+from vllm_cospec.training.tasks import Problem
 
-SEED = 77  # of the calibration problems; the split is theirs alone
 SPEED_WEIGHT = 0.02
 
 
 def calibrate(
     directory: Path,
-    pair: PairConfig,
-    task: TaskConfig,
-    rollout: RolloutConfig,
-    calibration: CalibrationConfig,
+    config: TrainConfig,
+    problems: Sequence[Problem],
     tick: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, Any]]:
     """Measure the thresholds, choose one, and write curve and choice into the artefact. Needs a Ray session.
@@ -32,16 +29,16 @@ def calibrate(
 
     Args:
         directory: the artefact.
-        pair, task, rollout, calibration: of the run.
+        config: of the run.
+        problems: of the calibration split.
         tick: called with the number of answers that have arrived.
 
     Returns:
         The row of strict verification, and of each threshold, which it holds as ``threshold``.
     """
-    problems = load_task(task.name, **task.options).problems(SEED, calibration.problems, "calibration")
-    thresholds = sorted(set(calibration.thresholds))
+    thresholds = sorted(set(config.calibration.thresholds))
     modes = [parse_mode("strict"), *(parse_mode(f"learned(threshold={threshold:g})") for threshold in thresholds)]
-    strict, *rows = rows_of(evaluate(pair, task, rollout, modes, problems, directory, tick))
+    strict, *rows = rows_of(evaluate(config.pair, config.task, config.rollout, modes, problems, directory, tick))
     curve = []
     for threshold, row in zip(thresholds, rows, strict=True):
         paired = row["paired_vs_target"]
@@ -58,7 +55,7 @@ def calibrate(
             )
         )
     best = max(curve, key=lambda point: point.accuracy + SPEED_WEIGHT * (1 - 1 / point.acceptance_length))
-    arbiter, config = load_artefact(directory)
-    config = config.model_copy(update={"threshold": best.threshold, "calibration": tuple(curve)})
-    save_artefact(directory, arbiter, config, model_card(config))
+    arbiter, made = load_artefact(directory)
+    made = made.model_copy(update={"threshold": best.threshold, "calibration": tuple(curve)})
+    save_artefact(directory, arbiter, made, model_card(made))
     return [strict, *rows]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.modes import BASELINES, Mode
 from vllm_cospec.training.measure.outcome import Outcome, table_of
 from vllm_cospec.training.rollout.actors import raise_plainly, remote
-from vllm_cospec.training.rollout.engine import Engine, Request
+from vllm_cospec.training.rollout.engine import Engine, Request, Response
 from vllm_cospec.training.rollout.pool import Pool
-from vllm_cospec.training.tasks import Problem, load_task
-from vllm_cospec.training.tasks.rewards import Reward, guarded, load_reward
+from vllm_cospec.training.tasks import Problem
+from vllm_cospec.training.tasks.grading import FailureWatch, Grade, Graders
 
 CHUNK = 250
 
@@ -89,7 +90,6 @@ class EvaluationActor:
             artefact: the trained arbiter, for ``learned``.
             max_tokens: longest answer.
         """
-        self._timeout_s = task.reward_timeout_s
         self._max_tokens = max_tokens
         self._failure: Exception | None = None
         arbiter: dict[str, Any] | None = None
@@ -98,10 +98,10 @@ class EvaluationActor:
         elif kind == "learned":
             arbiter = {"policy": "learned", "artefact": artefact}
         try:
-            self._reward = load_reward(task.reward, load_task(task.name, **task.options))
-            self._engine = Engine(
-                pair, arbiter, role="draft" if kind == "draft" else "target", stock=kind == "standard"
-            )
+            self._graders = Graders(task)
+            role = "draft" if kind == "draft" else "target"
+            self._engine = Engine(pair, arbiter, role, stock=kind == "standard", task=task)
+            self._graders.wait_until_ready()
         except Exception as error:
             self._failure = error
 
@@ -113,7 +113,7 @@ class EvaluationActor:
     def work(self, chunk: Chunk, payload: None) -> Answers:
         """Answer a chunk of problems in one mode."""
         raise_plainly(self._failure)
-        return answer(self._engine, chunk, self._reward, self._timeout_s, self._max_tokens)
+        return answer(self._engine, chunk, self._graders, self._max_tokens)
 
 
 def engine_of(mode: Mode, artefact: bool) -> str:
@@ -128,7 +128,7 @@ def engine_of(mode: Mode, artefact: bool) -> str:
     return "learned" if mode.kind == "strict" and artefact else "rule"
 
 
-def answer(engine: Engine, chunk: Chunk, reward: Reward, reward_timeout_s: float, max_tokens: int) -> Answers:
+def answer(engine: Engine, chunk: Chunk, graders: Graders, max_tokens: int) -> Answers:
     """Answer a chunk on an engine that fits its mode; random numbers depend on the problem's place."""
     mode = chunk.mode
     extra = mode.extra
@@ -145,19 +145,26 @@ def answer(engine: Engine, chunk: Chunk, reward: Reward, reward_timeout_s: float
         )
         for i, p in enumerate(prompts)
     ]
+    under_way: dict[int, Future[Grade]] = {}
+
+    def finished(number: int, response: Response) -> tuple[Request, ...]:
+        under_way[number] = graders.submit(chunk.problems[number], response.text)
+        return ()
+
     before, start = engine.counts(), time.perf_counter()
-    responses = engine.run(requests)
+    responses = engine.run(requests, finished)
     seconds, counted = time.perf_counter() - start, engine.counts() - before
-    scores = [guarded(reward, p, r.text, reward_timeout_s) for p, r in zip(chunk.problems, responses, strict=True)]
+    grades = [under_way[number].result() for number in range(len(responses))]
     mismatches = np.array([len(r.decisions) for r in responses], np.int64)
     overrides = np.array([sum(d.kept for d in r.decisions) for r in responses], np.int64)
     outcome = Outcome(
         np.arange(first, first + len(responses)),
-        np.array(scores, np.float64),
+        np.array([grade.score for grade in grades], np.float64),
         np.array([len(r.tokens) for r in responses], np.int64),
         np.array([r.capped for r in responses], bool),
         counted + Counts(mismatches=int(mismatches.sum()), overrides=int(overrides.sum())),
         seconds,
+        failures=[grade.failure for grade in grades if grade.failure],
     )
     steps = np.array([len(r.emitted) for r in responses], np.int64)
     return Answers(outcome, [r.text for r in responses], steps, mismatches, overrides)
@@ -184,9 +191,13 @@ def evaluate(
 
     Returns:
         Answers by mode's name, in the order of ``problems``.
+
+    Raises:
+        RewardError: more answers than is allowed could not be graded.
     """
     actor = remote(EvaluationActor, rollout.cpus_per_actor, rollout.gpus_per_actor)
     where = None if artefact is None else str(artefact)
+    watch = FailureWatch(task.max_failed_rewards)
     answers: dict[str, Answers] = {}
     for kind in dict.fromkeys(engine_of(mode, artefact is not None) for mode in modes):
         wanted = [mode for mode in modes if engine_of(mode, artefact is not None) == kind]
@@ -199,11 +210,14 @@ def evaluate(
         def make_actor(kind: str = kind) -> Any:
             return actor.remote(pair, task, kind, where, rollout.max_tokens)
 
+        def arrived(parts: list[Answers]) -> None:
+            for part in parts:
+                watch.add(len(part.texts), part.outcome.failures)
+                tick(len(part.texts))
+
         with Pool(make_actor, min(rollout.actors, len(chunks)), depth=1) as pool:
             pool.submit(chunks)
-            results = pool.collect(
-                [chunk.key for chunk in chunks], tick=lambda parts: tick(sum(len(p.texts) for p in parts))
-            )
+            results = pool.collect([chunk.key for chunk in chunks], tick=arrived)
             if pool.set_aside:
                 raise ConfigError(f"engine {kind}: lost its process again and again; see Ray's logs")
         for mode in wanted:

@@ -13,8 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vllm_cospec.atomic import write_text
 from vllm_cospec.training.measure.plots import plot_curves
+from vllm_cospec.training.rollout.episodes import Episodes
 
-LOG_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
+LOG_FILE, HELD_OUT_FILE, TENSORBOARD = "metrics.jsonl", "held_out.jsonl", "tensorboard"
 
 
 class Report:
@@ -29,9 +30,9 @@ class Report:
             done: how many a checkpoint holds already; later lines of an earlier attempt are dropped.
             console: where to show progress; standard error by default.
         """
-        self._log = output / LOG_FILE
-        lines = [line for line in read_log(output) if line["update"] <= done]
-        write_text(self._log, "".join(json.dumps(line) + "\n" for line in lines))
+        self._log, self._held_out = output / LOG_FILE, output / HELD_OUT_FILE
+        for path in (self._log, self._held_out):
+            _write_lines(path, [line for line in _read_lines(path) if line["update"] <= done])
         self._writer = SummaryWriter(str(output / TENSORBOARD), purge_step=done + 1)
         self._console = console or Console(stderr=True)
         self._updates, self._done, self._rollouts = updates, done, 0
@@ -75,6 +76,23 @@ class Report:
         if not self._console.is_terminal:
             self.say(f"update {iteration + 1}/{self._updates}  {figures}")
 
+    def held_out(self, update: int, episodes: Episodes) -> None:
+        """Record how the weights of an update did on the held-out problems."""
+        line = {
+            "update": update,
+            "accuracy": float(episodes.reward.mean()) if len(episodes.reward) else 0.0,
+            "acceptance_length": episodes.acceptance_length,
+            "problems": len(episodes.reward),
+        }
+        earlier = [other for other in _read_lines(self._held_out) if other["update"] != update]
+        _write_lines(self._held_out, [*earlier, line])
+        self._writer.add_scalar("held_out/accuracy", line["accuracy"], update)
+        self._writer.add_scalar("held_out/acceptance_length", line["acceptance_length"], update)
+        self.say(
+            f"update {update} on {line['problems']} held-out problems: accuracy {line['accuracy']:.3f}, acceptance "
+            f"length {line['acceptance_length']:.2f}"
+        )
+
     @staticmethod
     def _loss(metrics: dict[str, float]) -> str:
         """The loss of this update; while labels for the warm start are collected there is none."""
@@ -84,7 +102,10 @@ class Report:
 
 def read_log(output: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's log; a last line that was cut off is left out."""
-    path = output / LOG_FILE
+    return _read_lines(output / LOG_FILE)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -92,6 +113,10 @@ def read_log(output: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def plot_learning(output: Path) -> Path:

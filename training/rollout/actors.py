@@ -23,16 +23,15 @@ class RolloutActor:
 
     def __init__(self, config: TrainConfig, weights: dict[str, Any]):
         from vllm_cospec.training.rollout.engine import Engine
-        from vllm_cospec.training.tasks import load_task
-        from vllm_cospec.training.tasks.rewards import load_reward
+        from vllm_cospec.training.tasks.grading import Graders
 
         self._config = config
         self._failure: Exception | None = None
         try:
-            task = load_task(config.task.name, **config.task.options)
-            self._reward = load_reward(config.task.reward, task)
+            self._graders = Graders(config.task)
             arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
-            self._engine = Engine(config.pair, arbiter)
+            self._engine = Engine(config.pair, arbiter, task=config.task)
+            self._graders.wait_until_ready()
         except Exception as error:
             self._failure = error
 
@@ -47,7 +46,7 @@ class RolloutActor:
 
         raise_plainly(self._failure)
         self._engine.set_arbiter(weights, sample_actions=unit.threshold is None)
-        return roll_out(self._engine, unit, self._config, self._reward)
+        return roll_out(self._engine, unit, self._config, self._graders)
 
 
 def raise_plainly(failure: Exception | None) -> None:

@@ -15,16 +15,14 @@ import numpy as np
 from vllm_cospec.training.rollout.engine import Engine, Request, Response
 
 
-def choose(responses: list[Response], per_response: int, rng: random.Random) -> list[tuple[int, Any]]:
-    """Choose mismatches to branch at, each of a response's with the same chance.
+def choose(response: Response, count: int, rng: random.Random) -> list[Any]:
+    """Choose mismatches of a response to branch at, each with the same chance.
 
-    Those of a block at the very beginning are left out: no token stands before it that a prompt could end with.
+    One whose block began with the response's very first token cannot be: no token stands before the block that a prompt
+    could end with.
     """
-    chosen = []
-    for e, response in enumerate(responses):
-        possible = [d for d in response.decisions if d.output_position > d.block_position]
-        chosen += [(e, d) for d in rng.sample(possible, min(per_response, len(possible)))]
-    return chosen
+    possible = [d for d in response.decisions if d.output_position > d.block_position]
+    return rng.sample(possible, min(count, len(possible)))
 
 
 def written_before(decision: Any) -> int:

@@ -1,92 +1,141 @@
-"""Rolling out: a unit of problems in, episodes and branches out. Runs inside an actor, needs no Ray itself."""
+"""Rolling out: a unit of problems in, episodes and branches out. Runs inside an actor, needs no Ray itself.
+
+A response's branches start, and its answer is graded, as soon as it is done; nothing waits for the slowest of a unit.
+"""
 
 from __future__ import annotations
 
 import random
 import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from vllm_cospec.training.config import TrainConfig
 from vllm_cospec.training.rollout.branches import branch_request, choose, joined
-from vllm_cospec.training.rollout.engine import Engine, Request
+from vllm_cospec.training.rollout.engine import Engine, Request, Response
 from vllm_cospec.training.rollout.episodes import Episodes, saved
 from vllm_cospec.training.rollout.units import Unit
-from vllm_cospec.training.tasks.rewards import Reward, guarded
+from vllm_cospec.training.tasks.grading import Grade, Graders
 
 
-def roll_out(engine: Engine, unit: Unit, config: TrainConfig, reward: Reward) -> Episodes:
+def roll_out(engine: Engine, unit: Unit, config: TrainConfig, graders: Graders) -> Episodes:
     """Generate the responses of a unit, and its branches.
 
     Args:
         engine: with the weights to use.
         unit: the problems.
         config: of the run.
-        reward: of the task.
-
-    Raises:
-        RewardError: the reward function failed.
+        graders: of the task.
     """
-    began = time.perf_counter()
-    rollout, weight = config.rollout, config.learner.speed_weight
-    engine.start_afresh()
-    before = engine.counts()
-    prompts = [engine.encode(problem.prompt) for problem in unit.problems]
-    which = [i for i in range(len(prompts)) for _ in range(rollout.responses_per_prompt)]
-    rng = random.Random(f"{unit.seed}/{unit.iteration}/{unit.first_problem}")
-    requests = [
-        Request(
-            prompts[i], min(rollout.max_tokens, engine.max_model_len - len(prompts[i])), rng.getrandbits(31),
-            rollout.temperature,
-            {} if unit.threshold is None else {"cospec_threshold": unit.threshold},
-        )
-        for i in which
-    ]  # fmt: skip
-    start = time.perf_counter()
-    responses = engine.run(requests)
-    generating = time.perf_counter() - start
-    counted = engine.counts() - before
+    return _Rollout(engine, unit, config, graders).run()
 
-    def score(i: int, text: str) -> float:
-        return guarded(reward, unit.problems[i], text, config.task.reward_timeout_s)
 
-    rewards = [score(i, response.text) for i, response in zip(which, responses, strict=True)]
-    decisions = [(e, decision) for e, response in enumerate(responses) for decision in response.decisions]
-    outcomes: dict[int, tuple[float, float]] = {}
-    generated = sum(len(response.tokens) for response in responses)
-    if config.learner.advantage == "branch" or unit.iteration < config.learner.warm_start_iterations:
-        chosen = choose(responses, rollout.branches_per_response, rng)
+@dataclass
+class _Branch:
+    """The other road at a decision, and what became of it."""
+
+    response: int
+    decision: Any
+    whole: Response | None = None
+    grade: Future[Grade] | None = None
+
+
+class _Rollout:
+    def __init__(self, engine: Engine, unit: Unit, config: TrainConfig, graders: Graders):
+        self._engine, self._unit, self._config, self._graders = engine, unit, config, graders
+        self._rng = random.Random(f"{unit.seed}/{unit.iteration}/{unit.first_problem}")
+        warming = unit.iteration < config.learner.warm_start_iterations
+        self._branching = unit.branches and (config.learner.advantage == "branch" or warming)
+        self._which = [i for i in range(len(unit.problems)) for _ in range(config.rollout.responses_per_prompt)]
+        self._requests: list[Request] = []
+        self._grades: dict[int, Future[Grade]] = {}
+        self._responses: dict[int, Response] = {}
+        self._branches: list[_Branch] = []
+
+    def run(self) -> Episodes:
+        began = time.perf_counter()
+        self._engine.start_afresh()
+        rollout = self._config.rollout
+        prompts = [self._engine.encode(problem.prompt) for problem in self._unit.problems]
+        extra = {} if self._unit.threshold is None else {"cospec_threshold": self._unit.threshold}
+        self._requests = [
+            Request(
+                prompts[i], min(rollout.max_tokens, self._engine.max_model_len - len(prompts[i])),
+                self._rng.getrandbits(31), rollout.temperature, extra,
+            )
+            for i in self._which
+        ]  # fmt: skip
         start = time.perf_counter()
-        branches = engine.run([branch_request(requests[e], responses[e], d) for e, d in chosen])
-        generating += time.perf_counter() - start
-        generated += sum(len(branch.tokens) for branch in branches)
-        number = {id(decision): m for m, (_, decision) in enumerate(decisions)}
-        for (e, decision), branch in zip(chosen, branches, strict=True):
-            whole = joined(engine, responses[e], decision, branch)
-            if whole is None:  # a near-tie went the other way before the mismatch: nothing to compare
-                continue
-            own = rewards[e] + weight * saved(len(responses[e].emitted), len(responses[e].tokens))
-            other = score(which[e], whole.text) + weight * saved(len(whole.emitted), len(whole.tokens))
-            outcomes[number[id(decision)]] = (own, other) if decision.kept else (other, own)
-    m = len(decisions)
-    return Episodes(
-        problem=np.array([unit.first_problem + i for i in which], np.int64),
-        reward=np.array(rewards, np.float64),
-        tokens=np.array([len(response.tokens) for response in responses], np.int64),
-        steps=np.array([len(response.emitted) for response in responses], np.int64),
-        capped=np.array([response.capped for response in responses], bool),
-        texts=[response.text for response in responses],
-        episode=np.array([e for e, _ in decisions], np.int64),
-        statistics=np.stack([d.statistics.numpy() for _, d in decisions]) if m else np.zeros((0, 16), np.float32),
-        kept=np.array([d.kept for _, d in decisions], bool),
-        probability=np.array([d.probability for _, d in decisions], np.float64),
-        output_position=np.array([d.output_position for _, d in decisions], np.int64),
-        branch_decision=np.array(list(outcomes), np.int64),
-        branch_keep=np.array([keep for keep, _ in outcomes.values()], np.float64),
-        branch_drop=np.array([drop for _, drop in outcomes.values()], np.float64),
-        drafts=counted.drafts,
-        accepted=counted.accepted,
-        generated_tokens=generated,
-        generating_s=generating,
-        busy_s=time.perf_counter() - began,
-    )
+        everything = self._engine.run(self._requests, self._finished)
+        generating = time.perf_counter() - start
+        episodes = self._episodes()
+        episodes.generated_tokens = sum(len(response.tokens) for response in everything)
+        episodes.generating_s, episodes.busy_s = generating, time.perf_counter() - began
+        return episodes
+
+    def _finished(self, number: int, response: Response) -> list[Request]:
+        """Grade an answer that is complete; the branches of a response come next."""
+        if number < len(self._requests):
+            self._responses[number] = response
+            self._grades[number] = self._grade(number, response.text)
+            if not self._branching:
+                return []
+            rng = random.Random(f"{self._requests[number].seed}/branches")
+            chosen = choose(response, self._config.rollout.branches_per_response, rng)
+            self._branches += [_Branch(number, decision) for decision in chosen]
+            return [branch_request(self._requests[number], response, decision) for decision in chosen]
+        branch = self._branches[number - len(self._requests)]
+        branch.whole = joined(self._engine, self._responses[branch.response], branch.decision, response)
+        if branch.whole is not None:
+            branch.grade = self._grade(branch.response, branch.whole.text)
+        return []
+
+    def _grade(self, number: int, text: str) -> Future[Grade]:
+        return self._graders.submit(self._unit.problems[self._which[number]], text)
+
+    def _episodes(self) -> Episodes:
+        """Put everything into arrays, in the order of the requests, when the last grade is there."""
+        responses = [self._responses[number] for number in range(len(self._requests))]
+        grades = [self._grades[number].result() for number in range(len(self._requests))]
+        decisions = [(e, decision) for e, response in enumerate(responses) for decision in response.decisions]
+        place = {id(decision): m for m, (_, decision) in enumerate(decisions)}
+        episodes = Episodes(
+            problem=np.array([self._unit.first_problem + i for i in self._which], np.int64),
+            reward=np.array([grade.score for grade in grades], np.float64),
+            tokens=np.array([len(response.tokens) for response in responses], np.int64),
+            steps=np.array([len(response.emitted) for response in responses], np.int64),
+            capped=np.array([response.capped for response in responses], bool),
+            texts=[response.text for response in responses],
+            failures=[grade.failure for grade in grades if grade.failure],
+        )
+        if decisions:
+            episodes.episode = np.array([e for e, _ in decisions], np.int64)
+            episodes.statistics = np.stack([d.statistics.numpy() for _, d in decisions])
+            episodes.kept = np.array([d.kept for _, d in decisions], bool)
+            episodes.probability = np.array([d.probability for _, d in decisions], np.float64)
+            episodes.output_position = np.array([d.output_position for _, d in decisions], np.int64)
+        whole = [branch for branch in self._branches if branch.grade is not None]
+        whole.sort(key=lambda branch: place[id(branch.decision)])
+        episodes.discarded = len(self._branches) - len(whole)
+        if whole:
+            self._add_branches(episodes, whole, place)
+        return episodes
+
+    def _add_branches(self, episodes: Episodes, branches: list[_Branch], place: dict[int, int]) -> None:
+        outcomes = []  # (reward, saved) when the draft token is kept, and when it is not
+        for branch in branches:
+            assert branch.grade is not None
+            assert branch.whole is not None
+            e, grade = branch.response, branch.grade.result()
+            own = episodes.reward[e], saved(episodes.steps[e], episodes.tokens[e])
+            other = grade.score, saved(len(branch.whole.emitted), len(branch.whole.tokens))
+            outcomes.append((own, other) if branch.decision.kept else (other, own))
+            if grade.failure:
+                episodes.failures.append(grade.failure)
+        table = np.array(outcomes, np.float64)  # [B, keep or drop, reward or saved]
+        episodes.branch_decision = np.array([place[id(branch.decision)] for branch in branches], np.int64)
+        episodes.branch_keep, episodes.branch_drop = table[:, 0, 0], table[:, 1, 0]
+        episodes.branch_keep_saved, episodes.branch_drop_saved = table[:, 0, 1], table[:, 1, 1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from vllm_cospec import compat
 from vllm_cospec.arbiter import Arbiter, save_artefact
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.artefact import artefact_config
-from vllm_cospec.training.config import PairConfig
+from vllm_cospec.training.config import PairConfig, TaskConfig
 from vllm_cospec.training.counts import Counts
+from vllm_cospec.training.prompts import Prompts
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # decisions are taken from the worker in this process
 os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"  # they carry the ids that requests were given
@@ -47,10 +49,20 @@ class Response:
     decisions: list[Any] = field(default_factory=list)  # vllm_cospec.runners.trace.Decision, in order
 
 
+Finished = Callable[[int, Response], Iterable[Request]]
+
+
 class Engine:
     """vLLM with or without speculation, one run at a time."""
 
-    def __init__(self, pair: PairConfig, arbiter: dict[str, Any] | None, role: str = "target", stock: bool = False):
+    def __init__(
+        self,
+        pair: PairConfig,
+        arbiter: dict[str, Any] | None,
+        role: str = "target",
+        stock: bool = False,
+        task: TaskConfig | None = None,
+    ):
         """Start the engine.
 
         Args:
@@ -59,6 +71,7 @@ class Engine:
                 training; None for no arbitration.
             role: which model answers: target or draft (then without speculation).
             stock: without an arbiter: speculate as stock vLLM does, instead of not at all.
+            task: how prompts go through the chat template.
         """
         from vllm import LLM
 
@@ -84,17 +97,13 @@ class Engine:
         self._collects = arbiter is not None
         self._engine: Any = self._llm.llm_engine
         self._tokenizer: Any = self._llm.get_tokenizer()
+        self._prompts = Prompts(self._tokenizer, task or TaskConfig())
         self._runs = 0
         self.max_model_len = self._llm.model_config.max_model_len
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a problem, through the chat template where the tokenizer has one."""
-        if self._tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            return self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        return self._tokenizer.encode(prompt)
+        return self._prompts.encode(prompt)
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of a response."""
@@ -112,39 +121,68 @@ class Engine:
         """Forget all prompts, so that what follows does not depend on what came before."""
         self._llm.reset_prefix_cache()
 
-    def run(self, requests: list[Request]) -> list[Response]:
-        """Generate one response per request, in their order."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+    def run(self, requests: Sequence[Request], finished: Finished = lambda number, response: ()) -> list[Response]:
+        """Generate one response per request, in their order.
 
+        Args:
+            requests: what is wanted.
+            finished: called with the number of a request and its response as soon as that is complete; the requests it
+                returns join the others, under the following numbers.
+        """
         self._runs += 1
-        responses = {f"{self._runs}-{i}": Response([], "", [], False) for i in range(len(requests))}
-        for request_id, request in zip(responses, requests, strict=True):
-            params = SamplingParams(
-                max_tokens=request.max_tokens,
-                temperature=request.temperature,
-                seed=request.seed,
-                output_kind=RequestOutputKind.DELTA,
-                extra_args=request.extra,
-            )
-            self._engine.add_request(request_id, {"prompt_token_ids": request.prompt}, params)
+        wanted: list[Request] = []
+        responses: list[Response] = []
+
+        def add(more: Iterable[Request]) -> None:
+            for request in more:
+                self._add(f"{self._runs}-{len(wanted)}", request)
+                wanted.append(request)
+                responses.append(Response([], "", [], False))
+
+        add(requests)
         while self._engine.has_unfinished_requests():
+            complete = []
             for output in self._engine.step():
-                response, completion = responses[output.request_id], output.outputs[0]
+                number, completion = int(output.request_id.partition("-")[2]), output.outputs[0]
+                response = responses[number]
                 if completion.token_ids:
                     response.emitted.append(len(completion.token_ids))
                 response.tokens.extend(completion.token_ids)
                 response.text += completion.text
-                response.capped = completion.finish_reason == "length"
-        if self._collects:
-            for decision in self._llm.collective_rpc("cospec_take_decisions")[0]:
-                if decision.request_id in responses:
-                    responses[decision.request_id].decisions.append(decision)
-        for response, request in zip(responses.values(), requests, strict=True):
-            # tokens of a block beyond the end of the response were never emitted
-            end = len(response.tokens) + request.extra.get("cospec_branch", {}).get("written", 0)
-            response.decisions = [d for d in response.decisions if d.output_position < end]
-        return list(responses.values())
+                if output.finished:
+                    response.capped = completion.finish_reason == "length"
+                    complete.append(number)
+            if complete:
+                self._take_decisions(responses)
+            for number in complete:
+                response = responses[number]
+                # tokens of a block beyond the end of the response were never emitted
+                end = len(response.tokens) + wanted[number].extra.get("cospec_branch", {}).get("written", 0)
+                response.decisions = [d for d in response.decisions if d.output_position < end]
+                add(finished(number, response))
+        return responses
+
+    def _add(self, request_id: str, request: Request) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args=request.extra,
+        )
+        self._engine.add_request(request_id, {"prompt_token_ids": request.prompt}, params)
+
+    def _take_decisions(self, responses: Sequence[Response]) -> None:
+        """Give each response of this run the decisions that were recorded since the last time."""
+        if not self._collects:
+            return
+        for decision in self._llm.collective_rpc("cospec_take_decisions")[0]:
+            run, _, number = decision.request_id.partition("-")
+            if run == str(self._runs):
+                responses[int(number)].decisions.append(decision)
 
     def counts(self) -> Counts:
         """Return vLLM's counts since the engine started; what cospec counts stands in the decisions."""

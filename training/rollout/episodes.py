@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from vllm_cospec.kernels.statistics import NUM_STATISTICS
+
+
+def _floats() -> np.ndarray:
+    return np.zeros(0)
+
+
+def _integers() -> np.ndarray:
+    return np.zeros(0, np.int64)
+
+
+def _flags() -> np.ndarray:
+    return np.zeros(0, bool)
+
+
+def _rows() -> np.ndarray:
+    return np.zeros((0, NUM_STATISTICS), np.float32)
 
 
 @dataclass
 class Episodes:
     """E responses with M decisions in all, and B branches. Arrays, so that they travel cheaply."""
 
-    problem: np.ndarray  # [E] int64, number within the iteration
-    reward: np.ndarray  # [E] float64, the task's
-    tokens: np.ndarray  # [E] int64
-    steps: np.ndarray  # [E] int64, of the target
-    capped: np.ndarray  # [E] bool, ended by max_tokens
-    texts: list[str]
-    episode: np.ndarray  # [M] int64
-    statistics: np.ndarray  # [M, 16] float32
-    kept: np.ndarray  # [M] bool
-    probability: np.ndarray  # [M] float64, of keeping, when it was decided
-    output_position: np.ndarray  # [M] int64
-    branch_decision: np.ndarray  # [B] int64, which decision
-    branch_keep: np.ndarray  # [B] float64, return when its draft token is kept
-    branch_drop: np.ndarray  # [B] float64, return when it is not
-    drafts: int = 0  # blocks verified, as vLLM counts
-    accepted: int = 0  # draft tokens kept in them
+    problem: np.ndarray = field(default_factory=_integers)  # [E] int64, number within the iteration
+    reward: np.ndarray = field(default_factory=_floats)  # [E], the task's
+    tokens: np.ndarray = field(default_factory=_integers)  # [E] int64
+    steps: np.ndarray = field(default_factory=_integers)  # [E] int64, of the target
+    capped: np.ndarray = field(default_factory=_flags)  # [E], ended by max_tokens
+    texts: list[str] = field(default_factory=list)
+    episode: np.ndarray = field(default_factory=_integers)  # [M] int64
+    statistics: np.ndarray = field(default_factory=_rows)  # [M, 16]
+    kept: np.ndarray = field(default_factory=_flags)  # [M]
+    probability: np.ndarray = field(default_factory=_floats)  # [M], of keeping, when it was decided
+    output_position: np.ndarray = field(default_factory=_integers)  # [M] int64
+    branch_decision: np.ndarray = field(default_factory=_integers)  # [B] int64, which decision
+    branch_keep: np.ndarray = field(default_factory=_floats)  # [B], the task's reward when its draft token is kept
+    branch_drop: np.ndarray = field(default_factory=_floats)  # [B], and when it is not
+    branch_keep_saved: np.ndarray = field(default_factory=_floats)  # [B], share of target steps saved when it is kept
+    branch_drop_saved: np.ndarray = field(default_factory=_floats)  # [B], and when it is not
+    discarded: int = 0  # branches that left the road before their mismatch
+    failures: list[str] = field(default_factory=list)  # a sentence about each answer that could not be graded
     generated_tokens: int = 0  # branches included
     generating_s: float = 0.0
     busy_s: float = 0.0
@@ -36,27 +56,41 @@ class Episodes:
     def merge(parts: list[Episodes]) -> Episodes:
         """Put parts end to end; indices are moved along."""
         if not parts:
-            empty = np.zeros(0, np.int64)
-            return Episodes(
-                empty, np.zeros(0), empty, empty, np.zeros(0, bool), [], empty, np.zeros((0, 16), np.float32),
-                np.zeros(0, bool), np.zeros(0), empty, empty, np.zeros(0), np.zeros(0),
-            )  # fmt: skip
-        episodes = np.cumsum([0, *(len(p.problem) for p in parts)])
-        decisions = np.cumsum([0, *(len(p.kept) for p in parts)])
-
-        def joined(name: str, offsets: np.ndarray | None = None) -> np.ndarray:
-            arrays = [getattr(p, name) for p in parts]
-            return np.concatenate(arrays if offsets is None else [a + o for a, o in zip(arrays, offsets, strict=False)])
-
+            return Episodes()
+        merged = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name, value in vars(parts[0]).items()
+            if isinstance(value, np.ndarray)
+        }
+        for name, counted in (("episode", "problem"), ("branch_decision", "kept")):
+            offsets = np.cumsum([0, *(len(getattr(part, counted)) for part in parts[:-1])])
+            merged[name] = np.concatenate(
+                [getattr(part, name) + offset for part, offset in zip(parts, offsets, strict=True)]
+            )
         return Episodes(
-            joined("problem"), joined("reward"), joined("tokens"), joined("steps"),
-            joined("capped"), [text for p in parts for text in p.texts],
-            joined("episode", episodes), joined("statistics"), joined("kept"),
-            joined("probability"), joined("output_position"), joined("branch_decision", decisions),
-            joined("branch_keep"), joined("branch_drop"),
-            *(sum(getattr(p, name) for p in parts)
-              for name in ("drafts", "accepted", "generated_tokens", "generating_s", "busy_s")),
-        )  # fmt: skip
+            **merged,
+            texts=[text for part in parts for text in part.texts],
+            failures=[text for part in parts for text in part.failures],
+            **{
+                name: sum(getattr(part, name) for part in parts)
+                for name in ("discarded", "generated_tokens", "generating_s", "busy_s")
+            },
+        )
+
+    @property
+    def graded(self) -> int:
+        """How many answers were graded: responses, and the other road of each branch."""
+        return len(self.reward) + len(self.branch_decision)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per target step after each response's first, which follows the prompt; 1 where there is none."""
+        steps = int((self.steps - 1).sum())
+        return float((self.tokens - 1).sum()) / steps if steps > 0 else 1.0
+
+    def difference(self) -> np.ndarray:
+        """Return what keeping was worth in reward at each branch, [B]: by how much the two answers differ."""
+        return self.branch_keep - self.branch_drop
 
 
 def saved(steps: Any, tokens: Any) -> Any:

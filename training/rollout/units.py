@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_cospec.training.tasks import Problem
 
@@ -17,6 +17,7 @@ class Unit:
     first_problem: int  # number of the first one within the iteration
     seed: int
     threshold: float | None = None  # None: actions are sampled, as training wants them
+    branches: bool = True  # whether the other road is taken at some mismatches, where the learner wants that
 
     @property
     def key(self) -> tuple[int, int, int, int]:
@@ -26,6 +27,6 @@ class Unit:
     def split(self) -> list[Unit]:
         """One unit per problem."""
         return [
-            Unit(self.iteration, self.index, (problem,), self.first_problem + i, self.seed, self.threshold)
+            replace(self, problems=(problem,), first_problem=self.first_problem + i)
             for i, problem in enumerate(self.problems)
         ]

@@ -13,6 +13,7 @@ from vllm_cospec.training.rollout.engine import Engine
 from vllm_cospec.training.rollout.episodes import Episodes
 from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import load_task
+from vllm_cospec.training.tasks.grading import Graders
 
 pytestmark = pytest.mark.engine
 
@@ -38,7 +39,8 @@ def rolled_out(engine: Engine, initial_keep: float) -> Episodes:
     problems = tuple(task.problems(seed=4, n=4, split="train"))
     learner = Learner(CONFIG.learner.model_copy(update={"initial_keep": initial_keep}), seed=1, updates=1)
     engine.set_arbiter(learner.weights(), sample_actions=True)
-    return roll_out(engine, Unit(0, 0, problems, 0, seed=2), CONFIG, task.score)
+    with Graders(CONFIG.task) as graders:
+        return roll_out(engine, Unit(0, 0, problems, 0, seed=2), CONFIG, graders)
 
 
 def test_v2_collects_decisions_of_the_weights_it_was_given(engine: Engine) -> None:
@@ -50,7 +52,7 @@ def test_v2_collects_decisions_of_the_weights_it_was_given(engine: Engine) -> No
     assert np.isfinite(some.statistics).all()
     always = rolled_out(engine, 1 - 1e-6)
     assert always.kept.all()
-    assert always.accepted / always.drafts > some.accepted / some.drafts
+    assert always.acceptance_length > some.acceptance_length
 
 
 def test_v2_branches_take_the_other_road_and_repeat_themselves(engine: Engine) -> None:

@@ -32,6 +32,8 @@ def episodes(**changes: object) -> Episodes:
         "branch_decision": np.array([1, 3]),
         "branch_keep": np.array([1.0, 0.0]),
         "branch_drop": np.array([0.0, 1.0]),
+        "branch_keep_saved": np.array([0.5, 0.25]),
+        "branch_drop_saved": np.array([0.5, 0.75]),
     }
     return Episodes(**{**arrays, **changes})  # type: ignore[arg-type]
 
@@ -56,7 +58,7 @@ def test_group_of_three_leaves_its_own_out() -> None:
 
 
 def test_branch_advantages_are_the_returns_less_their_mean_under_the_policy() -> None:
-    samples = branch_advantages(episodes(), 0.1)
+    samples = branch_advantages(episodes(), 0.0)
     # decision 1: keep 0.25, returns 1 and 0: mean 0.25; decision 3: keep 0.75, returns 0 and 1: mean 0.25
     assert samples.advantage == pytest.approx([0.75, -0.25, -0.25, 0.75])
     assert samples.weight == pytest.approx([0.25, 0.75, 0.75, 0.25])
@@ -66,12 +68,29 @@ def test_branch_advantages_are_the_returns_less_their_mean_under_the_policy() ->
     assert (samples.weight * samples.advantage).sum() == pytest.approx(0)
 
 
+def test_branch_advantages_count_the_speed_beside_the_answer() -> None:
+    samples = branch_advantages(episodes(), 0.1)
+    # decision 1: 1.05 and 0.05, mean 0.3; decision 3: 0.025 and 1.075, mean 0.75 * 0.025 + 0.25 * 1.075
+    assert samples.advantage == pytest.approx([0.75, 0.025 - 0.2875, -0.25, 1.075 - 0.2875])
+    assert (samples.weight * samples.advantage).sum() == pytest.approx(0)
+    assert list(episodes().difference()) == [1.0, -1.0]  # labels are about answers alone
+
+
+def test_the_acceptance_length_counts_steps_after_the_prompts_own() -> None:
+    # 9 + 9 + 19 + 9 tokens in 4 + 9 + 4 + 4 steps
+    assert episodes().acceptance_length == pytest.approx(46 / 21)
+    assert Episodes().acceptance_length == 1.0
+
+
 def test_merging_moves_indices_along() -> None:
     both = Episodes.merge([episodes(), episodes()])
     assert list(both.episode) == [0, 0, 1, 2, 3, 4, 4, 5, 6, 7]
     assert list(both.branch_decision) == [1, 3, 6, 8]
     assert both.texts == ["a", "b", "c", "d"] * 2
     assert len(Episodes.merge([]).reward) == 0
+    assert len(Episodes.merge([Episodes(), episodes(), Episodes()]).kept) == 5
+    counted = Episodes.merge([episodes(failures=["x"], discarded=2), episodes(discarded=1)])
+    assert (counted.failures, counted.discarded, counted.graded) == (["x"], 3, 12)
 
 
 def test_no_episode_gives_no_sample() -> None:

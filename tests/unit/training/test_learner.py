@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def play(learner: Learner, generator: np.random.Generator, count: int) -> Episod
     steps = np.full(2 * count, 5)
     return Episodes(
         every // 2, np.where(kept, right, 1 - right), 2 * steps, steps, np.zeros(2 * count, bool), [""] * (2 * count),
-        every, x, kept, probability, every, every, right, 1 - right,
+        every, x, kept, probability, every, every, right, 1 - right, np.zeros(2 * count), np.zeros(2 * count),
     )  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def test_the_warm_start_learns_from_labels_alone_and_ignores_ties() -> None:
     metrics = learner.warm_start(x, difference)
     assert metrics["warm_start_labels"] == (difference != 0).sum()
     assert accuracy(learner) > 0.95
-    with pytest.raises(TrainingError, match="no branch changed its answer"):
+    with pytest.raises(TrainingError, match="none of 2000 branches changed its answer"):
         learner.warm_start(x, np.zeros(2000))
 
 
@@ -149,3 +150,24 @@ def test_a_constant_statistic_keeps_its_scale() -> None:
     learner.normalise(x)
     assert (learner.arbiter.scale > 0).all()
     assert learner.arbiter.scale[1] == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nothing_that_is_not_finite_reaches_the_weights(bad: float) -> None:
+    learner = Learner(LearnerConfig(), seed=1, updates=5)
+    x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    learner.normalise(x)
+    before = learner.weights()
+    broken = x.copy()
+    broken[3, 2] = bad
+    difference = np.ones(64)
+    for attempt in (
+        lambda: learner.normalise(broken),
+        lambda: learner.warm_start(broken, difference),
+        lambda: learner.warm_start(x, np.where(np.arange(64) == 5, bad, difference)),
+        lambda: learner.update(replace(samples(1.0), statistics=broken)),
+        lambda: learner.update(replace(samples(1.0), probability=np.full(64, bad))),
+    ):
+        with pytest.raises(TrainingError, match=r"of .* values are not finite"):
+            attempt()
+    assert all(torch.equal(before[name], tensor) for name, tensor in learner.weights().items())

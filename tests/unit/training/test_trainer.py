@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 
-from vllm_cospec.errors import ConfigError
+from vllm_cospec.errors import ConfigError, TrainingError
 from vllm_cospec.server import interruptible
-from vllm_cospec.training.config import LearnerConfig, RolloutConfig, TrainConfig, load_train_config
+from vllm_cospec.training.config import (
+    CalibrationConfig,
+    LearnerConfig,
+    RolloutConfig,
+    SelectionConfig,
+    TaskConfig,
+    TrainConfig,
+    load_train_config,
+)
 from vllm_cospec.training.rollout.episodes import Episodes
+from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import split_of
 from vllm_cospec.training.trainer import Trainer, interrupts_held_back
 
@@ -25,6 +37,8 @@ def config(**changes: object) -> TrainConfig:
         "iterations": 8,
         "rollout": RolloutConfig(prompts_per_iteration=10, prompts_per_unit=4, max_staleness=2, max_tokens=80),
         "learner": LearnerConfig(warm_start_iterations=2, minibatch_size=8),
+        "selection": SelectionConfig(every=0),
+        "calibration": CalibrationConfig(problems=20),
     }
     return DEMO.model_copy(update={**small, **changes})
 
@@ -36,14 +50,15 @@ def episodes(iteration: int, count: int = 40) -> Episodes:
     return Episodes(
         every, better, 2 * steps, steps, np.zeros(count, bool), [""] * count, every,
         generator.normal(size=(count, 16)).astype(np.float32), better > 0, np.full(count, 0.3), every, every,
-        better, 1 - better, drafts=10, accepted=20, generated_tokens=400, generating_s=1.0, busy_s=1.1,
+        better, 1 - better, np.full(count, 0.5), np.full(count, 0.4), generated_tokens=400, generating_s=1.0,
+        busy_s=1.1,
     )  # fmt: skip
 
 
 def advance(trainer: Trainer, until: int) -> None:
     for iteration in range(trainer._version, until):
         trainer._learn(iteration, episodes(iteration))
-        trainer._count(episodes(iteration), 1.0)
+        trainer.tally.count(episodes(iteration), 1.0)
         trainer._save()
 
 
@@ -72,7 +87,7 @@ def test_a_run_restored_from_a_checkpoint_ends_with_the_same_state(tmp_path: Pat
     assert resumed._version == stop
     advance(resumed, 8)
     assert resumed.finished
-    assert resumed.totals == straight.totals
+    assert resumed.tally.totals == straight.tally.totals
     assert all(torch.equal(t, resumed.learner.state()[name]) for name, t in straight.learner.state().items())
     assert resumed._history.keys() == straight._history.keys()
 
@@ -104,7 +119,7 @@ def test_an_iteration_without_any_episode_changes_nothing(tmp_path: Path) -> Non
     before = trainer.learner.weights()
     trainer._learn(3, Episodes.merge([]))
     assert all(torch.equal(before[name], t) for name, t in trainer.learner.weights().items())
-    assert np.isnan(trainer._summary(Episodes.merge([]))["accuracy"])
+    assert np.isnan(trainer.tally.figures(Episodes.merge([]))["accuracy"])
 
 
 def test_the_way_out_of_an_error_may_be_taken_when_a_run_goes_on(tmp_path: Path) -> None:
@@ -138,3 +153,111 @@ def test_a_target_that_is_not_there_is_refused_before_anything_starts(tmp_path: 
     with pytest.raises(ConfigError, match=r"pair.target: no model at .*nowhere"):
         Trainer(config(pair=nowhere), tmp_path / "run", resume=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_iterations_and_calibration_may_be_changed_when_a_run_goes_on(tmp_path: Path) -> None:
+    advance(Trainer(config(), tmp_path / "run", resume=False), 3)
+    longer = config(iterations=12, calibration=CalibrationConfig(problems=50))
+    assert Trainer(longer, tmp_path / "run", resume=True).updates == 3
+    with pytest.raises(ConfigError, match="iterations is 2, and 3 updates have been taken; it may only be raised"):
+        Trainer(config(iterations=2), tmp_path / "run", resume=True)
+
+
+def jsonl_run(path: Path, count: int, start: int = 0) -> TrainConfig:
+    lines = [{"prompt": f"{i}+1?", "answer": str(i + 1)} for i in range(start, start + count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return config(task=TaskConfig(name="jsonl", options={"path": str(path)}))
+
+
+def test_a_run_goes_on_with_its_own_data_only(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    advance(Trainer(jsonl_run(path, 900), tmp_path / "run", resume=False), 2)
+    assert Trainer(jsonl_run(path, 900), tmp_path / "run", resume=True).updates == 2
+    with pytest.raises(ConfigError, match=r"--resume: what task.options.path names has changed since the run began"):
+        Trainer(jsonl_run(path, 900, start=1), tmp_path / "run", resume=True)
+
+
+def test_a_run_goes_on_with_its_own_models_and_reward_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(DEMO.pair.target, target)
+    (tmp_path / "my_reward.py").write_text("def score(problem, text):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = config(pair=DEMO.pair.model_copy(update={"target": str(target)}), task=TaskConfig(reward="my_reward:score"))
+    advance(Trainer(own, tmp_path / "run", resume=False), 2)
+    (tmp_path / "my_reward.py").write_text("def score(problem, text):\n    return 0.0\n")
+    with pytest.raises(ConfigError, match=r"what task.reward names has changed"):
+        Trainer(own, tmp_path / "run", resume=True)
+    (tmp_path / "my_reward.py").write_text("def score(problem, text):\n    return 1.0\n")
+    weights = bytearray((target / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (target / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ConfigError, match=r"what pair.target names has changed"):
+        Trainer(own, tmp_path / "run", resume=True)
+
+
+def test_held_out_problems_are_trained_on_in_no_iteration(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    run = jsonl_run(path, 600).model_copy(update={"selection": SelectionConfig(every=2, problems=400)})
+    trainer = Trainer(run, tmp_path / "run", resume=False)
+    held_out = {problem.prompt for problem in trainer._held_out}
+    assert len(held_out) == 400
+    trained = {p.prompt for i in range(40) for unit in trainer.units(i) for p in unit.problems}
+    assert len(trained) > 70
+    assert not held_out & trained
+
+
+class Held:
+    """Stands for the pool: answers held-out problems with an accuracy that depends on the update."""
+
+    def __init__(self, trainer: Trainer, accuracy: dict[int, float]):
+        self._trainer, self._accuracy = trainer, accuracy
+
+    def submit(self, units: list[Unit], weights: object) -> None:
+        assert all(unit.threshold == 0.5 and not unit.branches for unit in units)
+
+    def collect(self, keys: list[object]) -> list[list[Episodes]]:
+        found = episodes(0, 100)
+        found.reward = (np.arange(100) < 100 * self._accuracy[self._trainer.updates]).astype(float)
+        return [[found]]
+
+
+def test_the_best_checkpoint_on_held_out_problems_is_shipped_also_after_a_resumption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    run = config(selection=SelectionConfig(every=2, problems=4))
+    accuracy = {2: 0.5, 4: 0.8, 6: 0.7, 8: 0.7}
+    trainer = Trainer(run, tmp_path / "run", resume=False)
+    weights, evaluated = {}, []
+    for updates in range(1, 9):
+        advance(trainer, updates)
+        weights[updates] = trainer.learner.weights()
+        if trainer._due():
+            trainer._evaluate(Held(trainer, accuracy))  # type: ignore[arg-type]
+            trainer._save()
+            evaluated.append(updates)
+        if updates == 5:
+            trainer = Trainer(run, tmp_path / "run", resume=True)
+    assert evaluated == [2, 4, 6, 8]
+    assert trainer.finished
+    for own in (trainer, Trainer(run, tmp_path / "run", resume=True)):
+        update, arbiter = own.shipped()
+        assert update == 4
+        assert all(torch.equal(weights[4][name], tensor) for name, tensor in arbiter.state_dict().items())
+
+
+def test_a_run_in_which_nothing_is_telling_ends_with_the_counts(tmp_path: Path) -> None:
+    flat = episodes(0)
+    flat.branch_drop = flat.branch_keep
+    trainer = Trainer(config(), tmp_path / "run", resume=False)
+    trainer._learn(0, flat)
+    with pytest.raises(TrainingError, match="warm start: none of 80 branches changed its answer"):
+        trainer._learn(1, flat)
+    cold = Trainer(config(learner=LearnerConfig(warm_start_iterations=0)), tmp_path / "cold", resume=False)
+    for iteration in range(4):
+        cold._learn(iteration, flat)
+        cold.tally.count(flat, 1.0)
+        if iteration < 3:
+            cold._check_telling(iteration, flat)
+    with pytest.raises(TrainingError, match=r"none of 160 branches at the mismatches of 160 responses changed"):
+        cold._check_telling(3, flat)
