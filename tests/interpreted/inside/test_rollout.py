@@ -23,7 +23,8 @@ CONFIG = TrainConfig(
         engine={"dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "kv_cache_memory_bytes": 2**25,
                 "enforce_eager": True},
     ),
-    rollout=RolloutConfig(max_tokens=14, branches_per_response=1),
+    # the prompt's token and four whole blocks: a response that drops a draft before its last token needs a fifth
+    rollout=RolloutConfig(max_tokens=17, branches_per_response=1),
     learner=LearnerConfig(hidden_sizes=(8,)),
 )  # fmt: skip
 
@@ -52,7 +53,9 @@ def test_v2_collects_decisions_of_the_weights_it_was_given(engine: Engine) -> No
     assert np.isfinite(some.statistics).all()
     always = rolled_out(engine, 1 - 1e-6)
     assert always.kept.all()
-    assert always.acceptance_length > some.acceptance_length
+    assert always.capped.all()
+    assert always.acceptance_length == 4
+    assert some.acceptance_length < 4
 
 
 def test_v2_branches_take_the_other_road_and_repeat_themselves(engine: Engine) -> None:
