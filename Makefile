@@ -15,7 +15,7 @@ COMPAT := 0.33.0
 COMPAT_TESTS := tests/compat tests/unit/test_compat.py tests/engine/test_strict_parity.py tests/engine/test_features.py \
   tests/interpreted/test_in_the_interpreter.py
 
-.PHONY: help venv demo serve test compat lint pair smollm2 code-pair clean
+.PHONY: help venv demo serve test-fast test test-all compat lint pair smollm2 code-pair clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -40,7 +40,13 @@ demo: $(STAMP) ## start a server with the bundled pair, ask it held-out problems
 serve: $(STAMP) ## serve the bundled pair on PORT (8000) until stopped
 	@$(BIN)/cospec demo --serve --port $(PORT)
 
-test: $(STAMP) ## run the tests
+test-fast: $(STAMP) ## run what starts no engine, server, Ray or interpreter, in two processes
+	$(BIN)/pytest -n 2 --dist loadgroup -m 'not engine and not interpreted and not slow'
+
+test: $(STAMP) ## run the tests but the slow ones
+	$(BIN)/pytest -m 'not slow'
+
+test-all: $(STAMP) ## run every test
 	$(BIN)/pytest
 
 # That version exists for GPUs alone: its Python code runs here over the compiled modules of the CPU build.

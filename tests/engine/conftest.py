@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import vllm_cospec.demo
+from vllm_cospec.training.rollout.session import ray_session
 from vllm_cospec.training.tasks import load_task
 
 RunEngine = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """A Ray session."""
+    with ray_session(None, cpus=8):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,7 @@ def test_the_worst_variants_compile_for_every_target_without_spilling(tmp_path: 
     assert [row for row in rows if row["spill_bytes"]] == []
 
 
+@pytest.mark.slow  # checks a committed file
 def test_the_committed_report_covers_every_variant_and_none_spills() -> None:
     rows = json.loads(REPORT.read_text())["offline"]
     done = subprocess.run(
@@ -60,6 +61,7 @@ def test_the_committed_report_covers_every_variant_and_none_spills() -> None:
     assert [row for row in rows if row["spill_bytes"] and not row["kernel"].startswith("_")] == []
 
 
+@pytest.mark.slow  # checks a committed file
 def test_the_committed_measurement_on_the_cpu_stays_within_its_bound() -> None:
     rows = json.loads((BENCHMARKS / "results" / "kernel_cpu.json").read_text())["cpu"]
     assert {row["batch"] for row in rows} == {8, 32}

@@ -180,6 +180,7 @@ class Handle:
         return self._work.remote(unit, seconds, self._actor)
 
 
+@pytest.mark.slow  # measures time
 def test_the_driver_keeps_256_actors_busy() -> None:
     """Units of some seconds, as spread as engines' are: while there is work, no more than a tenth may stand idle."""
     size, per_actor, seconds = 256, 6, 4.0
