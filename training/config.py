@@ -129,8 +129,10 @@ class LearnerConfig(Frozen):
     """branch or group."""
     hidden_sizes: tuple[int, ...] = Field((32, 32), min_length=1, max_length=2, strict=False)
     """Widths of the hidden layers."""
+    start: str | None = None
+    """Directory of an arbiter to go on from, of the same hidden sizes; left out: a new one."""
     initial_keep: float = Field(0.1, gt=0, lt=1)
-    """Probability of keeping before anything is learnt."""
+    """Probability with which a new arbiter keeps a draft."""
     warm_start_iterations: int = Field(4, ge=0)
     """First iterations, whose branch outcomes are collected as labels and fitted; 0 for none."""
     warm_start_epochs: int = Field(30, ge=1)
@@ -236,7 +238,8 @@ def load_train_config(path: Path) -> TrainConfig:
     paths = "path", "test_path", "tokenizer"
     options = {k: locate(v, path) if k in paths else v for k, v in config.task.options.items()}
     task = config.task.model_copy(update={"options": options})
-    return config.model_copy(update={"pair": pair, "task": task})
+    learner = config.learner.model_copy(update={"start": locate(config.learner.start, path)})
+    return config.model_copy(update={"pair": pair, "task": task, "learner": learner})
 
 
 def require_models(pair: PairConfig) -> None:

@@ -35,6 +35,8 @@ def fingerprints(config: TrainConfig) -> dict[str, str]:
         if model is not None and Path(model).is_dir():
             files = sorted({path for pattern in MODEL_FILES for path in Path(model).glob(pattern)})
             found[f"pair.{role}"] = _hash(files)
+    if config.learner.start is not None and Path(config.learner.start).is_dir():
+        found["learner.start"] = _hash(sorted(Path(config.learner.start).glob("*.safetensors")))
     for name in ("path", "test_path"):
         path = config.task.options.get(name)
         if isinstance(path, str) and Path(path).exists():

@@ -8,6 +8,7 @@ With r the ratio of an action's probability now and when it was taken, A its adv
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from vllm_cospec.arbiter import Arbiter
-from vllm_cospec.errors import TrainingError
+from vllm_cospec.arbiter import Arbiter, load_artefact
+from vllm_cospec.errors import ArtefactError, ConfigError, TrainingError
 from vllm_cospec.training.config import LearnerConfig
 from vllm_cospec.training.learning.advantages import Samples
 
@@ -32,6 +33,24 @@ def initial_arbiter(config: LearnerConfig, seed: int) -> Arbiter:
     torch.nn.init.zeros_(last.weight)
     torch.nn.init.constant_(last.bias, float(np.log(config.initial_keep / (1 - config.initial_keep))))
     return arbiter
+
+
+def load_start(directory: str, hidden_sizes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return the weights of an artefact to go on from, its standardisation among them.
+
+    Raises:
+        ConfigError: it is damaged, or has other hidden sizes.
+    """
+    try:
+        arbiter, _ = load_artefact(Path(directory))
+    except ArtefactError as error:
+        raise ConfigError(f"learner.start: {error}") from None
+    if arbiter.hidden_sizes != hidden_sizes:
+        raise ConfigError(
+            f"learner.start: {directory} has hidden sizes {list(arbiter.hidden_sizes)}; set learner.hidden_sizes to "
+            f"them, {list(hidden_sizes)} cannot go on from it"
+        )
+    return arbiter.state_dict()
 
 
 def bernoulli_entropy(logit: Tensor) -> Tensor:
@@ -74,8 +93,10 @@ class Learner:
         """
         self.config = config
         self.arbiter = initial_arbiter(config, seed)
+        self.normalised = config.start is not None
+        if config.start is not None:
+            self.arbiter.load_state_dict(load_start(config.start, self.arbiter.hidden_sizes))
         self.start = copy.deepcopy(self.arbiter)
-        self.normalised = False
         self.updates = updates
         self.updates_done = 0
         self._generator = torch.Generator().manual_seed(seed)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from artefacts import make_config
 
-from vllm_cospec.errors import TrainingError
+from vllm_cospec.arbiter import Arbiter, save_artefact
+from vllm_cospec.errors import ConfigError, TrainingError
 from vllm_cospec.kernels.statistics import INDEX
 from vllm_cospec.training.config import LearnerConfig
 from vllm_cospec.training.learning.advantages import Samples, branch_advantages, group_advantages
@@ -171,3 +174,23 @@ def test_nothing_that_is_not_finite_reaches_the_weights(bad: float) -> None:
         with pytest.raises(TrainingError, match=r"of .* values are not finite"):
             attempt()
     assert all(torch.equal(before[name], tensor) for name, tensor in learner.weights().items())
+
+
+def test_it_goes_on_from_an_arbiter_with_its_standardisation(tmp_path: Path) -> None:
+    first = Learner(LearnerConfig(hidden_sizes=(8,)), seed=3, updates=1)
+    first.normalise(np.random.default_rng(0).normal(2, 3, (50, 16)).astype(np.float32))
+    save_artefact(tmp_path / "a", first.arbiter, make_config(hidden_sizes=(8,)), "card")
+    again = Learner(LearnerConfig(hidden_sizes=(8,), start=str(tmp_path / "a")), seed=4, updates=1)
+    assert again.normalised
+    x = torch.randn(20, 16)
+    assert torch.equal(again.arbiter(x), first.arbiter(x))
+    assert torch.equal(again.start(x), first.arbiter(x))
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    arbiter = Arbiter((8,))
+    save_artefact(tmp_path / "a", arbiter, make_config(hidden_sizes=(8,)), "card")
+    with pytest.raises(ConfigError, match=r"learner.start: .* has hidden sizes \[8\]"):
+        Learner(LearnerConfig(start=str(tmp_path / "a")), seed=1, updates=1)
+    with pytest.raises(ConfigError, match=r"learner.start: .*none"):
+        Learner(LearnerConfig(start=str(tmp_path / "none")), seed=1, updates=1)
