@@ -1,0 +1,90 @@
+"""The code pair's answers: kept so that a run can go on, tabulated by lines that every mode has answered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripts import benchmark
+
+from vllm_cospec.errors import ConfigError
+
+natural = benchmark("natural")
+
+
+def answer(mode: str, problem: int, right: bool, **others: Any) -> dict[str, Any]:
+    fields = {
+        "mode": mode, "problem": problem, "new": problem % 2 == 0, "right": right, "similarity": float(right),
+        "tokens": 10, "steps": 4, "capped": False, "mismatches": 3, "overrides_at": [],
+    }  # fmt: skip
+    return {**fields, **others}
+
+
+def keep(work: Path, rows: list[dict[str, Any]], num_problems: int, tail: str = "") -> Path:
+    work.mkdir()
+    (work / natural.ABOUT).write_text(json.dumps({"num_problems": num_problems}))
+    (work / natural.ANSWERS).write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return work
+
+
+def test_a_learned_mode_names_its_arbiter() -> None:
+    found = natural.contestants(
+        ["strict", "a: learned(threshold=0.3)", "cascade(alpha=0.9)", "draft"], {"a": Path("x")}
+    )
+    assert [(one.mode.kind, one.arbiter, one.engine) for one in found] == [
+        ("strict", None, "pair"), ("learned", Path("x"), "pair"), ("cascade", None, "pair"), ("draft", None, "draft"),
+    ]  # fmt: skip
+    assert found[1].mode.settings == {"threshold": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("mode", "sentence"),
+    [
+        ("learned", "no arbiter is called ''"),
+        ("b: learned", "no arbiter is called 'b'; pass --arbiter b=DIRECTORY"),
+        ("a: cascade(alpha=0.9)", "only learned takes an arbiter's name"),
+    ],
+)
+def test_a_mode_that_cannot_be_asked_is_refused(mode: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=r"--mode: ") as refused:
+        natural.contestants([mode], {"a": Path("x")})
+    assert sentence in str(refused.value)
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
+    work = keep(tmp_path / "a", [answer("strict", 0, True)], 1, tail='{"mode": "strict", "prob')
+    assert [row["problem"] for row in natural.read_answers(work)] == [0]
+
+
+def test_the_acceptance_length_is_delivered_tokens_per_step_behind_the_prompts(tmp_path: Path) -> None:
+    rows = [answer("strict", 0, True), answer("strict", 1, False, tokens=1, steps=1, overrides_at=[2, 5])]
+    found, _ = natural.outcomes(keep(tmp_path / "a", rows, 2))
+    assert found["strict"].counts.acceptance_length == pytest.approx(9 / 3)
+    assert (found["strict"].counts.mismatches, found["strict"].counts.overrides) == (6, 2)
+
+
+def test_only_modes_with_every_line_are_shown_and_paired_with_strict(tmp_path: Path) -> None:
+    right = {"strict": [1, 0, 0, 0], "cascade(alpha=0.9)": [1, 1, 1, 0]}
+    rows = [answer(mode, i, bool(r)) for mode, given in right.items() for i, r in enumerate(given)]
+    rows.append(answer("draft", 0, True))
+    work = keep(tmp_path / "a", rows, 4)
+    table = natural.rows_of(work)
+    assert list(table) == ["strict", "cascade(alpha=0.9)"]
+    paired = table["cascade(alpha=0.9)"]["paired_vs_target"]
+    assert (paired["difference"], paired["gained"], paired["lost"]) == (0.5, 2, 0)
+    assert (table["strict"]["accuracy_new_lines"], table["strict"]["num_new_lines"]) == (0.5, 2)
+    compared = natural.against(natural.outcomes(work)[0], ["cascade(alpha=0.9)"], ["strict", "draft"])
+    assert list(compared) == ["cascade(alpha=0.9) - strict"]
+
+
+def test_each_rule_is_tuned_by_accuracy_and_then_by_length() -> None:
+    def row(name: str, accuracy: float, length: float) -> dict[str, Any]:
+        return {"mode": name, "accuracy": accuracy, "acceptance_length": length}
+
+    rows = [
+        row("strict", 0.9, 2), row("draft", 0.9, 1), row("a: learned", 0.9, 3), row("random(rate=0.3)", 0.9, 3),
+        row("cascade(alpha=0.8)", 0.5, 2.5), row("cascade(alpha=0.9)", 0.5, 2.6), row("kl(max_kl=1.0)", 0.4, 3),
+    ]  # fmt: skip
+    assert natural.tuned({r["mode"]: r for r in rows}) == {"cascade": "cascade(alpha=0.9)", "kl": "kl(max_kl=1.0)"}
