@@ -97,10 +97,7 @@ def _identity(one: Launch) -> tuple[Any, ...]:
 def _describe(one: Launch, dtype: str, policy: str) -> str:
     flags = one.arguments
     if one.name == "given_verdict_kernel":
-        return " ".join(
-            ["V1,", "greedy" if flags["temperature_ptr"] is None else "sampled"]
-            + (["with draft probabilities"] if flags["draft_probability_ptr"] is not None else [])
-        )
+        return "V1, greedy" if flags["ratio_ptr"] is None else "V1, sampled"
     words = [dtype]
     if flags.get("SEPARATE"):
         words.append("processed fp32")

@@ -104,7 +104,7 @@ def compare(vocab_size: int, batch: int, k: int, agreement: float, rounds: int) 
 
         def run_ours() -> Any:
             proposed = Proposals(drafts, draft_logits)
-            ours._recorder._blocks = {name: Block(proposed, row) for row, name in enumerate(ours._runner.requests)}
+            ours.recorder._blocks = {name: Block(proposed, row) for row, name in enumerate(ours._runner.requests)}
             return ours(metadata, None, logits, sampling)
 
         ours._settings = replace(ours._settings, collect=True)

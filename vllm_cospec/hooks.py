@@ -110,6 +110,8 @@ HOOKS: tuple[Hook, ...] = (
          ("self", "load_dummy_weights"), "cpu"),
     Hook("install before warm-up", "vllm.v1.worker.gpu_worker:Worker.load_model",
          ("self", "load_dummy_weights"), "gpu"),
+    Hook("draw seeded drafts on the device", f"{V2}.sample.gumbel:gumbel_sample",
+         ("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature", "is_drafting"), "gpu"),
     Hook("replace verification", f"{V2_SAMPLER}.__init__", ("self", "sampler", "spec_config", "device"), "v2"),
     Hook("replace verification", f"{V2_SAMPLER}._verify",
          ("self", "logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping", "idx_mapping_np",

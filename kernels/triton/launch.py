@@ -52,7 +52,7 @@ def arbitrate_given(rows: Rows, given: Verdict, slots: Slots, program: Program, 
     """Verify one step whose strict verdict was reached elsewhere (Model Runner V1); nothing is drawn.
 
     Args:
-        rows: the step; its processed logits are the raw ones, those that count are the verdict's.
+        rows: the step; its processed logits are the raw ones, what is legal is the verdict's.
         given: the verdict.
         slots, program, counters: as for :func:`arbitrate`.
 
@@ -60,7 +60,7 @@ def arbitrate_given(rows: Rows, given: Verdict, slots: Slots, program: Program, 
         ValueError: the rows have processed logits of their own.
     """
     if rows.separate:
-        raise ValueError("a given verdict brings its own processed logits")
+        raise ValueError("a given verdict says itself what is legal: pass the raw logits alone")
     stages = _Stages(rows, slots, program, counters)
     stages.statistics(None, None)  # the verdict has weighed the draft already
     stages.verdicts(None, None)
@@ -137,11 +137,8 @@ class _Stages:
     def given_verdicts(self, given: Verdict) -> None:
         """Put a given verdict over the one that :meth:`verdicts` has reached."""
         verdict.given_verdict_kernel[(given.draft_tokens.shape[0],)](
-            self._row_ints, self._row_floats, self._rows.first, self._rows.request_slot,
-            given.draft_tokens, given.request, given.proposed, given.proposed.stride(0),
-            given.processed, given.processed.stride(0), given.argmax, given.temperature,
-            given.probabilities, given.draft_probabilities, given.recovered, given.uniform, given.processed.shape[1],
-            PADDED_STEPS=self._padded_steps,
+            self._row_ints, self._row_floats, given.draft_tokens, given.request, given.accepted, given.tokens,
+            given.legal, given.ratio, given.uniform,
             num_warps=1,
         )  # fmt: skip
 
@@ -272,18 +269,11 @@ class Server:
         )
 
     def verdicts(self) -> list[Verdict]:
-        """Return a verdict of every form: of a greedy batch, of sampled ones without and with draft probabilities."""
-        k, integer = self.num_steps, torch.int32
-        drafts, place = self.constant(k, 1), self.constant(k, 0, torch.int64)
-        logits = torch.zeros(k, self.vocab_size, device=self.device)
-        proposed = torch.ones(self.num_slots, k, dtype=integer, device=self.device)
-        common = (drafts, place, proposed, logits, place, self.constant(self.num_slots, 0, torch.int64))
-        temperature, uniform = self.constant(1, 1, torch.float32), self.constant(k, 1, torch.float64)
-        return [
-            Verdict(*common),
-            Verdict(*common, temperature, logits, None, drafts, uniform),
-            Verdict(*common, temperature, logits, logits, drafts, uniform),
-        ]
+        """Return a verdict of every form: of a greedy batch, of a sampled one."""
+        k, yes = self.num_steps, torch.ones(self.num_steps, dtype=torch.bool, device=self.device)
+        place, drawn = self.constant(k, 0, torch.int64), self.constant(k, 1, torch.float32)
+        common = (self.constant(k, 1), place, yes, place, yes, self.constant(self.num_slots, 0, torch.int64))
+        return [Verdict(*common), Verdict(*common, drawn, drawn)]
 
 
 def warm_up(server: Server, program: Program) -> None:

@@ -67,19 +67,16 @@ class Slots:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A strict verdict reached elsewhere: what stock drew for N drafts, which lie in the order of their rows."""
+    """A strict verdict reached elsewhere, on N drafts that lie in the order of their rows."""
 
-    draft_tokens: Tensor  # [N] int32
+    draft_tokens: Tensor  # [N] int32, negative for what the drafter has not proposed, which is never kept
     request: Tensor  # [N] int64, whose draft it is
-    proposed: Tensor  # [S, K] int32, what the drafter proposed in each slot; a request with other drafts is strict
-    processed: Tensor  # [N, V] float32, decides what is legal
-    argmax: Tensor  # [N] int64, of the processed logits
+    accepted: Tensor  # [N] bool
+    tokens: Tensor  # [N] int64, emitted where the draft is not kept
+    legal: Tensor  # [N] bool, whether the request's settings allow the draft
     seed: Tensor  # [S] int64, of sampled actions; training
-    temperature: Tensor | None = None  # [B] float32, 0 for greedy requests; None, as the rest, when all are greedy
-    probabilities: Tensor | None = None  # [N, V] float32, of the target
-    draft_probabilities: Tensor | None = None  # [N, V] float32, None for drafts without probabilities
-    recovered: Tensor | None = None  # [N] int32, emitted where a sampled request's draft is not kept
-    uniform: Tensor | None = None  # [N] float64
+    ratio: Tensor | None = None  # [N] float32, of the probabilities of target and draft; 0 for greedy requests
+    uniform: Tensor | None = None  # [N] float32, 1 for greedy requests; both None where all requests are greedy
 
 
 @dataclass(frozen=True)

@@ -263,69 +263,31 @@ def row_kernel(
     tl.store(row_floats_ptr + LOGIT_DRAFT, logit_draft)
 
 
-@triton.jit(
-    do_not_specialize=["proposed_stride", "processed_stride", "vocab_size"],
-    do_not_specialize_on_alignment=["cu_num_logits_ptr", "request_slot_ptr", "request_ptr"],
-)
+@triton.jit(do_not_specialize_on_alignment=["request_ptr"])  # part of a larger tensor
 def given_verdict_kernel(
     row_ints_ptr,  # [num_rows, ROW_INTS] int32, written
     row_floats_ptr,  # [num_rows, ROW_FLOATS] float32, written
-    cu_num_logits_ptr,  # [B + 1]
-    request_slot_ptr,  # [B]
     draft_ptr,  # [N] int32
-    request_ptr,  # [N]
-    proposed_ptr,  # [S, K] int32
-    proposed_stride,
-    processed_ptr,  # [N, V] float32
-    processed_stride,
-    argmax_ptr,  # [N] int64
-    temperature_ptr,  # [B] float32, or None, as the rest
-    probability_ptr,  # [N, V] float32
-    draft_probability_ptr,  # [N, V] float32 or None
-    recovered_ptr,  # [N] int32
-    uniform_ptr,  # [N] float64
-    vocab_size,
-    PADDED_STEPS: tl.constexpr,  # more than K
+    request_ptr,  # [N] int64
+    accepted_ptr,  # [N] bool
+    token_ptr,  # [N] int64
+    legal_ptr,  # [N] bool
+    ratio_ptr,  # [N] float32, or None, as the next
+    uniform_ptr,  # [N] float32
 ):
     index = tl.program_id(0).to(tl.int64)
-    request = tl.load(request_ptr + index).to(tl.int64)
-    start = tl.load(cu_num_logits_ptr + request).to(tl.int64)
-    num_drafts = tl.load(cu_num_logits_ptr + request + 1).to(tl.int64) - start - 1
-    row = index + request  # every request before has one row without a draft
+    row = index + tl.load(request_ptr + index)  # every request before has one row without a draft
     row_ints_ptr += row * ROW_INTS
     row_floats_ptr += row * ROW_FLOATS
-    token = tl.load(draft_ptr + index)
-    known = (token >= 0) & (token < vocab_size)
-
-    steps = tl.arange(0, PADDED_STEPS)
-    present = steps < num_drafts
-    drafts = tl.load(draft_ptr + (start - request) + steps, mask=present, other=0)
-    slot = tl.load(request_slot_ptr + request).to(tl.int64)
-    proposed = tl.load(proposed_ptr + slot * proposed_stride + steps, mask=present, other=0)
-    junk = tl.max((drafts != proposed).to(tl.int32), axis=0)
-
-    emitted = tl.load(argmax_ptr + index).to(tl.int32)
-    accepted = token == emitted
     ratio = 0.0
     uniform = 1.0
-    if temperature_ptr is not None:  # noqa: SIM102 - chosen at compile time, the next at run time
-        if tl.load(temperature_ptr + request) != 0.0:
-            place = index * processed_stride + token  # probabilities are laid out as the logits are
-            p = tl.load(probability_ptr + place, mask=known, other=0.0)
-            q = tl.full((), 1.0, tl.float32)
-            if draft_probability_ptr is not None:
-                q = tl.load(draft_probability_ptr + place, mask=known, other=0.0)
-            drawn = tl.load(uniform_ptr + index)
-            possible = known & (q > 0.0)
-            accepted = possible & (p / q >= drawn)  # in float64, as stock
-            emitted = tl.load(recovered_ptr + index).to(tl.int32)
-            ratio = tl.where(possible, p / q, 0.0)
-            uniform = drawn.to(tl.float32)
-    legal = tl.load(processed_ptr + index * processed_stride + token, mask=known, other=-INFINITY)
-    is_open = (tl.load(row_ints_ptr + STATUS) == OPEN) & (tl.abs(legal) < INFINITY)
-    status = tl.where((junk != 0) | (token < 0), NO_DRAFT, tl.where(is_open, OPEN, CLOSED))
-    tl.store(row_ints_ptr + ACCEPTED, accepted.to(tl.int32))
-    tl.store(row_ints_ptr + STRICT_TOKEN, emitted)
-    tl.store(row_ints_ptr + STATUS, status)
+    if ratio_ptr is not None:
+        ratio = tl.load(ratio_ptr + index)
+        uniform = tl.load(uniform_ptr + index)
+    is_open = (tl.load(row_ints_ptr + STATUS) == OPEN) & (tl.load(legal_ptr + index) != 0)
+    nothing = tl.load(draft_ptr + index) < 0
+    tl.store(row_ints_ptr + ACCEPTED, (tl.load(accepted_ptr + index) != 0).to(tl.int32))
+    tl.store(row_ints_ptr + STRICT_TOKEN, tl.load(token_ptr + index).to(tl.int32))
+    tl.store(row_ints_ptr + STATUS, tl.where(nothing, NO_DRAFT, tl.where(is_open, OPEN, CLOSED)))
     tl.store(row_floats_ptr + RATIO, ratio)
     tl.store(row_floats_ptr + UNIFORM, uniform)

@@ -18,4 +18,18 @@ class MendedCPUWorker(CPUWorker):
         """Load the models, then mend the drafter, where there is a model to draft with."""
         super().load_model(load_dummy_weights=load_dummy_weights)
         if hasattr(self.model_runner.drafter, "_sample_from_logits"):
-            SeededDrafts(self.model_runner)
+            self.seed_drafts()
+
+    def seed_drafts(self) -> None:
+        """Draw the drafts of seeded requests by their seeds."""
+        SeededDrafts(self.model_runner)
+
+
+class MendedDeviceWorker(MendedCPUWorker):
+    """The same with the random numbers of a GPU."""
+
+    def seed_drafts(self) -> None:
+        """As the base's."""
+        from vllm_cospec.runners.device_recorder import SeededDeviceDrafts
+
+        SeededDeviceDrafts(self.model_runner)

@@ -35,7 +35,7 @@ def exponential_noise(rows: Tensor, seeds: list[int], positions: list[int]) -> T
 
 
 class SeededDrafts:
-    """Wraps a V1 drafter on the CPU: seeded requests draw their drafts by (seed, position).
+    """Wraps a V1 drafter: seeded requests draw their drafts by (seed, position). On the CPU.
 
     Every draft is drawn by stock first, so that unseeded requests get what stock gives them.
     """
@@ -72,14 +72,27 @@ class SeededDrafts:
         if probabilities is None:  # drafts are not drawn
             return tokens, probabilities
         if self._seeds:
-            rows = list(self._seeds)
-            drawn = probabilities[rows]
-            noise = exponential_noise(drawn, list(self._seeds.values()), self._positions[rows].tolist())
-            tokens[rows] = sample_with_exponential_noise(drawn, noise)
+            tokens = self.draw_again(tokens, probabilities, self._seeds, self._positions)
         if first_choice is not None:
             tokens = torch.where(sampling_metadata.temperature < GREEDY_BELOW, first_choice, tokens)
         self._positions = self._positions + 1
         return tokens, probabilities
+
+    def draw_again(self, tokens: Tensor, probabilities: Tensor, seeds: dict[int, int], positions: Tensor) -> Tensor:
+        """Return the tokens [B] with those of seeded requests drawn by seed and position.
+
+        Args:
+            tokens: [B], may be overwritten.
+            probabilities: float32 [B, V].
+            seeds: by row.
+            positions: int [B].
+        """
+        rows = list(seeds)
+        drawn = probabilities[rows]
+        tokens[rows] = sample_with_exponential_noise(
+            drawn, exponential_noise(drawn, list(seeds.values()), positions[rows].tolist())
+        )
+        return tokens
 
 
 class ThrownAwayDraws:

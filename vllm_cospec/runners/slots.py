@@ -147,8 +147,12 @@ class PlacedSlots:
         self._overrides = OverrideCounts(self.size, runner.device)
         self._send()
 
-    def place(self) -> np.ndarray:
-        """Return the slot of every request of the runner's batch, int64 [B]; newcomers are given one."""
+    def place(self) -> tuple[np.ndarray, list[int]]:
+        """Give newcomers a slot.
+
+        Returns:
+            The slot of every request of the runner's batch, int64 [B]; which of them have been given just now.
+        """
         batch = [self._runner.requests[request_id] for request_id in self._runner.input_batch.req_ids]
         slots = np.array([getattr(request, SLOT, -1) for request in batch], np.int64)
         new = np.flatnonzero(slots < 0)
@@ -159,22 +163,42 @@ class PlacedSlots:
                 self._give(slot, batch[index])
                 slots[index] = slot
             self._send()
-        return slots
+        return slots, slots[new].tolist()
+
+    def slot_of(self, request: Any) -> int | None:
+        """Return the slot of a request, None if it has none."""
+        slot = getattr(request, SLOT, -1)
+        return None if slot < 0 else slot
+
+    def leave(self, request: Any) -> None:
+        """Take a preempted request's slot; its count goes with it."""
+        slot = self.slot_of(request)
+        if slot is not None:
+            setattr(request, OVERRIDES, self._overrides.leave(slot))
+            setattr(request, SLOT, -1)
+            self._owners[slot] = lambda: None
 
     def arbitrated(self, slots: np.ndarray) -> np.ndarray:
-        """Return which of these slots' requests are arbitrated."""
+        """Return which of these slots' requests want to be arbitrated, bool [B]."""
         return self._integers[0, slots] != 0
 
-    def on_device(self) -> tuple[Slots, Tensor]:
-        """Return the table as the kernels take it, and the seeds of sampled actions, int64 [S]."""
+    def on_device(self, left_out: np.ndarray) -> tuple[Slots, Tensor]:
+        """Return the table as the kernels take it, and the seeds of sampled actions, int64 [S].
+
+        Args:
+            left_out: slots that are strict in this step, whatever they want.
+        """
         columns = dict(zip(_INTEGERS, self._sent[0], strict=True))
+        if len(left_out):
+            arbitrated = self._integers[0].copy()
+            arbitrated[left_out] = 0
+            columns["arbitrated"] = async_tensor_h2d(arbitrated, self._runner.device)
         return Slots(threshold=self._sent[1], overrides_so_far=self._overrides.on_device, **columns), self._sent[2]
 
     def _give(self, slot: int, request: Any) -> None:
         before = self._owners[slot]()
-        if before is not None:  # preempted: it takes its count along
-            setattr(before, OVERRIDES, self._overrides.leave(slot))
-            setattr(before, SLOT, -1)
+        if before is not None:
+            self.leave(before)
         entry = slot_entry(request.sampling_params, self._settings)
         self._integers[:, slot] = (
             entry.arbitrated, entry.max_overrides, entry.exact_tokens, request.num_prompt_tokens - entry.written,

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.rejection_sampler import (
+    GREEDY_TEMPERATURE,
     RejectionSampler,
     apply_sampling_constraints,
     generate_uniform_probs,
@@ -25,7 +27,9 @@ from vllm.v1.sample.rejection_sampler import (
 )
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from vllm_cospec.health import REASONS, Reason
 from vllm_cospec.runners.seeds import ThrownAwayDraws
+from vllm_cospec.runners.v1_drafter import V1Drafter
 
 
 @dataclass
@@ -53,33 +57,60 @@ class Draws:
     recovered: Tensor  # [N] int32
 
 
+@dataclass(frozen=True)
+class StrictVerdict:
+    """What strict verification says of each of N draft positions by itself."""
+
+    accepted: Tensor  # [N] bool
+    target_tokens: Tensor  # [N] int64, emitted where the draft is not kept
+    argmax: Tensor  # [N] int64, of the processed logits
+    acceptance_ratio: Tensor | None  # [N] float32, None when every request is greedy
+    uniform: Tensor | None  # [N] float32
+
+
 class V1Sampler(RejectionSampler):
     """Verifies drafts with a policy at the mismatches."""
+
+    reads_in_place: ClassVar[bool] = False
+    """Whether :meth:`scan` takes rows out of all logits, so that unprocessed ones need no copy."""
+
+    recorder: V1Drafter
 
     def __init__(self, runner: Any):
         super().__init__(runner.rejection_sampler.sampler, runner.speculative_config, runner.device)
         self._runner = runner
         self._thrown_away = ThrownAwayDraws(runner)
+        self._left_out = np.zeros(0, bool)  # [B], requests that want to be arbitrated and whose drafts are not whole
 
-    def open_step(self, request_ids: Sequence[str], num_draft_tokens: Sequence[int]) -> np.ndarray:
-        """A step of the runner's batch begins.
-
-        Returns:
-            Which requests come with placeholders that nobody proposed, bool [B].
-        """
+    def open_step(self, request_ids: Sequence[str]) -> None:
+        """A step of the runner's batch begins: take what was proposed for it."""
         raise NotImplementedError
 
-    def find_arbitrated(self, metadata: SpecDecodeMetadata) -> bool:
-        """Match the drafts with what was proposed; returns whether any of the requests is arbitrated."""
-        raise NotImplementedError
-
-    def find_probabilities(self, metadata: SpecDecodeMetadata, given: Tensor | None) -> Tensor | None:
+    def find_probabilities(
+        self, metadata: SpecDecodeMetadata, given: Tensor | None, sampling_metadata: Any
+    ) -> Tensor | None:
         """Return what the drafts were drawn from, [N, V]; ``given`` is what the runner found."""
+        raise NotImplementedError
+
+    def find_wanted(self) -> np.ndarray:
+        """Return which requests of the step want to be arbitrated, bool [B]."""
+        raise NotImplementedError
+
+    def find_reasons(self, metadata: SpecDecodeMetadata) -> list[Reason | None]:
+        """Return why the drafts of each request are not whole, None where they are, as far as the host knows."""
+        raise NotImplementedError
+
+    def count_unhealthy(self, positions: np.ndarray) -> None:
+        """Count positions that are verified strictly, int64 [R] in the order of ``REASONS``."""
         raise NotImplementedError
 
     def scan(self, step: V1Step) -> Tensor:
         """Decide; returns the tokens of every request, int32 [B, max_spec_len + 1], padded with -1."""
         raise NotImplementedError
+
+    def best_tokens(self, logits: Tensor) -> Tensor:
+        """Return the index of each row's maximum, int64 [N]."""
+        return logits.argmax(dim=-1)
 
     def forward(
         self, metadata: SpecDecodeMetadata, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any
@@ -96,15 +127,17 @@ class V1Sampler(RejectionSampler):
         if len(request_ids) != len(metadata.num_draft_tokens):  # vLLM's dummy batches
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
         self._thrown_away.hide()
-        placeholders = self.open_step(request_ids, metadata.num_draft_tokens)
+        self.recorder.computed()
+        self.open_step(request_ids)
+        placeholders = self.recorder.find_placeholders(request_ids, metadata.num_draft_tokens)
         if placeholders.any():
             metadata, draft_probs, logits, sampling_metadata = _without(
                 placeholders, metadata, draft_probs, logits, sampling_metadata
             )
-        draft_probs = self.find_probabilities(metadata, draft_probs)
+        draft_probs = self.find_probabilities(metadata, draft_probs, sampling_metadata)
         # When all drafts of a step were trimmed away, stock's top-k fails on the CPU for want of a row.
         stock_fails = not len(metadata.draft_token_ids) and sampling_metadata.top_k is not None
-        if not self.find_arbitrated(metadata) and not stock_fails:
+        if not self._find_arbitrated(metadata) and not stock_fails:
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
         bonus = self.sampler(
             logits=logits[metadata.bonus_logits_indices],
@@ -129,6 +162,46 @@ class V1Sampler(RejectionSampler):
             )
         return SamplerOutput(sampled_token_ids=output, logprobs_tensors=logprobs)
 
+    def _find_arbitrated(self, metadata: SpecDecodeMetadata) -> bool:
+        """Match the drafts with what was proposed; returns whether any of the requests is arbitrated."""
+        wanted = self.find_wanted()
+        self._left_out = np.zeros(len(wanted), bool)
+        if not wanted.any():
+            return False
+        unhealthy = np.zeros(len(REASONS), np.int64)
+        for i, (reason, n) in enumerate(zip(self.find_reasons(metadata), metadata.num_draft_tokens, strict=True)):
+            if reason is not None and wanted[i]:
+                self._left_out[i] = True
+                unhealthy[REASONS.index(reason)] += max(n, 1)
+        if unhealthy.any():
+            self.count_unhealthy(unhealthy)
+        return bool((wanted & ~self._left_out).any())
+
+    def strict_verdict(self, step: V1Step) -> StrictVerdict:
+        """Decide every position as strict verification does."""
+        drafts = step.metadata.draft_token_ids.long()
+        best = self.best_tokens(step.processed) if len(drafts) else drafts
+        if step.rows is not None:
+            best = best[step.rows]
+        if step.draws is None:
+            return StrictVerdict(drafts == best, best, best, None, None)
+        uniform = step.draws.uniform
+        index = drafts.clamp(0, step.processed.shape[1] - 1).unsqueeze(1)
+        p = step.draws.probabilities.gather(1, index).squeeze(1)
+        q = torch.ones_like(p)
+        if step.draft_probabilities is not None:
+            q = step.draft_probabilities.gather(1, index).squeeze(1)
+        possible = (drafts >= 0) & (q > 0)
+        ratio = torch.where(possible, p / q, 0.0)
+        sampled = _of_each_draft(step.sampling.temperature != GREEDY_TEMPERATURE, step.metadata)
+        return StrictVerdict(
+            accepted=torch.where(sampled, possible & (ratio >= uniform), drafts == best),  # in float64, as stock
+            target_tokens=torch.where(sampled, step.draws.recovered.long(), best),
+            argmax=best,
+            acceptance_ratio=torch.where(sampled, ratio, 0.0),
+            uniform=torch.where(sampled, uniform, 1.0).float(),
+        )
+
     def _process(
         self,
         metadata: SpecDecodeMetadata,
@@ -138,8 +211,8 @@ class V1Sampler(RejectionSampler):
         sampling_metadata: Any,
     ) -> V1Step:
         """Process the logits as stock does, and draw its random numbers."""
-        rows, drafts = None, metadata.draft_token_ids
-        if logits.device.type == "cpu" and logits.dtype == torch.float32 and _unprocessed(sampling_metadata):
+        rows, drafts, untouched = None, metadata.draft_token_ids, _unprocessed(sampling_metadata)
+        if self.reads_in_place and logits.dtype == torch.float32 and untouched:
             raw, rows = logits, metadata.target_logits_indices  # no copy: most rows are read but once
         else:
             raw = logits[metadata.target_logits_indices].to(torch.float32)
@@ -149,10 +222,12 @@ class V1Sampler(RejectionSampler):
         if rows is not None:
             legal = known & raw[rows, index].isfinite()
         elif len(drafts):
-            processed = self.apply_logits_processors(raw.clone(), sampling_metadata, metadata)
+            if not untouched:
+                processed = self.apply_logits_processors(raw.clone(), sampling_metadata, metadata)
             legal = known & processed.gather(1, index.unsqueeze(1)).squeeze(1).isfinite()
-            processed = apply_sampling_constraints(processed, metadata.cu_num_draft_tokens, sampling_metadata)
-            legal &= _allowed_by_own(sampling_metadata, metadata, processed, index)
+            if not untouched:
+                processed = apply_sampling_constraints(processed, metadata.cu_num_draft_tokens, sampling_metadata)
+                legal &= _allowed_by_own(sampling_metadata, metadata, processed, index)
         step = V1Step(metadata, sampling_metadata, logits, raw, rows, processed, legal, bonus_tokens, draft_probs, None)
         if len(drafts) and not sampling_metadata.all_greedy:
             step.draws = self._draw(metadata, draft_probs, processed, sampling_metadata)
@@ -180,6 +255,12 @@ class V1Sampler(RejectionSampler):
         return Draws(uniform, probabilities, recovered)
 
 
+def _of_each_draft(values: Tensor, metadata: SpecDecodeMetadata) -> Tensor:
+    """Repeat what is known of each request for each of its drafts, [B] -> [N]; nothing waits for the device."""
+    counts = async_tensor_h2d(np.array(metadata.num_draft_tokens, np.int64), values.device)
+    return values.repeat_interleave(counts, output_size=sum(metadata.num_draft_tokens))
+
+
 def _allowed_by_own(
     sampling_metadata: Any, metadata: SpecDecodeMetadata, processed: Tensor, index: Tensor
 ) -> Tensor | bool:
@@ -187,16 +268,14 @@ def _allowed_by_own(
 
     vLLM masks rows of the others too, as soon as one request sets them: tokens whose probability rounds to zero.
     """
-    device, restricted = processed.device, None
+    restricted = None
     for values, nothing in ((sampling_metadata.top_k, processed.shape[1]), (sampling_metadata.top_p, 1)):
         if values is not None:
             own = values < nothing
             restricted = own if restricted is None else restricted | own
     if restricted is None:
         return True
-    counts = torch.tensor(metadata.num_draft_tokens).to(device, non_blocking=True)
-    restricted = restricted.repeat_interleave(counts, output_size=len(index))
-    return ~restricted | processed.gather(1, index.unsqueeze(1)).squeeze(1).isfinite()
+    return ~_of_each_draft(restricted, metadata) | processed.gather(1, index.unsqueeze(1)).squeeze(1).isfinite()
 
 
 def _without(
@@ -211,18 +290,18 @@ def _without(
     owner = np.repeat(np.arange(len(counts)), counts + 1)  # of each row
     local = np.concatenate([np.arange(n + 1) for n in counts])
     kept_rows = ~placeholders[owner] | (local == 0)
-    kept_drafts = torch.from_numpy(np.flatnonzero(~placeholders[np.repeat(np.arange(len(counts)), counts)]))
+    kept_drafts = np.flatnonzero(~placeholders[np.repeat(np.arange(len(counts)), counts)])
     counts = np.where(placeholders, 0, counts)
     ends = np.cumsum(counts + 1)
     device = logits.device
-    rows = torch.from_numpy(np.flatnonzero(kept_rows)).to(device)
-    kept_drafts = kept_drafts.to(device)
+    rows = async_tensor_h2d(np.flatnonzero(kept_rows), device)
+    drafts = async_tensor_h2d(kept_drafts, device)
 
     def on_device(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int32)).to(device)
+        return async_tensor_h2d(values.astype(np.int32), device)
 
     reduced = SpecDecodeMetadata(
-        draft_token_ids=metadata.draft_token_ids[kept_drafts],
+        draft_token_ids=metadata.draft_token_ids[drafts],
         num_draft_tokens=counts.tolist(),
         cu_num_draft_tokens=on_device(np.cumsum(counts)),
         cu_num_sampled_tokens=on_device(ends),
@@ -235,7 +314,7 @@ def _without(
     if spec_token_ids is not None:
         spec_token_ids = [[] if hidden else own for own, hidden in zip(spec_token_ids, placeholders, strict=False)]
         sampling_metadata = replace(sampling_metadata, spec_token_ids=spec_token_ids)
-    return reduced, None if draft_probs is None else draft_probs[kept_drafts], logits[rows], sampling_metadata
+    return reduced, None if draft_probs is None else draft_probs[drafts], logits[rows], sampling_metadata
 
 
 def _unprocessed(sampling_metadata: Any) -> bool:

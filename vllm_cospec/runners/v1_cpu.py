@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.v1.sample.rejection_sampler import GREEDY_TEMPERATURE
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_cospec.config import Settings
-from vllm_cospec.health import REASONS, Reason
+from vllm_cospec.health import Reason
 from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.cpu import Batch, BatchResult, Requests, argmax, verify_batch
 from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
@@ -36,25 +35,17 @@ class RequestState:
     overrides: int = 0
 
 
-@dataclass
-class StrictVerdict:
-    """What strict verification says of each of N draft positions by itself."""
-
-    accepted: Tensor  # [N] bool
-    target_tokens: Tensor  # [N] int64, emitted where the draft is not kept
-    argmax: Tensor  # [N] int64, of the processed logits
-    acceptance_ratio: Tensor | None  # [N] float32, None when every request is greedy
-    uniform: Tensor | None  # [N] float32
-
-
 class CoSpecRejectionSampler(V1Sampler):
     """Verifies drafts on the CPU with a policy at the mismatches."""
+
+    reads_in_place = True
+    recorder: Recorder
 
     def __init__(self, runner: Any, settings: Settings, counters: Counters | None):
         super().__init__(runner)
         self._settings = settings
         self._counters = counters
-        self._recorder = Recorder(runner, settings)
+        self.recorder = Recorder(runner, settings)
         self._blocks: list[Block | None] = []  # of the requests of the running step
         self.decisions: list[Decision] = []
         self.sample_actions = False
@@ -65,41 +56,42 @@ class CoSpecRejectionSampler(V1Sampler):
 
             self._arbiter, _ = load_artefact(Path(settings.policy.arbiter))
 
-    def open_step(self, request_ids: Sequence[str], num_draft_tokens: Sequence[int]) -> np.ndarray:
+    def open_step(self, request_ids: Sequence[str]) -> None:
         """As the base's."""
-        self._recorder.computed()
-        self._blocks = self._recorder.take(request_ids)
-        return self._recorder.find_placeholders(request_ids, num_draft_tokens)
+        self._blocks = self.recorder.take(request_ids)
 
-    def find_probabilities(self, metadata: SpecDecodeMetadata, given: Tensor | None) -> Tensor | None:
+    def find_probabilities(
+        self, metadata: SpecDecodeMetadata, given: Tensor | None, sampling_metadata: Any
+    ) -> Tensor | None:
         """As the base's."""
         own = draft_probabilities(self._blocks, metadata.num_draft_tokens, metadata.draft_token_ids)
         return given if own is None else own
 
-    def find_arbitrated(self, metadata: SpecDecodeMetadata) -> bool:
+    def find_wanted(self) -> np.ndarray:
         """As the base's."""
         self._states = [
             self._state(self._runner.requests[request_id]) for request_id in self._runner.input_batch.req_ids
         ]
-        arbitrated = [state.settings.arbitrated for state in self._states]
-        self._whole = np.ones(len(arbitrated), bool)
-        if not any(arbitrated):
-            return False
-        unhealthy = np.zeros(len(REASONS), np.int64)
-        drafts, end = metadata.draft_token_ids.numpy(), 0
-        for i, (block, n) in enumerate(zip(self._blocks, metadata.num_draft_tokens, strict=True)):
-            start, end = end, end + n
-            reason = _reason(block, drafts[start:end])
-            if reason is not None and arbitrated[i]:
-                self._whole[i] = False
-                unhealthy[REASONS.index(reason)] += max(n, 1)
-        if unhealthy.any() and self._counters is not None:
-            self._counters.add(0, unhealthy[:0], unhealthy)
-        return bool((self._whole & arbitrated).any())
+        return np.array([state.settings.arbitrated for state in self._states], bool)
+
+    def find_reasons(self, metadata: SpecDecodeMetadata) -> list[Reason | None]:
+        """As the base's."""
+        ends = np.cumsum(metadata.num_draft_tokens)[:-1]
+        drafts = np.split(metadata.draft_token_ids.numpy(), ends)
+        return [_reason(block, own) for block, own in zip(self._blocks, drafts, strict=True)]
+
+    def count_unhealthy(self, positions: np.ndarray) -> None:
+        """As the base's."""
+        if self._counters is not None:
+            self._counters.add(0, positions[:0], positions)
+
+    def best_tokens(self, logits: Tensor) -> Tensor:
+        """As the base's."""
+        return argmax(logits)
 
     def scan(self, step: V1Step) -> Tensor:
         """As the base's."""
-        verdict = _strict_verdict(step)
+        verdict = self.strict_verdict(step)
         requests = self._requests()
         batch = Batch(
             draft_tokens=step.metadata.draft_token_ids.long(),
@@ -161,8 +153,8 @@ class CoSpecRejectionSampler(V1Sampler):
             forced_at = np.array([b.decided_at if b else -1 for b in branches], np.int64)
             forced_keep = np.array([b.keep if b else False for b in branches])
         return Requests(
-            arbitrated=np.array([s.arbitrated for s in settings]) & self._whole,
-            junk=~self._whole,
+            arbitrated=np.array([s.arbitrated for s in settings]) & ~self._left_out,
+            junk=self._left_out,
             output_position=written + np.array([len(request.output_token_ids) for request in cached], np.int64),
             overrides_so_far=np.array([state.overrides for state in self._states], np.int64),
             max_overrides=np.array(
@@ -229,33 +221,6 @@ def _reason(block: Block | None, drafts: np.ndarray) -> Reason | None:
     if block.reason is None and not np.array_equal(block.tokens[: len(drafts)], drafts):
         return Reason.LOST
     return block.reason
-
-
-def _strict_verdict(step: V1Step) -> StrictVerdict:
-    """Decide every position as strict verification does."""
-    drafts, sampling = step.metadata.draft_token_ids.long(), step.sampling
-    best = argmax(step.processed) if len(drafts) else drafts
-    if step.rows is not None:
-        best = best[step.rows]
-    if step.draws is None:
-        return StrictVerdict(drafts == best, best, best, None, None)
-    uniform = step.draws.uniform.float()
-    index = drafts.clamp(0, step.processed.shape[1] - 1).unsqueeze(1)
-    p = step.draws.probabilities.gather(1, index).squeeze(1)
-    q = torch.ones_like(p)
-    if step.draft_probabilities is not None:
-        q = step.draft_probabilities.gather(1, index).squeeze(1)
-    ratio = torch.where(q > 0, p / q, 0.0)
-    sampled = (sampling.temperature != GREEDY_TEMPERATURE).repeat_interleave(
-        torch.tensor(step.metadata.num_draft_tokens)
-    )
-    return StrictVerdict(
-        accepted=torch.where(sampled, (drafts >= 0) & (q > 0) & (ratio >= uniform), drafts == best),
-        target_tokens=torch.where(sampled, step.draws.recovered.long(), best),
-        argmax=best,
-        acceptance_ratio=torch.where(sampled, ratio, 0.0),
-        uniform=torch.where(sampled, uniform, 1.0),
-    )
 
 
 def install(runner: Any, settings: Settings, engine_index: int) -> CoSpecRejectionSampler:

@@ -1,4 +1,7 @@
-"""A request's text is a function of the request and the server's settings, whatever runs beside it; interpreted V2."""
+"""A request's text is a function of the request and the server's settings, whatever runs beside it.
+
+On interpreted V2, and on V1 with the path for GPUs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from processes import DEMO, generate
 
 pytestmark = pytest.mark.engine
 
-COUNT = 60
 # room for three blocks of drafts in a step, and in the cache for two long requests or a few short ones
 PRESSED: dict[str, Any] = {
     "block_size": 32, "max_num_seqs": 6, "max_num_batched_tokens": 32, "num_gpu_blocks_override": 9
@@ -31,24 +33,29 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_sixty_requests_in_company_get_the_texts_they_get_alone(draft: Path) -> None:
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(("v1", "count"), [(False, 60), (True, 12)], ids=["v2", "v1 on a device"])
+def test_requests_in_company_get_the_texts_they_get_alone(v1: bool, count: int, draft: Path) -> None:
     entries: list[dict[str, Any]] = [
-        {"prompt": prompt, **params} for prompt, params in mixed_requests(COUNT, seed=11, max_tokens=20)
+        {"prompt": prompt, **params} for prompt, params in mixed_requests(count, seed=11, max_tokens=20)
     ]
     run = generate(
         {"method": "cospec", "model": str(draft), "num_speculative_tokens": 7, "collect": True},
         [*([entry] for entry in entries), entries],
+        v1=v1,
         **PRESSED,
     )
-    alone, company = [texts[0] for texts in run["tokens"][:COUNT]], run["tokens"][COUNT]
-    differing = {i: (entries[i], alone[i], company[i]) for i in range(COUNT) if alone[i] != company[i]}
+    assert run["sampler"] == f"vllm_cospec.runners.{'v1_gpu' if v1 else 'v2'}"
+    alone, company = [texts[0] for texts in run["tokens"][:count]], run["tokens"][count]
+    differing = {i: (entries[i], alone[i], company[i]) for i in range(count) if alone[i] != company[i]}
     assert differing == {}
     assert run["metrics"]["vllm:num_preemptions"] > 0
-    assert sum(d["kept"] for d in run["decisions"]) > COUNT / 2
+    assert sum(d["kept"] for d in run["decisions"]) > count / 4
     assert set(run["unhealthy"]) == {"context"}
 
 
-def test_ngram_and_a_rule_in_company() -> None:
+@pytest.mark.parametrize("v1", [False, True], ids=["v2", "v1 on a device"])
+def test_ngram_and_a_rule_in_company(v1: bool) -> None:
     entries: list[dict[str, Any]] = [
         {"prompt": prompt, **params} for prompt, params in mixed_requests(12, seed=3, max_tokens=20, grammar=False)
     ]
@@ -58,6 +65,7 @@ def test_ngram_and_a_rule_in_company() -> None:
             "arbiter": {"policy": "random", "rate": 0.6}, "collect": True,
         },
         [*([entry] for entry in entries), entries],
+        v1=v1,
         **PRESSED,
     )  # fmt: skip
     assert run["tokens"][len(entries)] == [texts[0] for texts in run["tokens"][: len(entries)]]

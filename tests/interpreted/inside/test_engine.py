@@ -163,7 +163,7 @@ def test_v1_on_a_device_serves_strict_requests_as_stock_v1_does_and_arbitrates_t
         {"method": "draft_model", "draft_sample_method": "probabilistic"},
         [requests(), requests(temperature=1.0)],
         v1=True,
-        worker_cls="mended_worker.MendedCPUWorker",
+        worker_cls="mended_worker.MendedDeviceWorker",
     )
     batches = [requests(strict=half), requests(strict=half, temperature=1.0), requests(strict=(True,) * 4)]
     ours = generate({"method": "cospec", "arbiter": str(artefact), "collect": True, "threshold": 0.4}, batches, v1=True)

@@ -11,15 +11,18 @@ import arbitration_cases as cases
 import numpy as np
 import pytest
 import torch
+import v1_cases
+from vllm.v1.worker.gpu.sample import gumbel
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_cospec import compat
 from vllm_cospec.config import Settings
+from vllm_cospec.health import REASONS
 from vllm_cospec.kernels.policies import Kl
 from vllm_cospec.kernels.triton import draft, launch, scan, target, verdict
 from vllm_cospec.kernels.triton.policies import compile_policy
 from vllm_cospec.kernels.triton.step import Slots
-from vllm_cospec.runners import v1_gpu, v2
+from vllm_cospec.runners import v1, v1_gpu, v2
 from vllm_cospec.runners.v2_drafter import Arbitrated
 from vllm_cospec.workers.gpu import CoSpecGPUWorker
 
@@ -76,7 +79,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **kwargs: names.append(self.name)
 
-    for module in (target, verdict, draft, scan, launch.stock):
+    for module in (target, verdict, draft, scan, launch.stock, gumbel):
         for name in list(vars(module)):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(name))
@@ -93,7 +96,8 @@ def settings_of(directory: Path) -> Settings:
 
 
 def counters() -> Any:
-    return SimpleNamespace(on_device=torch.zeros(K + 1, dtype=torch.int64, device=META), export=lambda: None)
+    on_device = torch.zeros(K + 1 + len(REASONS), dtype=torch.int64, device=META)
+    return SimpleNamespace(on_device=on_device, unhealthy=on_device[K + 1 :], export=lambda: None)
 
 
 def test_verification_on_v2_waits_for_nothing(launched: list[str], tmp_path: Path) -> None:
@@ -133,48 +137,46 @@ def test_drafting_and_verification_on_v1_wait_for_nothing(
 ) -> None:
     # stock draws these; its kernels cannot run on meta tensors
     monkeypatch.setattr(
-        v1_gpu, "sample_recovered_tokens", lambda *args: torch.zeros(args[3].shape, dtype=torch.int32, device=META)
+        v1, "sample_recovered_tokens", lambda *args: torch.zeros(args[3].shape, dtype=torch.int32, device=META)
     )
+    monkeypatch.setattr(v1, "apply_sampling_constraints", lambda logits, *rest: logits)
     monkeypatch.setattr(v1_gpu, "DeviceCounters", lambda *args: counters())
-    ids, counts = ["a", "b", "c"], [K, 0, 2]
-    drafter = SimpleNamespace(model=SimpleNamespace(compute_logits=lambda hidden: torch.zeros(3, VOCAB, device=META)))
-    drafter._sample_draft_tokens = None  # the recorder puts its own there
-    drafter._sample_from_logits = lambda logits, metadata: (logits.argmax(-1), None)
-    drafter.propose = lambda: torch.stack([drafter._sample_draft_tokens(None, None)[0] for _ in range(K)], 1)
-    runner = SimpleNamespace(
-        device=META, max_num_reqs=4, drafter=drafter, input_batch=SimpleNamespace(req_ids=ids),
-        rejection_sampler=SimpleNamespace(sampler=SimpleNamespace(logprobs_mode="raw_logprobs")),
-        speculative_config=None, positions=torch.zeros(64, dtype=torch.int64, device=META),
-        model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, head_dtype=torch.bfloat16),
-        requests={name: Request() for name in ids},
-    )  # fmt: skip
+    ids = ["a", "b", "c", "late"]
+    runner = v1_cases.Runner(ids, {"b": {"cospec_policy": "strict"}})
+    seeded = runner.requests["c"].sampling_params
+    assert seeded is not None
+    seeded.seed = 5
+    runner.device, runner.positions = META, torch.zeros(64, dtype=torch.int64, device=META)
+    sampling = v1_cases.Step(0, ids[:3], 1.0).sampling()
+    sampling.temperature = torch.ones(3, device=META)
+
+    class Drafter(v1_cases.Drafter):
+        def propose(self, **_: Any) -> torch.Tensor:
+            return torch.stack([self._sample_draft_tokens(step, sampling)[0] for step in range(K)], 1)
+
+        def _sample_from_logits(self, logits: torch.Tensor, metadata: Any, step: Any = None) -> Any:
+            return logits.argmax(-1), logits.softmax(-1)
+
+    runner.drafter = Drafter()
+    runner.drafter.model.compute_logits = lambda hidden: torch.zeros(3, v1_cases.VOCAB, device=META)
     sampler = v1_gpu.CoSpecRejectionSampler(runner, settings_of(tmp_path), None)
-    drafter.propose()
+    runner.input_batch.req_ids, runner.input_batch.num_reqs = ids[:3], 3
+    runner.drafter.propose(common_attn_metadata=SimpleNamespace(seq_lens=torch.zeros(3, device=META)))
 
-    def on_device(size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(size, dtype=dtype, device=META)
-
-    rows = sum(counts) + len(counts)
-    metadata = SimpleNamespace(
-        num_draft_tokens=counts, max_spec_len=K, draft_token_ids=on_device(sum(counts), torch.int32),
-        cu_num_draft_tokens=on_device(3, torch.int32), target_logits_indices=on_device(sum(counts), torch.int32),
-        logits_indices=on_device(rows, torch.int32),
-    )  # fmt: skip
-    sampling = SimpleNamespace(all_greedy=False, generators={}, temperature=on_device(3, torch.float32))
-    output = sampler._arbitrate(
-        metadata, None, torch.zeros(rows, VOCAB, dtype=torch.bfloat16, device=META),
-        torch.zeros(sum(counts), VOCAB, device=META), on_device(3, torch.int64), sampler._table.place(), sampling,
-    )  # fmt: skip
+    step = v1_cases.Step(0, ids[:3], 1.0)
+    metadata = step.metadata()
+    for name, value in vars(metadata).items():
+        if isinstance(value, torch.Tensor):
+            setattr(metadata, name, value.to(META))
+    runner.input_batch.num_computed_tokens_cpu = np.zeros(3, np.int32)
+    runner.query_start_loc = SimpleNamespace(np=np.cumsum([0, *(n + 1 for n in step.num_drafts)]))
+    bonus = torch.zeros(3, 1, dtype=torch.int64, device=META)
+    monkeypatch.setattr(sampler.sampler, "forward", lambda **_: SimpleNamespace(sampled_token_ids=bonus))
+    output = sampler(metadata, None, step.logits.to(META), sampling).sampled_token_ids
     assert output.device == META
     assert output.shape == (3, K + 1)
     assert output.dtype == torch.int32
     assert launched == [
-        "target_statistics_kernel", "row_kernel", "given_verdict_kernel", "draft_statistics_kernel", "scan_kernel"
+        *["_gumbel_sample_kernel"] * K, "target_statistics_kernel", "row_kernel", "given_verdict_kernel",
+        "draft_statistics_kernel", "scan_kernel",
     ]  # fmt: skip
-
-
-class Request:
-    """As much of vLLM's CachedRequestState as the adapter touches."""
-
-    num_prompt_tokens = 3
-    sampling_params = None

@@ -83,19 +83,16 @@ def step(server: Server, program: Program, counts: list[int], first_row: int, se
 
 def given(server: Server, drafts: int, batch: int, form: int) -> Verdict:
     """A verdict of one of the forms that :meth:`Server.verdicts` knows, on as many drafts."""
-    warm = server.verdicts()[form]
+    drawn = torch.zeros(drafts) if server.verdicts()[form].ratio is not None else None
     return Verdict(
         torch.ones(drafts, dtype=torch.int32),
         torch.zeros(drafts + 3, dtype=torch.int64)[3:],  # part of a larger tensor
-        torch.ones(SLOTS, server.num_steps, dtype=torch.int32),
-        torch.zeros(drafts, server.vocab_size),
+        torch.ones(drafts, dtype=torch.bool),
         torch.zeros(drafts, dtype=torch.int64),
+        torch.ones(drafts, dtype=torch.bool),
         torch.zeros(SLOTS, dtype=torch.int64),
-        None if warm.temperature is None else torch.ones(batch),
-        None if warm.probabilities is None else torch.zeros(drafts, server.vocab_size),
-        None if warm.draft_probabilities is None else torch.zeros(drafts, server.vocab_size),
-        None if warm.recovered is None else torch.zeros(drafts, dtype=torch.int32),
-        None if warm.uniform is None else torch.zeros(drafts, dtype=torch.float64),
+        drawn,
+        drawn,
     )
 
 
@@ -114,7 +111,7 @@ def missed(vocab: int, k: int, dtype: torch.dtype, has_draft: bool, v1: bool) ->
             with recorded_launches(*variants.MODULES) as served:
                 for counts in ([1], [k + 1], [2, 1, k + 1], [k + 1] * 16):
                     for first_row in (0,) if v1 else (0, 1, 3, 8):
-                        for variant in range(3 if v1 else 2):
+                        for variant in range(2):
                             if v1 and sum(counts) == len(counts):
                                 continue  # without a draft the runner asks stock
                             step(server, program, counts, first_row, not v1 and variant == 1, variant if v1 else None)
