@@ -7,6 +7,7 @@ and so on those that ``training/pairs/`` builds in the user's cache. Imports no 
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from importlib.resources import files
@@ -42,6 +43,12 @@ class PairConfig(Frozen):
         if self.draft is None and self.draft_method not in ("ngram", "suffix", "mtp"):
             raise ValueError("draft: missing; name a draft model, or a draft_method that needs none (ngram)")
         return self
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share one engine: tensor times pipeline parallelism."""
+        sizes = (self.engine.get(f"{kind}_parallel_size") for kind in ("tensor", "pipeline"))
+        return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
 
     def speculative_config(self, arbiter: str | dict[str, Any] | None) -> dict[str, Any]:
         """Return vLLM's speculative configuration for this pair.
@@ -94,7 +101,7 @@ class RolloutConfig(Frozen):
     cpus_per_actor: float = Field(1.0, ge=0)
     """CPUs Ray reserves for each; also its number of OpenMP threads on a machine without GPUs, at least 1."""
     gpus_per_actor: float = Field(0.0, ge=0)
-    """GPUs Ray reserves for each."""
+    """GPUs Ray reserves for each, all on one node; with ``pair.engine.tensor_parallel_size`` as many as that."""
     prompts_per_iteration: int = Field(256, ge=1)
     """Problems between two updates."""
     prompts_per_unit: int = Field(64, ge=1)
@@ -207,6 +214,12 @@ class TrainConfig(Frozen):
             raise ValueError(
                 f"rollout.responses_per_prompt: {self.rollout.responses_per_prompt} is too few for group advantages; "
                 f"use at least 2"
+            )
+        ranks = self.pair.ranks
+        if 0 < self.rollout.gpus_per_actor < ranks:
+            raise ValueError(
+                f"rollout.gpus_per_actor: {self.rollout.gpus_per_actor:g} is too few for an engine of {ranks} ranks "
+                f"(pair.engine); set it to {ranks}"
             )
         if self.learner.warm_start_iterations >= self.iterations:
             raise ValueError(

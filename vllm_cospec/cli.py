@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_cospec.errors import CoSpecError
+from vllm_cospec.errors import ConfigError, CoSpecError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -119,11 +119,17 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; 
 @app.command()
 def train(
     config: Annotated[Path, typer.Option(help="TOML file, see training/configs and docs/training.md.")],
-    output: Annotated[Path, typer.Option(help="Directory for checkpoints, logs, plots and the arbiter.")],
+    output: Annotated[Path | None, typer.Option(help="Directory for checkpoints, logs, plots and the arbiter.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that directory.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Check the run and say what it will do; start nothing.")] = False,
 ) -> None:
     """Train an arbiter for a pair of models by reinforcement learning, and calibrate it."""
     commands = _training_commands()
+    if plan:
+        commands.show_plan(config, Console())
+        return
+    if output is None:
+        raise ConfigError("--output: missing; name a directory for the run, or pass --plan")
     try:
         commands.train(config, output, resume, Console())
     except KeyboardInterrupt as stopped:  # typer would end without a word

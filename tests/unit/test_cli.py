@@ -92,6 +92,8 @@ WRONG = {
     "unknown advantage": (["train", "--config", "learner.toml", "--output", "x"], "learner.advantage: unknown 'gae'"),
     "broken problems": (["train", "--config", "jsonl.toml", "--output", "x"], "p.jsonl, line 2: not valid JSON"),
     "no option": (["train", "--output", "x"], "Missing option '--config'"),
+    "no output": (["train", "--config", "run.toml"], "--output: missing; name a directory for the run, or pass --plan"),
+    "plan of nothing": (["train", "--plan", "--config", "nosuch"], "nosuch: cannot be read"),
     "too few problems": (["evaluate", "--mode", "strict", "--problems", "0"], "Invalid value for '--problems'"),
     "no such port": (["demo", "--port", "99999"], "Invalid value for '--port'"),
     "no such command": (["nosuch"], "No such command 'nosuch'"),
@@ -179,3 +181,13 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     code, _, err = cospec("train", "--config", "run.toml", "--output", "x")
     assert code == 130
     assert err == "cospec: stopped after update 0 of 9; continue with --resume (checkpoints are in x)\n"
+
+
+def test_a_plan_is_shown_and_nothing_is_written(cospec: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(BUNDLED)
+    before = sorted(tmp_path.iterdir())
+    code, out, _ = cospec("train", "--plan", "--config", "run.toml")
+    assert code == 0
+    assert "calibration" in out
+    assert "made up as they are needed" in out
+    assert sorted(tmp_path.iterdir()) == before
