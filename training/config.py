@@ -134,6 +134,12 @@ class LearnerConfig(Frozen):
 
     advantage: str = "branch"
     """branch or group."""
+    objective: Literal["policy_gradient", "labels"] = "policy_gradient"
+    """How branches teach. policy_gradient: each iteration's once, as the gradient at their mismatches. labels: all of
+    the run's, again and again; which action was worth more is fitted, weighted with by how much. labels needs fewer
+    branches where few of them change an answer, with a weight_decay of about 3. For advantage = "branch" only."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, times the learning rate at each step: weights that nothing speaks for shrink."""
     hidden_sizes: tuple[int, ...] = Field((32, 32), min_length=1, max_length=2, strict=False)
     """Widths of the hidden layers."""
     start: str | None = None
@@ -214,6 +220,11 @@ class TrainConfig(Frozen):
             raise ValueError(
                 f"rollout.responses_per_prompt: {self.rollout.responses_per_prompt} is too few for group advantages; "
                 f"use at least 2"
+            )
+        if self.learner.objective == "labels" and self.learner.advantage != "branch":
+            raise ValueError(
+                f'learner.objective: "labels" are those of branches; set learner.advantage = "branch" instead of '
+                f'"{self.learner.advantage}", or leave it out'
             )
         ranks = self.pair.ranks
         if 0 < self.rollout.gpus_per_actor < ranks:

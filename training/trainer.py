@@ -26,7 +26,7 @@ from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError, TrainingError
 from vllm_cospec.training.config import TrainConfig
 from vllm_cospec.training.continuation import check_continuation, fingerprints, settings_of
-from vllm_cospec.training.learning.advantages import load_advantage
+from vllm_cospec.training.learning.advantages import branch_returns, load_advantage
 from vllm_cospec.training.learning.checkpoint import Checkpoint, load_latest, save_checkpoint
 from vllm_cospec.training.learning.learner import Learner
 from vllm_cospec.training.measure.report import Report
@@ -76,7 +76,8 @@ class Trainer:
         self.tally = Tally(config.rollout.actors)
         self._version = 0
         self._history: dict[int, Weights] = {0: self.learner.weights()}
-        self._labels: list[tuple[np.ndarray, np.ndarray]] = []
+        self._labels: list[tuple[np.ndarray, np.ndarray]] = []  # of the warm start
+        self._branches: list[tuple[np.ndarray, np.ndarray]] = []  # statistics and worth of all, where they are fitted
         self._set_aside: list[str] = []
         self._evaluated = 0  # the update that was evaluated last
         self._best: tuple[int, float, Weights] | None = None  # updates, worth, weights
@@ -240,14 +241,21 @@ class Trainer:
         if not self.learner.normalised and len(episodes.statistics):
             self.learner.normalise(episodes.statistics)
         metrics: dict[str, float] = {}
+        learner = self.config.learner
+        if learner.objective == "labels":
+            kept, dropped = branch_returns(episodes, learner.speed_weight)
+            self._branches.append((episodes.statistics[episodes.branch_decision], kept - dropped))
         if iteration < self._warm:
             self._labels.append((episodes.statistics[episodes.branch_decision], episodes.difference()))
             if iteration == self._warm - 1:
                 statistics, difference = (np.concatenate(parts) for parts in zip(*self._labels, strict=True))
                 metrics = self.learner.warm_start(statistics, difference)
                 self._labels = []
+        elif learner.objective == "labels":
+            statistics, worth = (np.concatenate(parts) for parts in zip(*self._branches, strict=True))
+            metrics = self.learner.fit(statistics, worth, len(episodes.branch_decision))
         else:
-            metrics = self.learner.update(self._advantage(episodes, self.config.learner.speed_weight))
+            metrics = self.learner.update(self._advantage(episodes, learner.speed_weight))
         self._version = iteration + 1
         self._history[self._version] = self.learner.weights()
         oldest = min(self.version_for(self._version), self._version)
@@ -273,9 +281,10 @@ class Trainer:
         tensors = self.learner.state()
         for version, weights in self._history.items():
             tensors |= {f"history.{version}.{name}": tensor for name, tensor in weights.items()}
-        for i, (statistics, difference) in enumerate(self._labels):
-            tensors[f"labels.{i}.statistics"] = torch.from_numpy(statistics)
-            tensors[f"labels.{i}.difference"] = torch.from_numpy(difference)
+        for kind, kept in (("labels", self._labels), ("branches", self._branches)):
+            for i, (statistics, difference) in enumerate(kept):
+                tensors[f"{kind}.{i}.statistics"] = torch.from_numpy(statistics)
+                tensors[f"{kind}.{i}.difference"] = torch.from_numpy(difference)
         if self._best is not None:
             tensors |= {f"best.0.{name}": tensor for name, tensor in self._best[2].items()}
         facts = {
@@ -295,15 +304,17 @@ class Trainer:
         self._version, self._evaluated = checkpoint.updates, facts["evaluated"]
         self.tally = Tally(self.config.rollout.actors, facts["totals"])
         self._set_aside = facts["set_aside"]
-        parts: dict[str, dict[int, dict[str, Any]]] = {"history": {}, "labels": {}, "best": {}}
+        parts: dict[str, dict[int, dict[str, Any]]] = {"history": {}, "labels": {}, "branches": {}, "best": {}}
         for name, tensor in checkpoint.tensors.items():
             kind, _, rest = name.partition(".")
             number, _, field = rest.partition(".")
             if kind in parts:
                 parts[kind].setdefault(int(number), {})[field] = tensor
         self._history = parts["history"]
-        labels = parts["labels"]
-        self._labels = [(labels[i]["statistics"].numpy(), labels[i]["difference"].numpy()) for i in sorted(labels)]
+        self._labels, self._branches = (
+            [(part[i]["statistics"].numpy(), part[i]["difference"].numpy()) for i in sorted(part)]
+            for part in (parts["labels"], parts["branches"])
+        )
         self._best = (*facts["best"], parts["best"][0]) if facts["best"] is not None else None
 
 

@@ -95,7 +95,9 @@ def test_rounds_that_share_the_problems_and_rounds_that_repeat_them_add_up() -> 
     assert rounds.finished(own) == 0
 
 
-@pytest.mark.parametrize("name", ["throughput", "pareto", "agreement", "strict_cost", "learning_curves", "kernel"])
+@pytest.mark.parametrize(
+    "name", ["throughput", "pareto", "agreement", "strict_cost", "learning_curves", "kernel", "sparse"]
+)
 def test_help_names_every_option_whole_at_80_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     app = benchmark("command").application(benchmark(name).main)

@@ -59,6 +59,14 @@ def episode_returns(episodes: Episodes, speed_weight: float) -> np.ndarray:
     return episodes.reward + speed_weight * saved(episodes.steps, episodes.tokens)
 
 
+def branch_returns(episodes: Episodes, speed_weight: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return what keeping was worth at each branch, and what dropping was, [B] each; as :func:`episode_returns`."""
+    return (
+        episodes.branch_keep + speed_weight * episodes.branch_keep_saved,
+        episodes.branch_drop + speed_weight * episodes.branch_drop_saved,
+    )
+
+
 @advantage("group")
 def group_advantages(episodes: Episodes, speed_weight: float) -> Samples:
     """Leave-one-out: an episode against the others of its prompt. A prompt with one episode teaches nothing."""
@@ -81,8 +89,7 @@ def branch_advantages(episodes: Episodes, speed_weight: float) -> Samples:
     """
     at = episodes.branch_decision
     keep = episodes.probability[at]
-    kept = episodes.branch_keep + speed_weight * episodes.branch_keep_saved
-    dropped = episodes.branch_drop + speed_weight * episodes.branch_drop_saved
+    kept, dropped = branch_returns(episodes, speed_weight)
     mean = keep * kept + (1 - keep) * dropped
     actions = np.concatenate([np.ones(len(at), bool), np.zeros(len(at), bool)])
     probability = np.concatenate([keep, 1 - keep])

@@ -3,6 +3,12 @@
 With r the ratio of an action's probability now and when it was taken, A its advantage, w its weight:
 
     loss = -mean(w * min(r A, clip(r, 1 - c, 1 + c) A)) - e * mean(entropy) + k * mean(KL(policy || start))
+
+Or, from all branches so far, with d what keeping was worth more than dropping:
+
+    loss = -mean(|d| log p(the action that was worth more)) / mean(|d|),
+
+which is least where p(keep) > 1/2 exactly if keeping is worth more on average.
 """
 
 from __future__ import annotations
@@ -100,7 +106,9 @@ class Learner:
         self.updates = updates
         self.updates_done = 0
         self._generator = torch.Generator().manual_seed(seed)
-        self._optimizer = torch.optim.Adam(self.arbiter.parameters(), lr=config.learning_rate)
+        self._optimizer = torch.optim.AdamW(
+            self.arbiter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of the arbiter's weights."""
@@ -168,10 +176,7 @@ class Learner:
         """
         for name in ("statistics", "advantage", "probability", "weight"):
             _require_finite(name, getattr(samples, name))
-        fraction = min(1.0, self.updates_done / max(1, self.updates))
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * (1 - 0.9 * fraction)
-        self.updates_done += 1
+        self._begin_update()
         if not len(samples.keep):
             return {}
         x = torch.from_numpy(samples.statistics)
@@ -197,6 +202,44 @@ class Learner:
                 ):  # fmt: skip
                     sums[name] = sums.get(name, 0.0) + value.item()
         return {name: value / steps for name, value in sums.items()}
+
+    def fit(self, statistics: np.ndarray, worth: np.ndarray, new: int) -> dict[str, float]:
+        """Take one update from the branches of all iterations so far; returns means over its steps.
+
+        Args:
+            statistics: [B, 16] float32 of the branched mismatches.
+            worth: [B] what keeping was worth more than dropping; where it is 0 there is no label.
+            new: how many of them are this iteration's; they decide how many steps are taken.
+
+        Raises:
+            TrainingError: an input or the loss is not finite.
+        """
+        _require_finite("statistics", statistics)
+        _require_finite("returns", worth)
+        self._begin_update()
+        labelled = np.flatnonzero(worth)
+        if not len(labelled):
+            return {}
+        x, label = torch.from_numpy(statistics[labelled]), torch.from_numpy(worth[labelled] > 0).float()
+        ends = torch.from_numpy(np.abs(worth[labelled])).double().cumsum(0)
+        steps = self.config.epochs * max(1, -(-2 * new // self.config.minibatch_size))
+        sums = {"loss": 0.0, "grad_norm": 0.0}
+        for _ in range(steps):  # drawn with the probabilities that would be their weights: each draw counts alike
+            drawn = torch.rand(self.config.minibatch_size, generator=self._generator, dtype=torch.float64) * ends[-1]
+            rows = torch.searchsorted(ends, drawn, right=True).clamp(max=len(x) - 1)
+            loss = binary_cross_entropy_with_logits(self.arbiter.logit(x[rows]), label[rows])
+            sums["grad_norm"] += self._step(loss).item()
+            sums["loss"] += loss.item()
+        with torch.no_grad():
+            entropy = bernoulli_entropy(self.arbiter.logit(x[-new:])).mean()
+        return {"entropy": entropy.item(), **{name: value / steps for name, value in sums.items()}}
+
+    def _begin_update(self) -> None:
+        """Set the learning rate of the next update."""
+        fraction = min(1.0, self.updates_done / max(1, self.updates))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * (1 - 0.9 * fraction)
+        self.updates_done += 1
 
     def _minibatches(self, count: int) -> list[Tensor]:
         order = torch.randperm(count, generator=self._generator)

@@ -120,6 +120,40 @@ def test_the_warm_start_learns_from_labels_alone_and_ignores_ties() -> None:
         learner.warm_start(x, np.zeros(2000))
 
 
+def test_labels_of_all_branches_reach_the_known_best_policy() -> None:
+    learner = Learner(LearnerConfig(objective="labels", weight_decay=1.0, initial_keep=0.4), seed=1, updates=40)
+    x, right = world(np.random.default_rng(1), 4000)
+    worth = 2 * right - 1
+    learner.normalise(x)
+    before = accuracy(learner)
+    for update in range(1, 41):
+        metrics = learner.fit(x[: 100 * update], worth[: 100 * update], 100)
+    assert before < 0.6
+    assert accuracy(learner) > 0.95
+    assert metrics.keys() == {"loss", "entropy", "grad_norm"}
+
+
+def test_labels_weigh_what_keeping_is_worth() -> None:
+    # one mismatch, at which keeping was worth 3 once and cost 1 twice: 3 of 5 speak for it
+    learner = Learner(LearnerConfig(objective="labels", learning_rate=0.02), seed=1, updates=100)
+    x = np.zeros((4, 16), np.float32)
+    worth = np.array([3.0, -1.0, 0.0, -1.0])
+    for _ in range(100):
+        learner.fit(x, worth, 4)
+    assert learner.arbiter(torch.zeros(1, 16)).item() == pytest.approx(3 / 5, abs=0.02)
+
+
+def test_labels_that_are_not_there_or_not_finite_change_nothing() -> None:
+    learner = Learner(LearnerConfig(objective="labels", weight_decay=1.0), seed=1, updates=5)
+    before = learner.weights()
+    assert learner.fit(np.zeros((3, 16), np.float32), np.zeros(3), 3) == {}
+    assert learner.fit(np.zeros((0, 16), np.float32), np.zeros(0), 0) == {}
+    with pytest.raises(TrainingError, match="returns: 1 of 3 values are not finite"):
+        learner.fit(np.zeros((3, 16), np.float32), np.array([1.0, math.nan, 0.0]), 3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in learner.weights().items())
+    assert learner.updates_done == 2
+
+
 def samples(advantage: float) -> Samples:
     x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
     return Samples(x, np.ones(64, bool), np.full(64, 0.1), np.full(64, advantage), np.ones(64))

@@ -106,6 +106,15 @@ def test_an_engine_of_several_ranks_needs_as_many_gpus() -> None:
     TrainConfig.model_validate(raw)
 
 
+def test_labels_are_those_of_branches() -> None:
+    raw = load_train_config(CONFIGS / "qwen3.toml").model_dump()
+    assert raw["learner"]["objective"] == "labels"
+    raw["learner"]["advantage"] = "group"
+    raw["rollout"]["responses_per_prompt"] = 4
+    with pytest.raises(ValueError, match=r'learner.objective: "labels" are those of branches; set learner.advantage'):
+        TrainConfig.model_validate(raw)
+
+
 def test_gsm8k_is_too_small_for_500_calibration_problems(tmp_path: Path) -> None:
     config = shipped("qwen3", tmp_path)
     more = config.model_copy(update={"calibration": config.calibration.model_copy(update={"problems": 700})})

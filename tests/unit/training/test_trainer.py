@@ -79,11 +79,15 @@ def test_an_iterations_work_is_always_the_same_and_of_the_training_split(tmp_pat
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 6])
-def test_a_run_restored_from_a_checkpoint_ends_with_the_same_state(tmp_path: Path, stop: int) -> None:
-    straight = Trainer(config(), tmp_path / "straight", resume=False)
+@pytest.mark.parametrize("objective", ["policy_gradient", "labels"])
+def test_a_run_restored_from_a_checkpoint_ends_with_the_same_state(tmp_path: Path, stop: int, objective: str) -> None:
+    changed = LearnerConfig(warm_start_iterations=2, minibatch_size=8, objective=objective, weight_decay=0.1)  # type: ignore[arg-type]
+    settings = config(learner=changed)
+    straight = Trainer(settings, tmp_path / "straight", resume=False)
     advance(straight, 8)
-    advance(Trainer(config(), tmp_path / "broken", resume=False), stop)
-    resumed = Trainer(config(), tmp_path / "broken", resume=True)
+    assert sum(len(worth) for _, worth in straight._branches) == (8 * 40 if objective == "labels" else 0)
+    advance(Trainer(settings, tmp_path / "broken", resume=False), stop)
+    resumed = Trainer(settings, tmp_path / "broken", resume=True)
     assert resumed._version == stop
     advance(resumed, 8)
     assert resumed.finished
