@@ -71,9 +71,10 @@ class TaskConfig(Frozen):
     """Where problems come from and what counts as right."""
 
     name: str = "demo"
-    """demo, jsonl, or reasoning_gym."""
+    """demo, jsonl, dataset (by the datasets library), code (functions with tests), or reasoning_gym."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Of the task: path, test_path, template for jsonl; generator and its own options for reasoning_gym."""
+    """Of the task: path, test_path, template for jsonl; path, name, split, revision for dataset and code; generator and
+    its own options for reasoning_gym."""
     system: str | None = None
     """System prompt."""
     chat_template: dict[str, Any] = Field(default_factory=dict)
@@ -166,6 +167,11 @@ class LearnerConfig(Frozen):
     """Gradients are scaled down to this norm."""
     speed_weight: float = Field(0.02, ge=0, lt=1)
     """Reward for the share of target steps saved, 1 - steps / tokens, next to 1 for a right answer."""
+    overlong: Literal["score", "mask", "penalise"] = "score"
+    """What responses teach that were cut off at max_tokens: what they were graded, nothing (mask), or overlong_penalty
+    less than that (penalise)."""
+    overlong_penalty: float = Field(0.5, ge=0)
+    """Taken off the reward of a response that was cut off, where overlong says so."""
 
 
 class SelectionConfig(Frozen):

@@ -29,6 +29,7 @@ from vllm_cospec.training.continuation import check_continuation, fingerprints, 
 from vllm_cospec.training.learning.advantages import branch_returns, load_advantage
 from vllm_cospec.training.learning.checkpoint import Checkpoint, load_latest, save_checkpoint
 from vllm_cospec.training.learning.learner import Learner
+from vllm_cospec.training.learning.overlong import treat_overlong
 from vllm_cospec.training.measure.report import Report
 from vllm_cospec.training.preflight import Say, check_training, held_out_problems
 from vllm_cospec.training.rollout.actors import RolloutActor, remote
@@ -240,6 +241,7 @@ class Trainer:
         """Take one update from an iteration's episodes."""
         if not self.learner.normalised and len(episodes.statistics):
             self.learner.normalise(episodes.statistics)
+        episodes = treat_overlong(episodes, self.config.learner)
         metrics: dict[str, float] = {}
         learner = self.config.learner
         if learner.objective == "labels":

@@ -125,17 +125,18 @@ class _Rollout:
         return episodes
 
     def _add_branches(self, episodes: Episodes, branches: list[_Branch], place: dict[int, int]) -> None:
-        outcomes = []  # (reward, saved) when the draft token is kept, and when it is not
+        outcomes = []  # (reward, saved, capped) when the draft token is kept, and when it is not
         for branch in branches:
             assert branch.grade is not None
             assert branch.whole is not None
             e, grade = branch.response, branch.grade.result()
-            own = episodes.reward[e], saved(episodes.steps[e], episodes.tokens[e])
-            other = grade.score, saved(len(branch.whole.emitted), len(branch.whole.tokens))
+            own = episodes.reward[e], saved(episodes.steps[e], episodes.tokens[e]), episodes.capped[e]
+            other = grade.score, saved(len(branch.whole.emitted), len(branch.whole.tokens)), branch.whole.capped
             outcomes.append((own, other) if branch.decision.kept else (other, own))
             if grade.failure:
                 episodes.failures.append(grade.failure)
-        table = np.array(outcomes, np.float64)  # [B, keep or drop, reward or saved]
+        table = np.array(outcomes, np.float64)  # [B, keep or drop, reward or saved or capped]
         episodes.branch_decision = np.array([place[id(branch.decision)] for branch in branches], np.int64)
         episodes.branch_keep, episodes.branch_drop = table[:, 0, 0], table[:, 1, 0]
         episodes.branch_keep_saved, episodes.branch_drop_saved = table[:, 0, 1], table[:, 1, 1]
+        episodes.branch_keep_capped, episodes.branch_drop_capped = table[:, 0, 2] > 0, table[:, 1, 2] > 0

@@ -46,6 +46,8 @@ class Episodes:
     branch_drop: np.ndarray = field(default_factory=_floats)  # [B], and when it is not
     branch_keep_saved: np.ndarray = field(default_factory=_floats)  # [B], share of target steps saved when it is kept
     branch_drop_saved: np.ndarray = field(default_factory=_floats)  # [B], and when it is not
+    branch_keep_capped: np.ndarray = field(default_factory=_flags)  # [B], whether max_tokens ended it when it is kept
+    branch_drop_capped: np.ndarray = field(default_factory=_flags)  # [B], and when it is not
     discarded: int = 0  # branches that left the road before their mismatch
     failures: list[str] = field(default_factory=list)  # a sentence about each answer that could not be graded
     generated_tokens: int = 0  # branches included

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from vllm_cospec.errors import ConfigError
+from vllm_cospec.training.config import LearnerConfig
 from vllm_cospec.training.learning.advantages import (
     branch_advantages,
     episode_returns,
     group_advantages,
     load_advantage,
 )
+from vllm_cospec.training.learning.overlong import treat_overlong
 from vllm_cospec.training.rollout.episodes import Episodes
 
 
@@ -101,3 +103,37 @@ def test_no_episode_gives_no_sample() -> None:
 def test_an_unknown_advantage_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"learner.advantage: unknown 'gae'; known are branch, group"):
         load_advantage("gae")
+
+
+CUT_OFF = {
+    "capped": np.array([True, False, False, False]),
+    "branch_keep_capped": np.array([False, True]),
+    "branch_drop_capped": np.array([True, False]),
+}
+
+
+def test_answers_that_were_cut_off_are_graded_penalised_or_left_out() -> None:
+    own = episodes(**CUT_OFF)
+    assert treat_overlong(own, LearnerConfig()) is own
+    less = treat_overlong(own, LearnerConfig(overlong="penalise", overlong_penalty=0.25))
+    assert less.reward == pytest.approx([0.75, 0.0, 1.0, 1.0])
+    assert less.branch_keep == pytest.approx([1.0, -0.25])
+    assert less.branch_drop == pytest.approx([-0.25, 1.0])
+    assert list(own.reward) == [1.0, 0.0, 1.0, 1.0]  # what is logged stays
+    masked = treat_overlong(own, LearnerConfig(overlong="mask"))
+    assert list(masked.problem) == [0, 1, 1]
+    assert masked.texts == ["b", "c", "d"]
+    assert list(masked.episode) == [0, 1, 2]
+    assert (masked.statistics == own.statistics[2:]).all()
+    assert not len(masked.branch_decision)
+    samples = group_advantages(masked, 0.0)
+    assert samples.advantage == pytest.approx([0.0, 0.0, 0.0])  # the other response to problem 0 is gone
+    assert not len(branch_advantages(masked, 0.0).keep)
+
+
+def test_a_branch_stays_with_its_decision_when_others_are_left_out() -> None:
+    cut_off = {**CUT_OFF, "branch_keep_capped": np.array([False, False])}
+    masked = treat_overlong(episodes(**cut_off), LearnerConfig(overlong="mask"))
+    assert list(masked.branch_decision) == [1]
+    assert (branch_advantages(masked, 0.0).statistics == episodes().statistics[[3, 3]]).all()
+    assert list(masked.difference()) == [-1.0]
