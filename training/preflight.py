@@ -9,8 +9,8 @@ from vllm_cospec.training.config import TrainConfig, require_models
 from vllm_cospec.training.learning.advantages import load_advantage
 from vllm_cospec.training.problems import Problems
 from vllm_cospec.training.tasks import Problem, Split
-from vllm_cospec.training.tasks.answers import fault
-from vllm_cospec.training.tasks.datasets import Records
+from vllm_cospec.training.tasks.code_problems import CodeTask
+from vllm_cospec.training.tasks.datasets import Records, check_golds
 from vllm_cospec.training.tasks.rewards import load_reward
 
 CALIBRATION_SEED = 77  # of the calibration problems; the split is theirs alone
@@ -36,6 +36,7 @@ def check_training(config: TrainConfig, say: Say = lambda text: None) -> Problem
     load_advantage(config.learner.advantage)
     problems = Problems(config.pair, config.task, config.rollout)
     load_reward(config.task.reward, problems.task)
+    check_time_limits(config, problems)
     known = [*problems.known("train"), *problems.known("calibration")]
     _say(say, problems.check_lengths(known))
     check_answers(config, problems, known)
@@ -75,6 +76,7 @@ def _checked(
 ) -> list[Problem]:
     require_models(config.pair)
     load_reward(config.task.reward, problems.task)
+    check_time_limits(config, problems)
     known = problems.known(split)
     _say(say, problems.check_lengths(known))
     chosen = problems.draw(seed, n, split, where)
@@ -93,22 +95,30 @@ def held_out_problems(config: TrainConfig, problems: Problems) -> list[Problem]:
 
 
 def check_answers(config: TrainConfig, problems: Problems, questions: Sequence[Problem]) -> None:
-    """Check that every gold answer scores 1 against itself where math-verify is the judge.
+    """Check the gold answers where the judge can say beforehand whether it understands them.
 
     Raises:
         ConfigError: names the line and the way out.
     """
-    if config.task.reward != "math_verify" and not (
-        config.task.reward == "task" and isinstance(problems.task, Records)
-    ):
-        return
-    for problem in questions:
-        reason = fault(problem.answer)
-        if reason:
-            raise ConfigError(
-                f"{problem.source or repr(problem.prompt[:60])}: the answer {reason}; correct it, or set task.reward = "
-                f'"exact"'
-            )
+    task = problems.task
+    if config.task.reward == "math_verify":
+        check_golds(questions)
+    elif config.task.reward == "task" and isinstance(task, Records):
+        task.check(questions)
+
+
+def check_time_limits(config: TrainConfig, problems: Problems) -> None:
+    """Check that an answer whose code takes too long scores 0, instead of counting as a grader that failed.
+
+    Raises:
+        ConfigError: the grader is given less time than the code.
+    """
+    task, limit = problems.task, config.task.reward_timeout_s
+    if isinstance(task, CodeTask) and limit <= task.timeout_s:
+        raise ConfigError(
+            f"task.reward_timeout_s: {limit:g} leaves no time beside task.options.timeout_s = {task.timeout_s:g}; "
+            f"raise the former"
+        )
 
 
 def _say(say: Say, text: str) -> None:

@@ -6,7 +6,15 @@
 Importing this package registers the tasks that come with it.
 """
 
-from vllm_cospec.training.tasks import code_lines, datasets, demo, generators, product_and_sums  # noqa: F401 - registers them
+from vllm_cospec.training.tasks import (  # noqa: F401 - registers them
+    code_lines,
+    code_problems,
+    datasets,
+    demo,
+    generators,
+    hub,
+    product_and_sums,
+)
 from vllm_cospec.training.tasks.protocol import (
     FurtherFigures,
     Options,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from vllm_cospec.errors import ConfigError
+from vllm_cospec.training.tasks.answers import fault
 from vllm_cospec.training.tasks.protocol import Options, Problem, task
-from vllm_cospec.training.tasks.records import AnswerFormat, BadLines, collect, read_lines
+from vllm_cospec.training.tasks.records import AnswerFormat, BadLines, collect, read_lines, read_problem
 from vllm_cospec.training.tasks.rewards import math_verify
 from vllm_cospec.training.tasks.splits import GIVEN, Split, split_of
 
@@ -87,19 +89,42 @@ class Records:
         """By math-verify."""
         return math_verify(problem, text)
 
+    @staticmethod
+    def check(problems: Sequence[Problem]) -> None:
+        """Check the gold answers by the task's own scorer.
+
+        Raises:
+            ConfigError: one cannot be graded; names its place.
+        """
+        check_golds(problems)
+
+
+def check_golds(problems: Sequence[Problem]) -> None:
+    """Check that every gold answer scores 1 against itself with math-verify.
+
+    Raises:
+        ConfigError: one does not; names its place and the way out.
+    """
+    for problem in problems:
+        reason = fault(problem.answer)
+        if reason:
+            raise ConfigError(
+                f"{problem.source or repr(problem.prompt[:60])}: the answer {reason}; correct it, or set task.reward = "
+                f'"exact"'
+            )
+
 
 @task("jsonl", JsonlOptions)
 class JsonlTask(Records):
     """Problems from files."""
 
     def __init__(self, options: JsonlOptions):
-        keys: dict[str, Any] = {
-            "prompt_key": options.prompt_key,
-            "answer_key": options.answer_key,
-            "answer_format": options.answer_format,
-        }
+        read = partial(
+            read_problem, prompt_key=options.prompt_key, answer_key=options.answer_key,
+            answer_format=options.answer_format,
+        )  # fmt: skip
         paths = [options.path] + ([options.test_path] if options.test_path else [])
-        read = [collect(read_lines(Path(path)), path, options.bad_lines, **keys) for path in paths]
-        self.left_out = sum(count for _, count in read)
-        tests = read[1][0] if len(read) > 1 else None
-        super().__init__(f"task.options.path: {options.path}", options.template, read[0][0], tests)
+        found = [collect(read_lines(Path(path)), path, options.bad_lines, read) for path in paths]
+        self.left_out = sum(count for _, count in found)
+        tests = found[1][0] if len(found) > 1 else None
+        super().__init__(f"task.options.path: {options.path}", options.template, found[0][0], tests)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,14 +82,16 @@ def read_problem(
     return Problem(str(prompt), result, others or None, source)
 
 
-def collect(records: Iterator[tuple[str, Any]], where: str, bad: BadLines, **options: Any) -> tuple[list[Problem], int]:
+def collect(
+    records: Iterable[tuple[str, Any]], where: str, bad: BadLines, read: Callable[[Any, str], Problem]
+) -> tuple[list[Problem], int]:
     """Read all records; of equal ones only the first is kept.
 
     Args:
         records: (place, value) of each.
         where: what they belong to.
         bad: what becomes of those that are no problem: refuse the whole, or leave_out.
-        **options: of :func:`read_problem`.
+        read: turns a record and its place into a problem, as :func:`read_problem` does.
 
     Returns:
         The problems, and how many records were left out.
@@ -101,7 +103,7 @@ def collect(records: Iterator[tuple[str, Any]], where: str, bad: BadLines, **opt
     left_out, reason = 0, ""
     for source, record in records:
         try:
-            problem = read_problem(record, source, **options)
+            problem = read(record, source)
             earlier = found.get(problem.prompt)
             if earlier is not None and not _same_answer(earlier.answer, problem.answer):
                 raise BadRecordError(

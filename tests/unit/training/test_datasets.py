@@ -171,7 +171,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_tasks_and_options_are_refused() -> None:
-    with pytest.raises(ConfigError, match="known tasks: code_lines, demo, jsonl, product_and_sums, reasoning_gym"):
+    with pytest.raises(ConfigError, match="known tasks: code, code_lines, dataset, demo, jsonl"):
         load_task("gsm")
     with pytest.raises(ConfigError, match=r"task.options.level: unknown key"):
         load_task("demo", level=3)
