@@ -7,6 +7,7 @@ STAMP := $(VENV)/.complete
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?=
 PORT ?= 8000
+GPU_PYTHON ?= python3
 PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := vllm_cospec/demo
 LAYOUT := build/layout
@@ -15,7 +16,7 @@ COMPAT := 0.33.0
 COMPAT_TESTS := tests/compat tests/unit/test_compat.py tests/engine/test_strict_parity.py tests/engine/test_features.py \
   tests/interpreted/test_in_the_interpreter.py
 
-.PHONY: help venv demo serve test-fast test test-all compat lint pair smollm2 code-pair clean
+.PHONY: help venv demo serve test-fast test test-all compat lint gpu pair smollm2 code-pair clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -63,6 +64,11 @@ lint: $(STAMP) ## ruff, mypy, and the one direction of imports
 	@ln -s $(CURDIR)/vllm_cospec/* $(CURDIR)/kernels $(CURDIR)/training $(LAYOUT)/vllm_cospec
 	$(BIN)/mypy $(LAYOUT)/vllm_cospec benchmarks tests setup.py
 	cd $(LAYOUT) && $(CURDIR)/$(BIN)/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
+
+# Not in .venv, which has the CPU build: in whatever Python has vLLM for the GPU and this project (pip install -e .).
+gpu: ## check and time verification on this machine's GPU with GPU_PYTHON (python3), in under ten minutes
+	@mkdir -p build
+	$(GPU_PYTHON) -m benchmarks.gpu --json build/gpu.json --markdown build/gpu.md
 
 pair: $(STAMP) ## train the bundled pair again, from scratch (under an hour on two cores)
 	$(BIN)/python -m vllm_cospec.training.pairs.demo --output $(DEMO) --resume

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,10 +66,11 @@ class Case:
 
     def layout(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """cu_num_logits, idx_mapping, expanded_idx_mapping, expanded_local_pos, typed as the runner's."""
-        counts = torch.tensor(self.num_drafts) + 1
+        counts, device = torch.tensor(self.num_drafts) + 1, self.raw.device
         slot = torch.tensor(self.slot, dtype=torch.int64)
         local = torch.cat([torch.arange(int(n)) for n in counts]).to(torch.int32)
-        return torch.tensor(self.starts, dtype=torch.int32), slot, slot.repeat_interleave(counts), local
+        starts = torch.tensor(self.starts, dtype=torch.int32)
+        return starts.to(device), slot.to(device), slot.repeat_interleave(counts).to(device), local.to(device)
 
     def stock(self, processed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Stock V2 verification of this step, optionally with other processed logits."""
@@ -86,15 +88,23 @@ class Case:
             position=self.pos, request_slot=request_slot, slot=slot, step=step, num_steps=self.num_speculative_steps,
         )  # fmt: skip
 
+    def prepared(
+        self, policy: Policy, arbiter: Arbiter | None = None, collect: bool = False, sample_actions: bool = False
+    ) -> tuple[Callable[[], Any], Tensor, Slots]:
+        """Fused verification as a call, which returns a ``Verified``; beside it the counters and slots it adds to."""
+        device = self.raw.device
+        slots = Slots(**{name: value.clone() for name, value in vars(self.slots).items()})
+        counters = torch.zeros(self.num_speculative_steps + 1, dtype=torch.int64, device=device)
+        program = replace(compile_policy(policy, device, arbiter, collect), sample_actions=sample_actions)
+        arguments = self.rows(), Sampling(self.temperature, self.seed), slots, program, counters
+        return lambda: arbitrate(*arguments), counters, slots
+
     def ours(
         self, policy: Policy, arbiter: Arbiter | None = None, collect: bool = False, sample_actions: bool = False
     ) -> tuple[Any, Tensor, Slots]:
         """Fused verification -> result (a ``Verified``, with a trace if collected), counters, slots afterwards."""
-        slots = Slots(**{name: value.clone() for name, value in vars(self.slots).items()})
-        counters = torch.zeros(self.num_speculative_steps + 1, dtype=torch.int64)
-        program = replace(compile_policy(policy, CPU, arbiter, collect), sample_actions=sample_actions)
-        sampling = Sampling(self.temperature, self.seed)
-        return arbitrate(self.rows(), sampling, slots, program, counters), counters, slots
+        verify, counters, slots = self.prepared(policy, arbiter, collect, sample_actions)
+        return verify(), counters, slots
 
 
 def make_slots(size: int, generator: np.random.Generator, arbitrated: float = 0.85) -> Slots:
@@ -214,7 +224,7 @@ def uniforms(case: Case) -> Tensor:
     """The number strict verification draws at every row, float32 [R]."""
     _, _, expanded, _ = case.layout()
     n = len(expanded)
-    out = torch.empty(n)
+    out = torch.empty(n, device=case.raw.device)
     _uniform_kernel[(1,)](out, case.seed[expanded].contiguous(), case.pos, triton.next_power_of_2(n), n)
     return out
 
@@ -227,9 +237,9 @@ class Expected:
     ambiguous: list[bool]  # a comparison so close that float32 may decide it either way
 
 
-def expected(case: Case, policy: Policy, arbiter: Arbiter | None = None) -> Expected:
-    """Verify every request with the reference; strict verdicts are recomputed in float64."""
-    u = uniforms(case)
+def expected(case: Case, policy: Policy, arbiter: Arbiter | None = None, u: Tensor | None = None) -> Expected:
+    """Verify every request with the reference, on the CPU; ``u``: the uniforms, where kernels cannot run there."""
+    u = uniforms(case) if u is None else u
     out = Expected([], [])
     starts = case.starts
     for request, n in enumerate(case.num_drafts):

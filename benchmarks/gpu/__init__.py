@@ -1,0 +1,1 @@
+"""What has to be seen on a GPU: right answers from the compiled kernels, their times, an engine, a sanitizer."""
