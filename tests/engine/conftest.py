@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import run_by_itself, run_forked
 
 import vllm_cospec.demo
 from vllm_cospec.training.rollout.session import ray_session
@@ -39,22 +37,13 @@ def prompts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def run_engine(pair: Path) -> RunEngine:
-    """Run a job on an engine with the bundled target; see run_engine.py for its form."""
+    """Run a job on an engine with the bundled target; see ``engines.run`` for its form."""
 
     def run(
         runs: list[dict[str, Any]], speculative_config: Any = None, mend: bool = False, **engine: Any
     ) -> dict[str, Any]:
         engine = {"model": str(pair / "target"), "speculative_config": speculative_config} | engine
         job = {"engine": engine, "runs": runs, "mend": mend}
-        process = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("run_engine.py"))],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            timeout=1200,  # minutes on a loaded machine
-            check=False,
-        )
-        assert process.returncode == 0, process.stderr[-4000:]
-        return json.loads(process.stdout)
+        return run_by_itself(job) if engine.get("tensor_parallel_size", 1) > 1 else run_forked(job)
 
     return run

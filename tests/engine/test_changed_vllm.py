@@ -25,7 +25,7 @@ def run_job(pair: Path, prompts: list[str], speculative_config: dict[str, Any]) 
         "runs": [{"name": "run", "prompts": prompts[:4], "params": {"temperature": 0, "max_tokens": 30}}],
     }
     return subprocess.run(
-        [sys.executable, str(HERE / "run_engine.py")],
+        [sys.executable, str(HERE.parent / "support" / "engines.py")],
         input=json.dumps(job),
         capture_output=True,
         text=True,

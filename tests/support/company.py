@@ -18,7 +18,7 @@ SHARED = "12+34+56+78-90*2?" * 4  # longer than two blocks of the KV cache
 def mixed_requests(
     n: int, seed: int, max_model_len: int = 128, max_tokens: int = 60, grammar: bool = True
 ) -> list[Job]:
-    """Return prompts of the bundled pair with the parameters of run_engine.py; a quarter of them is strict.
+    """Return prompts of the bundled pair with the parameters of engines.py; a quarter of them is strict.
 
     Args:
         n: how many.

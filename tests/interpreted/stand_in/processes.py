@@ -37,7 +37,7 @@ def generate(
     if speculative_config.get("draft_method") == "ngram":
         del request["speculative_config"]["model"]
     here = Path(__file__).parent
-    path = os.pathsep.join([os.environ["PYTHONPATH"], str(here), str(here.parents[1] / "engine")])
+    path = os.pathsep.join([os.environ["PYTHONPATH"], str(here), str(here.parents[1] / "support")])
     environment = {
         **os.environ,
         **({"VLLM_USE_V2_MODEL_RUNNER": "0"} if v1 else {}),

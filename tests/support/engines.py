@@ -1,0 +1,177 @@
+"""Real vLLM engines, each in a process of its own: vLLM's kernel registry, numba and the random state are global.
+
+The processes are forked from one that has imported vLLM, which takes several times as long as starting an engine with
+the bundled pair. As a program this file runs a job by itself, from standard input to standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+IMPORTED = [
+    "vllm.entrypoints.llm",
+    "vllm.model_executor.models.llama",
+    "vllm.v1.worker.cpu_worker",
+    "vllm_cospec.plugin",
+    "vllm_cospec.workers.cpu",
+]
+TIMEOUT_S = 1200  # minutes on a loaded machine
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32", "max_model_len": 128, "kv_cache_memory_bytes": 2**28, "enforce_eager": True,
+    "max_num_seqs": 16, "disable_log_stats": False,
+}  # fmt: skip
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
+
+
+def run_by_itself(job: dict[str, Any]) -> dict[str, Any]:
+    """Run a job, see :func:`run`, in a new process: for an engine that starts processes of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def run_forked(job: dict[str, Any]) -> dict[str, Any]:
+    """Run a job, see :func:`run`, in a fork of a process that has imported vLLM."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    ours, theirs = context.Pipe()
+    with tempfile.NamedTemporaryFile(prefix="engine-", suffix=".log") as log:
+        process = context.Process(target=_serve, args=(theirs, job, log.name))
+        process.start()
+        theirs.close()
+        try:
+            result = ours.recv() if ours.poll(TIMEOUT_S) else f"no result within {TIMEOUT_S} s"
+        except EOFError:
+            process.join()
+            result = f"the engine's process ended with {process.exitcode}"
+        finally:
+            process.kill()  # a result is there or none will come; what an orderly exit does takes seconds
+            process.join()
+        assert isinstance(result, dict), f"{result}\n{Path(log.name).read_text(errors='replace')[-4000:]}"
+    return result
+
+
+def _serve(connection: Connection, job: dict[str, Any], log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
+    try:
+        connection.send(run(job))
+    except BaseException:
+        connection.send(traceback.format_exc())
+
+
+def _end_with(connection: Connection) -> None:
+    """End this process when whoever asked is gone."""
+    connection.poll(None)  # nothing is ever sent this way
+    os._exit(1)
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Build an engine in this process and run a job on it.
+
+    Args:
+        job: "engine": arguments of ``LLM`` beside ``DEFAULTS``; "mend": stock vLLM with its sampling mended; "runs":
+            each {"name", "prompts", "params"}, ``params`` for all prompts or a list with one entry for each, and
+            optionally "one_at_a_time".
+
+    Returns:
+        "runs": name -> for each prompt its completions; "metrics": vLLM's counters; "decisions": what was collected.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    engine = DEFAULTS | job["engine"]
+    if job.get("mend"):
+        engine["worker_cls"] = "mended_worker.MendedCPUWorker"
+    llm = LLM(**engine)
+    runs = {}
+    for run in job["runs"]:
+        prompts, params = run["prompts"], run["params"]
+        per_prompt = [sampling_params(p) for p in (params if isinstance(params, list) else [params] * len(prompts))]
+        groups = [[i] for i in range(len(prompts))] if run.get("one_at_a_time") else [list(range(len(prompts)))]
+        outputs = []
+        for group in groups:
+            outputs += llm.generate([prompts[i] for i in group], [per_prompt[i] for i in group], use_tqdm=False)
+        runs[run["name"]] = [[completion(o) for o in output.outputs] for output in outputs]
+    return {"runs": runs, "metrics": counters(llm), "decisions": decisions(llm)}
+
+
+def sampling_params(keys: dict[str, Any]) -> Any:
+    """Build SamplingParams; ``json_schema`` and ``regex`` stand for a structured output."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    keys = dict(keys)
+    schema, regex = keys.pop("json_schema", None), keys.pop("regex", None)
+    if schema is not None or regex is not None:
+        keys["structured_outputs"] = StructuredOutputsParams(json=schema, regex=regex)
+    return SamplingParams(**keys)
+
+
+def completion(output: Any) -> dict[str, Any]:
+    """Return what a test may want of one completion."""
+    logprobs = None
+    if output.logprobs is not None:
+        logprobs = [
+            {str(token): (entry.logprob, entry.rank) for token, entry in position.items()}
+            for position in output.logprobs
+        ]
+    return {
+        "token_ids": list(output.token_ids),
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "logprobs": logprobs,
+    }
+
+
+def counters(llm: Any) -> dict[str, float]:
+    """Return vLLM's counters by name, those of a position or a reason as ``name[label]`` (reasons summed, too)."""
+    found: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        if hasattr(metric, "value"):
+            names = {metric.name}
+            for label in ("position", "reason"):
+                if label in metric.labels:
+                    names = {f"{metric.name}[{metric.labels[label]}]"} | (names if label == "reason" else set())
+            for name in names:
+                found[name] = found.get(name, 0) + metric.value
+    return found
+
+
+def decisions(llm: Any) -> list[dict[str, Any]]:
+    """Take the decisions that were collected."""
+    worker = getattr(llm.llm_engine.model_executor, "driver_worker", None)  # one of several has no driver in reach
+    sampler = getattr(getattr(worker, "worker", None), "cospec", None)
+    if sampler is None:
+        return []
+    return [
+        {"request_id": d.request_id, "output_position": d.output_position, "kept": d.kept}
+        for d in sampler.take_decisions()
+    ]
+
+
+if __name__ == "__main__":
+    results_to = os.dup(1)
+    os.dup2(2, 1)  # the engine logs to standard output; results must stand alone there
+    result = run(json.load(sys.stdin))
+    with os.fdopen(results_to, "w") as out:
+        json.dump(result, out)
