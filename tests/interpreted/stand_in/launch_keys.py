@@ -1,4 +1,4 @@
-"""Prints which compiled programs ``warm_up`` covers and which a server's steps reach: ``python -m launch_keys JOB``.
+"""Prints which compiled programs ``warm_up`` covers and which a server's steps reach: ``python -m launch_keys JOBS``.
 
 A program is identified as Triton's own just-in-time compiler identifies it: argument types, alignment, constants and
 options, on an NVIDIA target. Nothing is compiled and nothing runs: launches are recorded.
@@ -122,5 +122,6 @@ def missed(vocab: int, k: int, dtype: torch.dtype, has_draft: bool, v1: bool) ->
 
 
 if __name__ == "__main__":
-    vocab, k, dtype, has_draft, v1 = json.loads(sys.argv[1])
-    print(json.dumps(missed(vocab, k, getattr(torch, dtype), has_draft, v1)))
+    jobs = json.loads(sys.argv[1])
+    found = [missed(vocab, k, getattr(torch, dtype), has_draft, v1) for vocab, k, dtype, has_draft, v1 in jobs]
+    print(json.dumps(found))
