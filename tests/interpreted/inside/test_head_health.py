@@ -1,0 +1,49 @@
+"""Draft health with heads that read the target's hidden states, on interpreted V2; random weights are enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from heads import random_head
+from processes import DEMO, generate
+
+pytestmark = pytest.mark.engine
+
+KEEP_ALL = {"method": "cospec", "arbiter": {"policy": "random", "rate": 1.0}}
+
+
+def test_a_prefix_whose_last_entry_belongs_to_another_text_is_strict(tmp_path: Path) -> None:
+    head = random_head(tmp_path / "eagle", DEMO, eagle3=False)
+    entry = {
+        "prompt": "12+34+56+78-90*2+12+34+56+78-90*2?", "temperature": 0.0, "max_tokens": 12, "ignore_eos": True,
+    }  # fmt: skip
+    run = generate(
+        KEEP_ALL | {"draft_method": "eagle", "model": str(head), "disable_eagle_block_drop": True},
+        [[entry], [entry], [entry | {"extra_args": {"cospec_policy": "strict"}}]],
+        block_size=32,
+    )
+    (first,), (again,), (strict,) = run["tokens"]
+    assert again == strict != first
+    assert set(run["unhealthy"]) == {"cache"}
+
+
+def test_seeded_requests_repeat_themselves() -> None:
+    """Two runs of one server, the second in another order and beside others; arbitrated and strict."""
+    entries: list[dict[str, Any]] = [
+        {"prompt": prompt, "temperature": 0.8, "seed": 10 * i + strict, "max_tokens": 16, "ignore_eos": True}
+        | ({"extra_args": {"cospec_policy": "strict"}} if strict else {})
+        for strict in (False, True)
+        for i, prompt in enumerate(["2+3*4?", "(7-2)*3?", "12+9-4?", "8*8+1?"])
+    ]
+    neighbours: list[dict[str, Any]] = [{"prompt": "384-14*2-146?", "temperature": 1.0, "max_tokens": 16}] * 2
+    run = generate(
+        {"method": "cospec", "arbiter": {"policy": "random", "rate": 0.5}},
+        [entries, [*neighbours, *reversed(entries)]],
+        max_num_seqs=6,
+    )
+    first, second = run["tokens"]
+    assert second[2:][::-1] == first
+    assert len({tuple(tokens) for tokens in first}) == len(entries)
+    assert sum(run["counters"][:-1]) > 0

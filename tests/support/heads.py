@@ -1,0 +1,47 @@
+"""Heads with random weights: they propose nonsense, which is enough to see what becomes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def random_head(directory: Path, pair: Path, eagle3: bool) -> Path:
+    """Write a one-layer EAGLE or EAGLE-3 head with random weights that fits the bundled target."""
+    config = json.loads((pair / "target" / "config.json").read_text())
+    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    layer = "midlayer" if eagle3 else "layers.0"
+    width = 2 * hidden if eagle3 else hidden
+    tensors = {
+        "fc.weight": random(hidden, 3 * hidden if eagle3 else 2 * hidden),
+        **{f"{layer}.self_attn.{name}_proj.weight": random(hidden, width) for name in "qkv"},
+        f"{layer}.self_attn.o_proj.weight": random(hidden, hidden),
+        f"{layer}.mlp.gate_proj.weight": random(inner, hidden),
+        f"{layer}.mlp.up_proj.weight": random(inner, hidden),
+        f"{layer}.mlp.down_proj.weight": random(hidden, inner),
+        f"{layer}.post_attention_layernorm.weight": torch.ones(hidden),
+    }
+    if eagle3:
+        tensors |= {
+            f"{layer}.hidden_norm.weight": torch.ones(hidden),
+            f"{layer}.input_layernorm.weight": torch.ones(hidden),
+            "norm.weight": torch.ones(hidden),
+            "lm_head.weight": random(vocabulary, hidden),
+        }
+        config |= {
+            "draft_vocab_size": vocabulary,
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "eagle_aux_hidden_state_layer_ids": [1, 2, 3],  # vLLM's default names a layer twice in so small a target
+        }
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "tie_word_embeddings": False}))
+    return directory
