@@ -66,7 +66,7 @@ lint: $(STAMP) ## ruff, mypy, and the one direction of imports
 	cd $(LAYOUT) && $(CURDIR)/$(BIN)/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
 
 # Not in .venv, which has the CPU build: in whatever Python has vLLM for the GPU and this project (pip install -e .).
-gpu: ## check and time verification on this machine's GPU with GPU_PYTHON (python3), in about ten minutes
+gpu: ## check and time verification on this machine's GPU with GPU_PYTHON (python3), in under ten minutes
 	@mkdir -p build
 	$(GPU_PYTHON) -m benchmarks.gpu --json build/gpu.json --markdown build/gpu.md
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vllm_cospec.kernels.policies import Mismatches
+from vllm_cospec.kernels.regret import REGRET_UNIT
 from vllm_cospec.kernels.statistics import LOGPROB_FLOOR, NUM_STATISTICS
 
 CEILING = -LOGPROB_FLOOR
@@ -40,6 +41,8 @@ class Requests:
     max_overrides: np.ndarray  # int64, vllm_cospec.kernels.UNLIMITED for none
     exact_tokens: np.ndarray  # int64
     threshold: np.ndarray  # float32, of the learned policy
+    regret_so_far: np.ndarray  # float64, nats, see vllm_cospec.kernels.regret
+    max_regret: np.ndarray  # float64, from vllm_cospec.kernels.regret.in_units
     forced_at: np.ndarray | None = None  # int64, index in the response decided beforehand, -1 for none; training
     forced_keep: np.ndarray | None = None  # bool, how; mismatches before it are kept
 
@@ -97,6 +100,7 @@ class BatchResult:
     output: Tensor  # [B, max_draft_tokens + 1] int32, PLACEHOLDER where nothing is emitted
     num_mismatches: int  # drafts of arbitrated requests, whether the policy could be consulted or not; junk is no draft
     overrides: np.ndarray  # [B] int64
+    regret: np.ndarray  # [B] float64, nats, of the overrides
     overrides_per_position: np.ndarray  # [max_draft_tokens] int64
     consulted: list[Consulted] = field(default_factory=list)
 
@@ -170,8 +174,8 @@ def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchRe
     matches = matches[rows] & valid if len(matches) else valid
     match_run = _runs(matches)
     matches_before = np.cumsum(matches, axis=1) - matches
-    overrides = np.zeros(len(n), np.int64)
-    result = BatchResult(batch.draft_tokens, 0, overrides, np.zeros(width, np.int64))
+    overrides, spent = np.zeros(len(n), np.int64), np.zeros(len(n), np.float64)
+    result = BatchResult(batch.draft_tokens, 0, overrides, spent, np.zeros(width, np.int64))
     undecided = requests.arbitrated & ~requests.junk
     while True:
         position = np.where(kept, width, columns).min(axis=1, initial=width)
@@ -181,7 +185,10 @@ def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchRe
             break
         result.num_mismatches += len(request)
         undecided[:] = False
-        request = request[_may_override(batch, request, position[request], rows, overrides)]
+        given_up = _regret(batch, rows[request, position[request]])
+        allowed = _may_override(batch, request, position[request], rows, overrides)
+        allowed &= _affordable(requests, request, spent, given_up)
+        request, given_up = request[allowed], given_up[allowed]
         if not len(request):
             break
         at = position[request]
@@ -212,6 +219,7 @@ def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchRe
         winners, at = request[keep_rows], at[keep_rows]
         kept[winners, at] = True
         overrides[winners] += 1
+        spent[winners] += given_up[keep_rows]
         np.add.at(result.overrides_per_position, at, 1)
         undecided[winners] = True
     result.output = _emit(batch, np.minimum(np.where(kept, width, columns).min(axis=1, initial=width), n), rows)
@@ -257,6 +265,23 @@ def _may_override(
     within_budget = state.overrides_so_far[request] + overrides[request] < state.max_overrides[request]
     inexact = state.output_position[request] + position >= state.exact_tokens[request]
     return legal.numpy() & within_budget & inexact
+
+
+def _regret(batch: Batch, row: np.ndarray) -> np.ndarray:
+    """What keeping each of these drafts gives up, rounded up to a unit; infinite where it is no number: float64 [M]."""
+    index = torch.from_numpy(row)
+    logit_row = index if batch.logit_rows is None else batch.logit_rows[index]
+    token = batch.draft_tokens[index].long().clamp(max=batch.raw_target_logits.shape[1] - 1)
+    top = batch.raw_target_logits[logit_row, batch.raw_argmax[index].long()].float()
+    given_up = (top - batch.raw_target_logits[logit_row, token].float()).numpy().astype(np.float64)
+    return np.where(np.isfinite(given_up), np.ceil(given_up / REGRET_UNIT) * REGRET_UNIT, np.inf)
+
+
+def _affordable(state: Requests, request: np.ndarray, spent: np.ndarray, given_up: np.ndarray) -> np.ndarray:
+    """Whether each request's budget has room: bool [M]. Where it is 0 it has none, ties included."""
+    budget = state.max_regret[request]
+    total = state.regret_so_far[request] + spent[request] + given_up
+    return (budget == np.inf) | ((budget > 0) & (total <= budget))
 
 
 def _gather(

@@ -9,8 +9,7 @@ So that the sum is the same number on every path, in whatever order and precisio
 up and budgets down to multiples of ``REGRET_UNIT``. float32 holds all of them, and their sums, up to twice
 ``MAX_REGRET``.
 
-ASD (arXiv 2608.03447) spends a regret budget as well; its text was not at hand here, so nothing is said about how the
-two differ in detail.
+See docs/loss.md for ASD (arXiv 2608.03447), which spends such a budget as well.
 """
 
 from __future__ import annotations

@@ -7,12 +7,13 @@ checks the keys against the models it names.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from vllm_cospec.kernels.frozen import Frozen
 from vllm_cospec.kernels.policies import AnyPolicy, Policy
+from vllm_cospec.kernels.regret import MAX_REGRET, in_units
 
 METHOD = "cospec"
 WHERE = "speculative_config"
@@ -28,6 +29,11 @@ DRAFT_METHODS: dict[str, bool] = {
 """Inner methods arbitration works with, and whether their drafts come with logits."""
 
 
+RequestSetting = Literal["policy", "threshold", "max_overrides", "max_regret", "exact_tokens"]
+REQUEST_SETTINGS: tuple[RequestSetting, ...] = get_args(RequestSetting)
+"""What a request may change unless the operator says otherwise."""
+
+
 class CoSpecConfig(Frozen):
     """The keys of ``--speculative-config`` that are this package's own."""
 
@@ -41,8 +47,14 @@ class CoSpecConfig(Frozen):
     """Learned policy, instead of threshold: bound of the loss, at 95 % confidence, on the artefact's calibration."""
     max_overrides: int | None = Field(None, ge=0, le=2**31 - 1)
     """Overrides allowed per request; further mismatches are strict. Left out: no limit."""
+    max_regret: float | None = Field(None, ge=0, le=MAX_REGRET)
+    """Nats that the overrides of a response give up at most: the sum of log p(t*) - log p(d); 0 is strict. Left out: no
+    limit."""
     exact_tokens: int = Field(0, ge=0, le=2**31 - 1)
     """The first so many output tokens of every response are verified strictly."""
+    request_settings: tuple[RequestSetting, ...] = Field(REQUEST_SETTINGS, strict=False)
+    """What requests may change by their cospec_* keys: policy, threshold, max_overrides, max_regret, exact_tokens; none
+    of them is a list without entries."""
     collect: bool = Field(False)
     """Record every decision for training."""
 
@@ -84,20 +96,25 @@ class Settings:
     draft_logits: bool  # whether the drafter has logits
     num_speculative_tokens: int
     counters: str  # directory of the counters, see vllm_cospec.metrics
+    max_regret: float | None = None  # nats
+    request_settings: tuple[str, ...] = REQUEST_SETTINGS  # what a request may change
 
     @property
     def lossy(self) -> bool:
         """Whether output can differ from the target's own."""
-        return self.policy.policy != "strict"
+        return self.policy.policy != "strict" and in_units(self.max_regret) > 0
 
     def announcement(self) -> str:
         """Return the one line that tells an operator what is on."""
         if not self.lossy:
-            return "CoSpec: policy strict, output is exactly that of the target."
+            why = "policy strict" if self.policy.policy == "strict" else "max_regret 0"
+            return f"CoSpec: {why}, output is exactly that of the target."
         if self.policy.arbiter is not None:
             what = f"policy {self.policy.policy}, threshold {self.threshold:g}, arbiter {self.policy.arbiter}"
         else:
             what = f"policy {self.policy.describe()}"
+        if self.max_regret is not None:
+            what += f", within a regret of {self.max_regret:g} nats per response"
         return (
             f"CoSpec verification is LOSSY: draft tokens the target would reject may be kept ({what}). "
             f"Output can differ from the target's own; requests switch it off with cospec_policy=strict."

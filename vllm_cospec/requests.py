@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from vllm_cospec.config import Settings
+from vllm_cospec.config import REQUEST_SETTINGS, Settings
 from vllm_cospec.errors import ConfigError, first_sentence
 from vllm_cospec.kernels.frozen import Frozen
+from vllm_cospec.kernels.regret import MAX_REGRET
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -47,6 +48,8 @@ class RequestKeys(Frozen):
     """Threshold of the trained arbiter."""
     cospec_max_overrides: int | None = Field(None, ge=0, le=2**31 - 1)
     """Overrides allowed in this request."""
+    cospec_max_regret: float | None = Field(None, ge=0, le=MAX_REGRET)
+    """Nats that the overrides of this response give up at most; 0 is strict."""
     cospec_exact_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
     """The first so many output tokens are verified strictly."""
     cospec_branch: Branch | None = None
@@ -61,6 +64,7 @@ class RequestSettings:
     threshold: float
     max_overrides: int | None
     exact_tokens: int
+    max_regret: float | None = None  # nats
     branch: Branch | None = None
 
 
@@ -75,6 +79,13 @@ def check_keys(extra_args: Mapping[str, Any] | None, settings: Settings) -> Requ
         ConfigError: one sentence; the API server answers it with status 400.
     """
     keys = _parse({key: value for key, value in (extra_args or {}).items() if key.startswith(PREFIX)})
+    for name in REQUEST_SETTINGS:
+        value = getattr(keys, f"{PREFIX}{name}")
+        if value is not None and name not in settings.request_settings:
+            raise ConfigError(
+                f"{WHERE}.{PREFIX}{name}: {value!r} is not for a request to set on this server (request_settings); "
+                f"leave it out"
+            )
     server = settings.policy.policy
     if keys.cospec_policy not in (None, "strict", server):
         raise ConfigError(
@@ -86,6 +97,9 @@ def check_keys(extra_args: Mapping[str, Any] | None, settings: Settings) -> Requ
             f"{WHERE}.cospec_threshold: {keys.cospec_threshold!r} is for a trained arbiter, "
             f"and this server runs policy {server!r}; leave it out"
         )
+    regret, limit = keys.cospec_max_regret, settings.max_regret
+    if regret is not None and limit is not None and regret > limit:
+        raise ConfigError(f"{WHERE}.cospec_max_regret: {regret:g} is more than this server's {limit:g}; ask for less")
     if keys.cospec_branch is not None and not settings.collect:
         raise ConfigError(
             f"{WHERE}.cospec_branch: is for training, on an engine that was started with collect; leave it out"
@@ -106,6 +120,7 @@ def request_settings(params: SamplingParams | None, settings: Settings) -> Reque
         arbitrated=wanted != "strict",
         threshold=settings.threshold if keys.cospec_threshold is None else keys.cospec_threshold,
         max_overrides=settings.max_overrides if keys.cospec_max_overrides is None else keys.cospec_max_overrides,
+        max_regret=settings.max_regret if keys.cospec_max_regret is None else keys.cospec_max_regret,
         exact_tokens=settings.exact_tokens if keys.cospec_exact_tokens is None else keys.cospec_exact_tokens,
         branch=keys.cospec_branch,
     )

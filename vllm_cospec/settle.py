@@ -122,6 +122,8 @@ def settle(config: CoSpecConfig, models: Models, counters: str) -> Settings:
         policy=policy,
         threshold=threshold,
         max_overrides=config.max_overrides,
+        max_regret=config.max_regret,
+        request_settings=config.request_settings,
         exact_tokens=config.exact_tokens,
         collect=config.collect,
         draft_logits=DRAFT_METHODS[method],

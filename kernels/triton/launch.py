@@ -6,6 +6,7 @@ a tensor. A machine without Triton has no Model Runner V2 either; there :mod:`vl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,8 +167,8 @@ class _Stages:
             *((trace.statistics, trace.action, trace.probability) if trace else (None, None, None)),
             self._draft_partials, self._row_ints, self._row_floats, *logits,
             rows.drafted, rows.first, rows.request_slot, rows.position, temperature, seed,
-            slots.arbitrated, slots.threshold, slots.max_overrides, slots.overrides_so_far, slots.response_start,
-            slots.forced if program.collect else None,
+            slots.arbitrated, slots.threshold, slots.max_overrides, slots.overrides_so_far, slots.max_regret,
+            slots.regret_so_far, slots.response_start, slots.forced if program.collect else None,
             program.weights, self._vocab_size, self._num_tiles, rows.num_steps,
             float(numbers.first), float(numbers.second), numbers.seed, numbers.window,
             TILE_SIZE=TILE_SIZE, PADDED_TILES=triton.next_power_of_2(self._num_tiles),
@@ -264,6 +265,8 @@ class Server:
             max_overrides=self.constant(size, UNLIMITED),
             exact_tokens=self.constant(size, 0),
             overrides_so_far=self.constant(size, 0),
+            max_regret=self.constant(size, math.inf, torch.float32),
+            regret_so_far=self.constant(size, 0, torch.float32),
             response_start=self.constant(size, 1),
             forced=self.constant(size, -1),
         )

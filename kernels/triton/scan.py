@@ -8,6 +8,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.gumbel import tl_rand32
 
+from vllm_cospec.kernels.regret import REGRET_UNIT
 from vllm_cospec.kernels.triton.draft import draft_row_statistics, draft_tile
 from vllm_cospec.kernels.triton.layout import (
     ACCEPTED,
@@ -57,6 +58,8 @@ from vllm_cospec.kernels.triton.target import temperature_of
 # Keeps the coin of a sampled action apart from the uniform strict verification draws at the same position, and from
 # vLLM's own offsets: positions stay far below it.
 _ACTION_OFFSET = tl.constexpr(1 << 29)
+
+_REGRET_UNIT = tl.constexpr(REGRET_UNIT)
 
 
 @triton.jit
@@ -147,6 +150,12 @@ def _score_bound(threshold_ptr, seed_ptr, slot, position, SAMPLE_ACTIONS: tl.con
 
 
 @triton.jit
+def _given_up(logit_top, logit_draft):
+    """Nats that keeping the draft gives up, rounded up to a unit."""
+    return tl.ceil((logit_top - logit_draft) / _REGRET_UNIT) * _REGRET_UNIT
+
+
+@triton.jit
 def _decided_beforehand(keep, forced, output_position):
     """Training: a decision made elsewhere, and what lies before it in the response is kept."""
     if output_position <= (forced >> 1):  # -1 >> 1 is -1
@@ -186,6 +195,8 @@ def scan_kernel(
     threshold_ptr,  # [slots] float32
     max_overrides_ptr,  # [slots] int32
     overrides_so_far_ptr,  # [slots] int32, added to
+    max_regret_ptr,  # [slots] float32
+    regret_so_far_ptr,  # [slots] float32, added to
     response_start_ptr,  # [slots] int32
     forced_ptr,  # [slots] int32, when COLLECT
     weights_ptr,  # float32, of the learned policy
@@ -216,6 +227,8 @@ def scan_kernel(
     arbitrated = tl.load(arbitrated_ptr + slot) != 0
     spent = tl.load(overrides_so_far_ptr + slot)
     budget = tl.load(max_overrides_ptr + slot) - spent
+    regret = tl.load(regret_so_far_ptr + slot)
+    max_regret = tl.load(max_regret_ptr + slot)
     if NEEDS_DRAFT:
         partials_ptr += request * DRAFT_FIELDS * num_tiles
     sampled_ptr += request * sampled_stride
@@ -244,7 +257,9 @@ def scan_kernel(
                 status = tl.load(ints + STATUS)
                 if arbitrated & (status != NO_DRAFT):
                     tl.atomic_add(counters_ptr + num_steps, tl.full((), 1, tl.int64))
-                if (status == OPEN) & (overrides < budget):
+                given_up = _given_up(tl.load(floats + LOGIT_TOP), tl.load(floats + LOGIT_DRAFT))
+                affordable = (max_regret == float("inf")) | ((max_regret > 0) & (regret + given_up <= max_regret))
+                if (status == OPEN) & (overrides < budget) & affordable:
                     output_position = tl.load(pos_ptr + row) + 1 - tl.load(response_start_ptr + slot)
                     rank = tl.load(ints + RANK)
                     top = tl.load(ints + TOP)
@@ -285,6 +300,7 @@ def scan_kernel(
                             tl.store(trace_probability_ptr + row, probability)
                         if keep:
                             overrides += 1
+                            regret += given_up
                             tl.atomic_add(counters_ptr + i, tl.full((), 1, tl.int64))
             # vLLM's resampling replaces the draft of a rejected row of a sampled request
             emit_draft = keep | (not greedy)
@@ -296,3 +312,4 @@ def scan_kernel(
     tl.store(target_lse_ptr + request, target_lse)
     tl.store(draft_lse_ptr + request, draft_lse)
     tl.store(overrides_so_far_ptr + slot, spent + overrides)
+    tl.store(regret_so_far_ptr + slot, regret)

@@ -59,8 +59,10 @@ class Slots:
     arbitrated: Tensor  # int32, 0: strict
     threshold: Tensor  # float32, of the learned policy
     max_overrides: Tensor  # int32, vllm_cospec.kernels.UNLIMITED for none
+    max_regret: Tensor  # float32, from vllm_cospec.kernels.regret.in_units
     exact_tokens: Tensor  # int32
     overrides_so_far: Tensor  # int32, added to
+    regret_so_far: Tensor  # float32, nats, added to
     response_start: Tensor  # int32, tokens before the response
     forced: Tensor  # int32, 2 * (index in the response) + keep of a decision made beforehand, -1: none; for training
 

@@ -12,6 +12,7 @@ from vllm_cospec.kernels import UNLIMITED, reference
 from vllm_cospec.kernels.cpu import PLACEHOLDER, Batch, BatchResult, Requests, verify_batch
 from vllm_cospec.kernels.policies import Mismatches
 from vllm_cospec.kernels.reference import Block, verify_block
+from vllm_cospec.kernels.regret import REGRET_UNIT, in_units
 
 INF = math.inf
 
@@ -69,6 +70,8 @@ class Case:
                 ),
                 exact_tokens=per_request("exact_tokens", np.int64),
                 threshold=np.zeros(len(blocks), np.float32),
+                regret_so_far=per_request("regret_so_far", np.float64),
+                max_regret=np.array([in_units(block.max_regret) for block in blocks]),
             ),
         )
 
@@ -94,6 +97,7 @@ class Regime:
     ties: bool = False
     scale: float = 3.0  # of the logits; 30 spreads log-probabilities down to the floor, 1e4 saturates every row
     out_of_range: float = 0.02  # probability of a draft that is no token
+    budget: float = 0.0  # probability of max_regret
     limited: float = 0.08  # probability of each of: junk, not arbitrated, max_overrides, exact_tokens
     max_drafts: int = 16
 
@@ -116,6 +120,9 @@ REGIMES = {
     "not_tokens": Regime(out_of_range=0.3, keep=1.0, limited=0),
     "limits": Regime(batches=80, limited=0.4, keep=1.0, match=0.2, minus_inf=0),
     "sampled": Regime(sampled=1.0),
+    "zero_to_ample_budgets": Regime(batches=80, budget=0.8, keep=0.9, match=0.3, scale=1.0),
+    "zero_to_ample_budgets_bf16": Regime(batches=60, budget=0.8, keep=0.9, match=0.3, dtype=torch.bfloat16),
+    "zero_to_ample_budgets_ties": Regime(batches=60, budget=0.8, keep=0.9, match=0.3, ties=True, sampled=0.5),
     "without_draft_logits": Regime(draft_logits=False),
     "one_draft": Regime(max_drafts=1, empty=0.3),
     "wide": Regime(batches=6, vocabulary=(32_000, 32_000), draft_logits=True, match=0.2, keep=0.9, max_drafts=6),
@@ -168,7 +175,16 @@ def random_block(rng: np.random.Generator, regime: Regime, vocabulary: int, k: i
         overrides_so_far=int(rng.integers(0, 4)),
         max_overrides=int(rng.integers(0, 7)) if limited() else None,
         exact_tokens=int(rng.integers(0, 60)) if limited() else 0,
+        **random_budget(rng.spawn(1)[0], regime),
     )
+
+
+def random_budget(rng: np.random.Generator, regime: Regime) -> dict[str, float]:
+    if rng.random() >= regime.budget:
+        return {}
+    budget = float(rng.choice([0.0, 1e-6, REGRET_UNIT, rng.exponential(regime.scale), 10 * regime.scale]))
+    spent = float(rng.choice([0.0, in_units(budget * rng.random()), in_units(budget), in_units(2 * budget)]))
+    return {"max_regret": budget, "regret_so_far": spent}
 
 
 def random_case(rng: np.random.Generator, regime: Regime) -> Case:
@@ -207,6 +223,7 @@ def check_against_reference(case: Case, result: BatchResult, width: int) -> list
         assert emitted == truth.tokens + [PLACEHOLDER] * (width + 1 - len(truth.tokens))
         assert len(truth.tokens) == truth.num_accepted + 1
         assert result.overrides[request] == len(truth.overrides)
+        assert result.regret[request] == truth.regret
 
         # NaN rows: see test_rows_with_nan_are_not_recorded_as_consulted.
         consulted = [row for row in consulted_rows(result, request) if not row[1].isnan().any()]

@@ -114,7 +114,8 @@ def test_all_keys_together() -> None:
 
 
 def test_a_null_leaves_the_servers_setting() -> None:
-    nulls = dict.fromkeys(("cospec_policy", "cospec_threshold", "cospec_max_overrides", "cospec_exact_tokens"))
+    names = ("policy", "threshold", "max_overrides", "max_regret", "exact_tokens")
+    nulls = dict.fromkeys(f"cospec_{name}" for name in names)
     assert asked(**nulls) == asked()
 
 
@@ -124,6 +125,7 @@ def test_a_request_may_limit_overrides_where_the_server_does_not() -> None:
     assert asked(unlimited, cospec_max_overrides=0).max_overrides == 0
 
 
+NUMBERS = ["cospec_threshold", "cospec_max_overrides", "cospec_max_regret", "cospec_exact_tokens"]
 BAD_NUMBERS = {
     "text": "0",
     "empty text": "",
@@ -141,7 +143,7 @@ BAD_NUMBERS = {
 
 
 @pytest.mark.parametrize("value", BAD_NUMBERS.values(), ids=BAD_NUMBERS)
-@pytest.mark.parametrize("key", ["cospec_threshold", "cospec_max_overrides", "cospec_exact_tokens"])
+@pytest.mark.parametrize("key", NUMBERS)
 def test_a_bad_number_is_refused_in_one_sentence_that_names_the_key(key: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         asked(**{key: value})
@@ -167,7 +169,7 @@ def test_a_number_out_of_range_or_not_whole_is_refused(key: str, value: float) -
         asked(**{key: value})
 
 
-@pytest.mark.parametrize("key", ["cospec_max_overrides", "cospec_exact_tokens"])
+@pytest.mark.parametrize("key", ["cospec_max_overrides", "cospec_max_regret", "cospec_exact_tokens"])
 @pytest.mark.parametrize("value", [MAX_INT64 + 1, 2**64 - 1])  # the largest vLLM lets through in extra_args
 def test_an_integer_the_engine_cannot_hold_is_refused(key: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"vllm_xargs.{key}"):
@@ -377,7 +379,7 @@ def handled(written: Any, read: Any = None, cospec: Any = LEARNED) -> Any:
     return asyncio.run(patches._make_handler(original)(serving, request, Raw()))
 
 
-@pytest.mark.parametrize("key", ["cospec_threshold", "cospec_max_overrides", "cospec_exact_tokens"])
+@pytest.mark.parametrize("key", NUMBERS)
 @pytest.mark.parametrize("value", [True, False])
 def test_true_is_no_number_although_the_protocol_reads_it_as_one(key: str, value: Any) -> None:
     with pytest.raises(VLLMValidationError, match=rf"vllm_xargs\.{key}: .* got {value}"):

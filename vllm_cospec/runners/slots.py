@@ -18,11 +18,13 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from vllm_cospec.config import Settings
 from vllm_cospec.kernels import UNLIMITED
+from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.kernels.triton.step import Slots
 from vllm_cospec.requests import served_settings
 
-SLOT, OVERRIDES = "cospec_slot", "cospec_overrides"  # attributes of vLLM's CachedRequestState, on V1
+SLOT, SPENT = "cospec_slot", "cospec_spent"  # attributes of vLLM's CachedRequestState, on V1
 _INTEGERS = ("arbitrated", "max_overrides", "exact_tokens", "response_start", "forced")
+_FLOATS = ("threshold", "max_regret")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class SlotEntry:
     arbitrated: bool
     threshold: float
     max_overrides: int
+    max_regret: float  # in_units
     exact_tokens: int
     written: int  # tokens of the response that stand in the prompt; training
     forced: int
@@ -46,6 +49,7 @@ def slot_entry(sampling_params: Any, settings: Settings) -> SlotEntry:
         arbitrated=own.arbitrated,
         threshold=own.threshold,
         max_overrides=UNLIMITED if own.max_overrides is None else min(own.max_overrides, UNLIMITED),
+        max_regret=in_units(own.max_regret),
         exact_tokens=min(own.exact_tokens, UNLIMITED),
         written=branch.written if branch else 0,
         forced=2 * branch.decided_at + branch.keep if branch else -1,
@@ -53,22 +57,25 @@ def slot_entry(sampling_params: Any, settings: Settings) -> SlotEntry:
     )
 
 
-class OverrideCounts:
-    """The overrides of the request in each slot. A request that loses its slot takes its count along to the next."""
+class Spent:
+    """What the request in each slot has spent of its budgets. One that loses its slot takes it along to the next."""
 
     def __init__(self, size: int, device: torch.device):
-        self.on_device = torch.zeros(size, dtype=torch.int32, device=device)  # [S], the kernels add to it
+        self.overrides = torch.zeros(size, dtype=torch.int32, device=device)  # [S], the kernels add to it
+        self.regret = torch.zeros(size, dtype=torch.float32, device=device)  # [S], likewise; nats
 
-    def enter(self, slot: int, entry: SlotEntry, carried: Tensor | None) -> None:
-        """Start a slot's count: with what the request has carried along, or with what its settings say."""
+    def enter(self, slot: int, entry: SlotEntry, carried: tuple[Tensor, Tensor] | None) -> None:
+        """Start a slot with what the request has carried along, or with what its settings say."""
         if carried is None:
-            self.on_device[slot].fill_(entry.overrides)
+            self.overrides[slot].fill_(entry.overrides)
+            self.regret[slot].fill_(0.0)
         else:
-            self.on_device[slot].copy_(carried)
+            self.overrides[slot].copy_(carried[0])
+            self.regret[slot].copy_(carried[1])
 
-    def leave(self, slot: int) -> Tensor:
-        """Return a slot's count, to be carried along."""
-        return self.on_device[slot].clone()
+    def leave(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Return what was spent in a slot, to be carried along."""
+        return self.overrides[slot].clone(), self.regret[slot].clone()
 
 
 class StagedSlots:
@@ -84,8 +91,9 @@ class StagedSlots:
         self._exact_tokens = UvaBackedTensor(size, dtype=torch.int32)
         self._written = UvaBackedTensor(size, dtype=torch.int32)
         self._forced = UvaBackedTensor(size, dtype=torch.int32)
-        self._overrides = OverrideCounts(size, runner.device)
-        self._preempted: dict[str, Tensor] = {}
+        self._max_regret = UvaBackedTensor(size, dtype=torch.float32)
+        self._spent = Spent(size, runner.device)
+        self._preempted: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add_request(self, slot: int, request: Any) -> None:
         """Take up a request, vLLM's NewRequestData; slots are recycled, so everything is overwritten."""
@@ -96,12 +104,14 @@ class StagedSlots:
         self._exact_tokens.np[slot] = entry.exact_tokens
         self._written.np[slot] = entry.written
         self._forced.np[slot] = entry.forced
-        self._overrides.enter(slot, entry, self._preempted.pop(request.req_id, None))
+        self._max_regret.np[slot] = entry.max_regret
+        self._spent.enter(slot, entry, self._preempted.pop(request.req_id, None))
 
     def apply_staged_writes(self) -> None:
         """Make what was written visible on the device."""
         for tensor in (
-            self.arbitrated, self._threshold, self._max_overrides, self._exact_tokens, self._written, self._forced
+            self.arbitrated, self._threshold, self._max_overrides, self._max_regret, self._exact_tokens, self._written,
+            self._forced,
         ):  # fmt: skip
             tensor.copy_to_uva()
 
@@ -110,7 +120,7 @@ class StagedSlots:
         for req_id in scheduler_output.preempted_req_ids or ():
             slot = self._runner.req_states.req_id_to_index.get(req_id)
             if slot is not None:
-                self._preempted[req_id] = self._overrides.leave(slot)
+                self._preempted[req_id] = self._spent.leave(slot)
         for req_id in scheduler_output.finished_req_ids:
             self._preempted.pop(req_id, None)
 
@@ -120,13 +130,15 @@ class StagedSlots:
         if self._settings.collect:
             response_start = response_start - self._written.gpu
         return Slots(
-            arbitrated,
-            self._threshold.gpu,
-            self._max_overrides.gpu,
-            self._exact_tokens.gpu,
-            self._overrides.on_device,
-            response_start,
-            self._forced.gpu,
+            arbitrated=arbitrated,
+            threshold=self._threshold.gpu,
+            max_overrides=self._max_overrides.gpu,
+            max_regret=self._max_regret.gpu,
+            exact_tokens=self._exact_tokens.gpu,
+            overrides_so_far=self._spent.overrides,
+            regret_so_far=self._spent.regret,
+            response_start=response_start,
+            forced=self._forced.gpu,
         )
 
 
@@ -142,9 +154,9 @@ class PlacedSlots:
         self._settings = settings
         self._owners: list[Any] = [lambda: None] * self.size  # weak references to the requests
         self._integers = np.zeros((len(_INTEGERS), self.size), np.int32)
-        self._threshold = np.zeros(self.size, np.float32)
+        self._floats = np.zeros((len(_FLOATS), self.size), np.float32)
         self._seed = np.zeros(self.size, np.int64)
-        self._overrides = OverrideCounts(self.size, runner.device)
+        self._spent = Spent(self.size, runner.device)
         self._send()
 
     def place(self) -> tuple[np.ndarray, list[int]]:
@@ -171,10 +183,10 @@ class PlacedSlots:
         return None if slot < 0 else slot
 
     def leave(self, request: Any) -> None:
-        """Take a preempted request's slot; its count goes with it."""
+        """Take a preempted request's slot; what it has spent goes with it."""
         slot = self.slot_of(request)
         if slot is not None:
-            setattr(request, OVERRIDES, self._overrides.leave(slot))
+            setattr(request, SPENT, self._spent.leave(slot))
             setattr(request, SLOT, -1)
             self._owners[slot] = lambda: None
 
@@ -188,12 +200,13 @@ class PlacedSlots:
         Args:
             left_out: slots that are strict in this step, whatever they want.
         """
-        columns = dict(zip(_INTEGERS, self._sent[0], strict=True))
+        columns = dict(zip(_INTEGERS + _FLOATS, [*self._sent[0], *self._sent[1]], strict=True))
         if len(left_out):
             arbitrated = self._integers[0].copy()
             arbitrated[left_out] = 0
             columns["arbitrated"] = async_tensor_h2d(arbitrated, self._runner.device)
-        return Slots(threshold=self._sent[1], overrides_so_far=self._overrides.on_device, **columns), self._sent[2]
+        spent = self._spent
+        return Slots(overrides_so_far=spent.overrides, regret_so_far=spent.regret, **columns), self._sent[2]
 
     def _give(self, slot: int, request: Any) -> None:
         before = self._owners[slot]()
@@ -204,15 +217,14 @@ class PlacedSlots:
             entry.arbitrated, entry.max_overrides, entry.exact_tokens, request.num_prompt_tokens - entry.written,
             entry.forced,
         )  # fmt: skip
-        self._threshold[slot] = entry.threshold
+        self._floats[:, slot] = entry.threshold, entry.max_regret
         seed = getattr(request.sampling_params, "seed", None)
         self._seed[slot] = np.random.randint(2**62) if seed is None else seed
-        self._overrides.enter(slot, entry, getattr(request, OVERRIDES, None))
+        self._spent.enter(slot, entry, getattr(request, SPENT, None))
         self._owners[slot] = weakref.ref(request)
         setattr(request, SLOT, slot)
 
     def _send(self) -> None:
         self._sent = [
-            async_tensor_h2d(table.copy(), self._runner.device)
-            for table in (self._integers, self._threshold, self._seed)
+            async_tensor_h2d(table.copy(), self._runner.device) for table in (self._integers, self._floats, self._seed)
         ]

@@ -17,6 +17,7 @@ from vllm_cospec.health import Reason
 from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.cpu import Batch, BatchResult, Requests, argmax, verify_batch
 from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
+from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.requests import RequestSettings, action_coin, served_settings
 from vllm_cospec.runners.recorder import Block, Recorder, draft_probabilities
@@ -33,6 +34,7 @@ class RequestState:
     settings: RequestSettings
     seed: int | None  # of the request
     overrides: int = 0
+    regret: float = 0.0  # nats, of the overrides
 
 
 class CoSpecRejectionSampler(V1Sampler):
@@ -162,6 +164,8 @@ class CoSpecRejectionSampler(V1Sampler):
             ),
             exact_tokens=np.array([s.exact_tokens for s in settings], np.int64),
             threshold=np.array([s.threshold for s in settings], np.float32),
+            regret_so_far=np.array([state.regret for state in self._states]),
+            max_regret=np.array([in_units(s.max_regret) for s in settings]),
             forced_at=forced_at,
             forced_keep=forced_keep,
         )
@@ -197,6 +201,7 @@ class CoSpecRejectionSampler(V1Sampler):
         """Carry counts over to the requests, the counters and the record."""
         for index in np.flatnonzero(result.overrides):
             states[index].overrides += int(result.overrides[index])
+            states[index].regret += float(result.regret[index])
         if result.num_mismatches and self._counters is not None:
             self._counters.add(result.num_mismatches, result.overrides_per_position)
         ids = self._runner.input_batch.req_ids

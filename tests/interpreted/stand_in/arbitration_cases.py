@@ -19,6 +19,7 @@ from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.cpu import top_k_entropy
 from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
 from vllm_cospec.kernels.reference import Block, BlockResult, verify_block
+from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.kernels.triton.launch import arbitrate
 from vllm_cospec.kernels.triton.policies import compile_policy
 from vllm_cospec.kernels.triton.step import Rows, Sampling, Slots
@@ -107,6 +108,14 @@ class Case:
         return verify(), counters, slots
 
 
+def with_budgets(slots: Slots, generator: np.random.Generator) -> Slots:
+    """The same slots with budgets of regret, some of them spent in part or more than that."""
+    size = len(slots.max_regret)
+    budget = np.array([in_units(x) for x in generator.choice([0.0, 1e-4, 0.05, 1.0, 6.0, 30.0], size)])
+    spent = np.array([in_units(x) for x in budget * generator.choice([0.0, 0.3, 1.0, 1.5], size)])
+    return replace(slots, max_regret=torch.tensor(budget).float(), regret_so_far=torch.tensor(spent).float())
+
+
 def make_slots(size: int, generator: np.random.Generator, arbitrated: float = 0.85) -> Slots:
     """Settings of ``size`` slots, most of them arbitrated and without limits."""
 
@@ -119,6 +128,8 @@ def make_slots(size: int, generator: np.random.Generator, arbitrated: float = 0.
         max_overrides=pick([UNLIMITED, 0, 1, 3], [0.7, 0.05, 0.1, 0.15]),
         exact_tokens=pick([0, 3, 9], [0.7, 0.2, 0.1]),
         overrides_so_far=pick([0, 1, 2], [0.7, 0.2, 0.1]),
+        max_regret=torch.full((size,), torch.inf),
+        regret_so_far=torch.zeros(size),
         response_start=torch.tensor(generator.integers(1, 5, size), dtype=torch.int32),
         forced=torch.full((size,), -1, dtype=torch.int32),
     )
@@ -157,6 +168,7 @@ def make_case(
     agreement: float = 0.5,
     arbitrated: float = 0.85,
     full: bool = False,
+    budgets: bool = False,
 ) -> Case:
     """A batch of ``requests`` with up to ``k`` drafts each, in scattered slots.
 
@@ -165,6 +177,7 @@ def make_case(
         separate: processed logits are a changed float32 copy.
         agreement: share of positions where the draft is the target's first choice.
         full: every request has ``k`` drafts; else 0 to ``k``.
+        budgets: of regret, for every request.
     """
     g = np.random.default_rng(seed)
     size = requests + 3
@@ -199,6 +212,8 @@ def make_case(
         row += n + 1
     starts = np.concatenate([[0], np.cumsum(np.array(num_drafts) + 1)])
     slots = make_slots(size, g, arbitrated)
+    if budgets:
+        slots = with_budgets(slots, g.spawn(1)[0])
     pos = torch.cat(
         [
             torch.arange(n + 1) + int(slots.response_start[s]) - 1 + int(g.integers(0, 9))
@@ -235,6 +250,12 @@ class Expected:
 
     results: list[BlockResult]
     ambiguous: list[bool]  # a comparison so close that float32 may decide it either way
+
+
+def regret_of(slots: Slots, slot: int) -> dict[str, Any]:
+    """Budget of a slot and what is spent of it, as the reference takes them."""
+    budget = float(slots.max_regret[slot])
+    return {"regret_so_far": float(slots.regret_so_far[slot]), "max_regret": budget if budget < torch.inf else None}
 
 
 def expected(case: Case, policy: Policy, arbiter: Arbiter | None = None, u: Tensor | None = None) -> Expected:
@@ -274,6 +295,7 @@ def expected(case: Case, policy: Policy, arbiter: Arbiter | None = None, u: Tens
             overrides_so_far=int(settings.overrides_so_far[slot]),
             max_overrides=None if limit == UNLIMITED else limit,
             exact_tokens=int(settings.exact_tokens[slot]),
+            **regret_of(settings, slot),
         )  # fmt: skip
         near = [close]
 

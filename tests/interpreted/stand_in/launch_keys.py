@@ -28,6 +28,7 @@ from vllm_cospec.kernels.triton.step import Rows, Sampling, Slots, Verdict  # no
 
 CPU = torch.device("cpu")
 SLOTS = 9
+FLOATS = ("threshold", "max_regret", "regret_so_far")
 
 
 def key(one: Launch) -> str:
@@ -69,7 +70,7 @@ def step(server: Server, program: Program, counts: list[int], first_row: int, se
     )  # fmt: skip
     slots = Slots(
         **{
-            name: torch.zeros(SLOTS, dtype=torch.float32 if name == "threshold" else torch.int32)
+            name: torch.zeros(SLOTS, dtype=torch.float32 if name in FLOATS else torch.int32)
             for name in Slots.__dataclass_fields__
         }
     )

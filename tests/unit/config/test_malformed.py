@@ -39,6 +39,8 @@ NGRAM = {"draft_method": "ngram", "model": LEFT_OUT}
 OWN_FIELDS = {
     **wrong("threshold", NOT_NUMBERS | {"negative": -0.01, "above one": 1.01, "huge": 10**400, "nested": nested(900)}),
     **wrong("max_accuracy_loss", NOT_NUMBERS | {"zero": 0, "above one": 2}),
+    **wrong("max_regret", NOT_NUMBERS | {"negative": -0.1, "more than can be counted": 8193}),
+    **wrong("request_settings", {"text": "policy", "number": 1, "another": ["branch"], "null": None, "object": {}}),
     **wrong("max_overrides", NOT_INTEGERS | NOT_IN_INT64 | {"negative": -1}),
     **wrong("exact_tokens", NOT_INTEGERS | NOT_IN_INT64 | {"negative": -1, "null": None}),
     **wrong("collect", {"text": "true", "number": 1, "null": None, "list": [True]}),

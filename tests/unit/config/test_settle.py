@@ -66,10 +66,15 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_settings_carry_every_field() -> None:
-    assert settled(max_overrides=4, exact_tokens=8, collect=True) == Settings(
+    found = settled(
+        max_overrides=4, max_regret=1.5, exact_tokens=8, collect=True, request_settings=["policy", "max_regret"]
+    )  # fmt: skip
+    assert found == Settings(
         policy=Typical(),
         threshold=0.5,
         max_overrides=4,
+        max_regret=1.5,
+        request_settings=("policy", "max_regret"),
         exact_tokens=8,
         collect=True,
         draft_logits=True,
@@ -258,5 +263,8 @@ def test_lossy_verification_is_announced_with_policy_threshold_and_artefact(pair
     assert "LOSSY" in line
     assert "cascade" in line
     assert "0.375" in line
+    assert "within a regret of 2.5 nats per response" in settled(Typical(), max_regret=2.5).announcement()
+    assert not settled(Typical(), max_regret=0.0).lossy
+    assert "max_regret 0, output is exactly that of the target" in settled(Typical(), max_regret=0.0).announcement()
     assert not settled(Strict()).lossy
     assert "LOSSY" not in settled(Strict()).announcement()

@@ -239,6 +239,8 @@ def test_fly_window_over_every_pattern_of_acceptance(window: int) -> None:
             max_overrides=np.full(count, UNLIMITED),
             exact_tokens=np.zeros(count, np.int64),
             threshold=np.zeros(count, np.float32),
+            regret_so_far=np.zeros(count),
+            max_regret=np.full(count, np.inf),
         ),
     )
     policy = Fly(window=window)
