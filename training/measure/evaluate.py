@@ -219,7 +219,7 @@ def evaluate(
             pool.submit(chunks)
             results = pool.collect([chunk.key for chunk in chunks], tick=arrived)
             if pool.set_aside:
-                raise ConfigError(f"engine {kind}: lost its process again and again; see Ray's logs")
+                raise ConfigError(f"engine {kind}: its actors were lost again and again; the last one {pool.last_loss}")
         for mode in wanted:
             own = [parts[0] for chunk, parts in zip(chunks, results, strict=True) if chunk.mode is mode]
             answers[mode.name] = Answers.merge(own)

@@ -4,12 +4,18 @@ A unit travels together with the weights it is to be done with, so that no actor
 counted once, by its key. When an actor with several units is lost, any of them may be the cause: the oldest may have
 been done, its result still under way. So all of them become suspects, which are done by an actor that has nothing else,
 and only what is lost there counts against a unit. One that is lost again and again is taken apart, and a single prompt
-that always loses its actor is set aside.
+that always loses its actor is set aside. An actor whose work raises an exception is replaced like one that died: after
+a device ran out of memory, an engine is in no known state.
+
+Only actors that are ready are given work, so that one that never comes holds nothing hostage: its start is tried again,
+with longer and longer pauses, while the others go on. When there is nothing left to hand out, a unit that takes much
+longer than others is given to a second actor, and whichever result comes first counts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
@@ -18,9 +24,15 @@ from typing import Any, Protocol
 
 import ray
 
-from vllm_cospec.errors import CoSpecError, TrainingError
+from vllm_cospec.errors import CoSpecError, TrainingError, one_line
+from vllm_cospec.training.rollout.losses import is_of_the_actor, reason_of
 
 POLL_S = 1.0
+GRACE_S = 30.0  # for the slower ones, once the first actor is ready
+PAUSE_S, LONGEST_PAUSE_S = 2.0, 300.0  # before a start is tried again: memory is freed, a port is closed
+IN_A_ROW = 3  # times the attempts, beside one loss of every actor, with no result between them: then nothing works
+SLOW = 3.0  # times the median of the units done so far, after which a unit goes to a second actor as well
+SLOW_AFTER_S = 10.0  # and no sooner than this
 
 
 class Work(Protocol):
@@ -44,20 +56,28 @@ class Job:
     part: int = 0
     attempts: int = 0  # actors it has certainly cost
     suspect: bool = False  # has been with an actor that was lost, and is done alone from then on
+    holders: int = 0  # actors that have it
+    done: bool = False  # its result has been counted, or it was given up
 
 
 @dataclass(eq=False)
 class _Actor:
-    handle: Any
-    started: Any  # reference that resolves when it can work
+    handle: Any = None  # None while a start is waited for
+    started: Any = None  # reference that resolves when it can work
     running: deque[tuple[Any, Job]] = field(default_factory=deque)  # (reference, job), oldest first
     since: float = 0.0  # when the oldest began, as far as we can see
     ready: bool = False
+    errors: int = 0  # in a row, that were not its own
+    failed_starts: int = 0  # in a row, of its place
 
     def takes(self, job: Job, depth: int) -> bool:
         """Whether it may be handed this job now; suspects and others do not share an actor."""
+        if not self.ready:
+            return False
         if not self.running:
             return True
+        if self.running[0][1].done:  # a straggler that another has overtaken
+            return False
         return len(self.running) < depth and not job.suspect and not self.running[-1][1].suspect
 
 
@@ -71,6 +91,7 @@ class Pool:
         attempts: int = 3,
         unit_timeout_s: float = 900.0,
         start_timeout_s: float = 900.0,
+        pause_s: float = PAUSE_S,
         depth: int = 2,
         notice: Callable[[str], None] = lambda text: None,
     ):
@@ -82,19 +103,22 @@ class Pool:
             attempts: actors a unit may certainly have cost before it is taken apart or set aside.
             unit_timeout_s: after which an actor that works on one unit is taken for lost.
             start_timeout_s: likewise for its start.
+            pause_s: before the first repetition of a start that failed; it doubles with each.
             depth: units an actor is handed at a time, so that it need not wait for the next.
             notice: called with a sentence about each loss.
         """
         self._make_actor = make_actor
         self._attempts, self._depth = attempts, depth
-        self._unit_timeout_s, self._start_timeout_s = unit_timeout_s, start_timeout_s
+        self._unit_timeout_s, self._start_timeout_s, self._pause_s = unit_timeout_s, start_timeout_s, pause_s
         self._notice = notice
         self._queue: deque[Job] = deque()
         self._results: dict[Hashable, list[Any]] = {}
         self._parts: dict[Hashable, dict[int, Any]] = {}  # finished parts of units that are not whole yet
         self._outstanding: dict[Hashable, int] = {}
-        self._failed_starts = 0
-        self.losses = 0
+        self._ever_ready = False
+        self._lost_in_a_row = 0
+        self._durations: deque[float] = deque(maxlen=64)  # seconds of the last units
+        self.losses, self.last_loss = 0, ""
         self.set_aside: list[Any] = []
         self._actors = [self._new_actor() for _ in range(size)]
 
@@ -103,8 +127,7 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         for actor in self._actors:
-            with contextlib.suppress(Exception):  # it may be gone already
-                ray.kill(actor.handle)
+            _kill(actor)
 
     def submit(self, work: Iterable[Any], payload: Any = None) -> None:
         """Queue units; ``payload`` goes along with each."""
@@ -113,13 +136,20 @@ class Pool:
             self._queue.append(Job(unit, payload, unit.key))
 
     def wait_until_ready(self) -> None:
-        """Return when every actor can work.
+        """Return when every actor can work, or when the first has waited for the others for a while.
 
         Raises:
-            TrainingError: they cannot be started; carries the reason.
+            CoSpecError: they cannot be started; carries the reason.
         """
+        first: float | None = None
         while not all(actor.ready for actor in self._actors):
             self._turn()
+            ready = sum(actor.ready for actor in self._actors)
+            if ready and first is None:
+                first = time.monotonic()
+            if first is not None and ready < len(self._actors) and time.monotonic() - first > GRACE_S:
+                self._notice(f"{ready} of {len(self._actors)} actors are ready and begin; the others join them")
+                return
 
     def collect(self, keys: Iterable[Hashable], tick: Callable[[Any], None] = lambda result: None) -> list[Any]:
         """Wait for the results of units and hand them out, in the order of ``keys``.
@@ -151,26 +181,57 @@ class Pool:
 
     def _turn(self) -> None:
         """Hand out work, wait a moment, take in what has come."""
+        self._start_again()
         for actor in self._actors:
             while self._queue and actor.takes(self._queue[0], self._depth):
-                job = self._queue.popleft()
-                if not actor.running and actor.ready:
-                    actor.since = time.monotonic()
-                actor.running.append((actor.handle.work.remote(job.work, job.payload), job))
-        waiting = {actor.started: actor for actor in self._actors if not actor.ready}
+                self._hand(actor, self._queue.popleft())
+        if not self._queue:
+            self._help_stragglers()
+        waiting = {actor.started: actor for actor in self._actors if actor.handle is not None and not actor.ready}
         waiting |= {reference: actor for actor in self._actors for reference, _ in actor.running}
-        if not waiting:
+        if not self._outstanding and self._ever_ready and not waiting:
             raise TrainingError("the pool was asked for a result nobody works on")
-        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
-        if not done:
-            done, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)
-        for reference in done:
-            self._take(waiting[reference], reference)
+        if waiting:
+            done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+            if not done:
+                done, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)
+            for reference in done:
+                self._take(waiting[reference], reference)
+        else:
+            time.sleep(min(POLL_S, self._pause_s))
         now = time.monotonic()
         for actor in list(self._actors):
             limit = self._unit_timeout_s if actor.ready else self._start_timeout_s
-            if (actor.running or not actor.ready) and now - actor.since > limit:
+            waits = actor.running or (actor.handle is not None and not actor.ready)
+            if waits and now - actor.since > limit:
                 self._lost(actor, f"took longer than {limit:g} s")
+
+    def _hand(self, actor: _Actor, job: Job) -> None:
+        if not actor.running:
+            actor.since = time.monotonic()
+        job.holders += 1
+        actor.running.append((actor.handle.work.remote(job.work, job.payload), job))
+
+    def _start_again(self) -> None:
+        """Start actors whose pause is over."""
+        for place, actor in enumerate(self._actors):
+            if actor.handle is None and time.monotonic() >= actor.since:
+                self._actors[place] = self._new_actor()
+                self._actors[place].failed_starts = actor.failed_starts
+
+    def _help_stragglers(self) -> None:
+        """Give units that take much longer than others to idle actors as well."""
+        idle = [actor for actor in self._actors if actor.ready and not actor.running]
+        if not idle or not self._durations:
+            return
+        limit = max(SLOW_AFTER_S, SLOW * statistics.median(self._durations))
+        now = time.monotonic()
+        for actor in sorted(self._actors, key=lambda other: other.since):
+            if idle and actor.running and now - actor.since > limit:
+                for _, job in list(actor.running):  # one that waits behind it is held up as well
+                    if idle and job.holders == 1 and not job.done and not job.suspect:
+                        self._notice(f"unit {job.work.key} takes longer than {limit:.0f} s and goes to a second actor")
+                        self._hand(idle.pop(), job)
 
     def _take(self, actor: _Actor, reference: Any) -> None:
         if actor not in self._actors:  # lost in the meantime, its work is queued again
@@ -178,23 +239,59 @@ class Pool:
         try:
             value = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, CoSpecError):
-                raise type(error.cause)(str(error.cause)) from None
-            raise TrainingError(f"an actor failed: {type(error.cause).__name__}: {error.cause}") from error
+            cause = error.cause
+            # what is wrong with the configuration or a reward is wrong on every actor; a start that worked once is not
+            if isinstance(cause, CoSpecError) and not (reference == actor.started and self._ever_ready):
+                raise type(cause)(str(cause)) from None
+            self._lost(actor, f"raised {type(cause).__name__}: {one_line(cause)[:300]}{reason_of(cause)}")
+            return
         except ray.exceptions.RayError as error:
-            self._lost(actor, " ".join(str(error).split())[:300])
+            why = one_line(error)[:300] + reason_of(error)
+            if reference == actor.started or is_of_the_actor(error) or actor.errors >= self._attempts:
+                self._lost(actor, why)
+            else:
+                self._repeat(actor, reference, why)
             return
-        actor.since = time.monotonic()
+        now = time.monotonic()
         if reference == actor.started:
-            actor.ready, self._failed_starts = True, 0
+            actor.ready, actor.failed_starts, self._ever_ready, actor.since = True, 0, True, now
             return
-        actor.ready = True
+        actor.errors = 0
+        self._durations.append(now - actor.since)
+        actor.since = now
+        job = self._let_go(actor, reference)
+        self._lost_in_a_row = 0
+        if not job.done:
+            self._settle(job, value)
+
+    def _let_go(self, actor: _Actor, reference: Any) -> Job:
+        """Take a job from an actor that is done with it."""
         job = next(job for other, job in actor.running if other == reference)
         actor.running = deque(entry for entry in actor.running if entry[0] != reference)
-        self._settle(job, value)
+        job.holders -= 1
+        return job
+
+    def _repeat(self, actor: _Actor, reference: Any, why: str) -> None:
+        """Queue a job again whose result was lost on its way; the actor is well."""
+        actor.errors += 1
+        actor.since = time.monotonic()
+        job = self._let_go(actor, reference)
+        self._notice(f"a result was lost ({why}); its unit is repeated")
+        job.attempts += 1
+        self._queue_again([job], why)
+
+    def _queue_again(self, jobs: list[Job], why: str) -> None:
+        for job in reversed(jobs):
+            if job.done or job.holders:  # another actor has it too
+                continue
+            if job.attempts < self._attempts:
+                self._queue.appendleft(job)
+            else:
+                self._give_up(job, why)
 
     def _settle(self, job: Job, *value: Any) -> None:
         """Note that a part is done; without a value: that it is given up."""
+        job.done = True
         if value:
             self._parts.setdefault(job.whole, {})[job.part] = value[0]
         self._outstanding[job.whole] -= 1
@@ -202,40 +299,57 @@ class Pool:
             del self._outstanding[job.whole]
             self._results[job.whole] = [part for _, part in sorted(self._parts.pop(job.whole, {}).items())]
 
-    def _give_up(self, job: Job) -> None:
+    def _give_up(self, job: Job, why: str) -> None:
         """Take a unit apart that has used up its attempts; set it aside when it is a single prompt."""
         parts = job.work.split()
         if len(parts) > 1:
             self._notice(f"unit {job.work.key} lost its actor {job.attempts} times and is taken apart")
+            job.done = True
             self._outstanding[job.whole] += len(parts) - 1
             self._queue.extendleft(Job(part, job.payload, job.whole, i, suspect=True) for i, part in enumerate(parts))
-        else:
-            self._notice(f"{job.work} lost its actor {job.attempts} times and is set aside")
-            self.set_aside.append(job.work)
-            self._settle(job)
+            return
+        self._notice(f"{job.work} lost its actor {job.attempts} times and is set aside (the last one {why})")
+        self.set_aside.append(job.work)
+        self._settle(job)
 
     def _lost(self, actor: _Actor, why: str) -> None:
-        """Replace an actor and queue its work again."""
+        """Replace an actor and queue its work again.
+
+        Raises:
+            TrainingError: no actor can be started, or so many were lost that no unit is the cause.
+        """
         self.losses += 1
-        with contextlib.suppress(Exception):
-            ray.kill(actor.handle)
+        self.last_loss = why
+        _kill(actor)
         actor.ready = actor.ready or _resolved(actor.started)
-        if not actor.ready:
-            self._failed_starts += 1
-            if self._failed_starts > self._attempts:
+        place = self._actors.index(actor)
+        if actor.ready:
+            self._lost_in_a_row += 1
+            if self._lost_in_a_row > len(self._actors) + IN_A_ROW * self._attempts:
+                raise TrainingError(
+                    f"rollout: {self._lost_in_a_row} actors in a row were lost with no result between them; the last "
+                    f"one {why}"
+                )
+            self._notice(f"an actor was lost ({why}); another takes over")
+            self._actors[place] = self._new_actor()
+        else:
+            failed = actor.failed_starts + 1
+            if failed > self._attempts and not any(other.ready for other in self._actors):
                 raise TrainingError(f"engines cannot be started: {why}")
-        self._notice(f"an actor was lost ({why}); another takes over")
+            pause = min(LONGEST_PAUSE_S, self._pause_s * 2 ** (failed - 1))
+            self._notice(f"an actor did not start ({why}); it is tried again in {pause:g} s, the others go on")
+            self._actors[place] = _Actor(since=time.monotonic() + pause, failed_starts=failed)
         jobs = [job for _, job in actor.running]
         if len(jobs) == 1 and actor.ready:
             jobs[0].attempts += 1
         for job in jobs:
-            job.suspect = True
-        self._actors[self._actors.index(actor)] = self._new_actor()
-        for job in reversed(jobs):
-            if job.attempts < self._attempts:
-                self._queue.appendleft(job)
-            else:
-                self._give_up(job)
+            job.suspect, job.holders = True, job.holders - 1
+        self._queue_again(jobs, why)
+
+
+def _kill(actor: _Actor) -> None:
+    with contextlib.suppress(Exception):  # it may be gone already, or was never started
+        ray.kill(actor.handle)
 
 
 def _resolved(reference: Any) -> bool:
