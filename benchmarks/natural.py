@@ -27,6 +27,7 @@ from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.kernels.policies import Learned
+from vllm_cospec.training.artefact import short_name
 from vllm_cospec.training.config import TrainConfig, load_train_config
 from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.modes import Mode, parse_mode
@@ -203,9 +204,11 @@ def answers(
     settings = itertools.chain.from_iterable(grid(run.pair.num_speculative_tokens).values()) if rules else ()
     wanted = contestants([*(mode or [BASELINE]), *settings], arbiters)
     drawn = load_task(run.task.name, **run.task.options).problems(seed, problems, cast(Split, split))
+    pair = json.loads(run.pair.model_dump_json())
+    pair |= {role: short_name(pair[role]) for role in ("target", "draft")}
     about = {
         "split": split, "seed": seed, "num_problems": problems, "problems_sha256": digest(drawn),
-        "temperature": temperature, "pair": json.loads(run.pair.model_dump_json()),
+        "temperature": temperature, "pair": pair,
         "task": json.loads(run.task.model_dump_json()),
     }  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
@@ -295,25 +298,28 @@ def against(test: dict[str, Outcome], ours: Sequence[str], theirs: Sequence[str]
 @app.command()
 def report(
     calibration: Annotated[Path, typer.Option(help="Answers to calibration lines.")],
-    test: Annotated[Path, typer.Option(help="Answers to test lines.")],
+    test: Annotated[Path | None, typer.Option(help="Answers to test lines; left out: nothing is said of them.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here, a plot beside it.")] = None,
 ) -> None:
-    """Show both, rules as tuned on the calibration lines, and compare on the test lines."""
-    tuning, tested = rows_of(calibration), rows_of(test)
-    found, _ = outcomes(test)
+    """Show both, rules as tuned on the calibration lines, and compare on the test lines, or else on the others."""
+    where = test or calibration
+    tuning, tested = rows_of(calibration), rows_of(where)
+    found, _ = outcomes(where)
     chosen = tuned(tuning)
     console = wide_console()
     console.print(rich_table(list(tuning.values()), "calibration"))
-    console.print(rich_table(list(tested.values()), "test"))
+    if test is not None:
+        console.print(rich_table(list(tested.values()), "test"))
     ours = [name for name in tested if "learned" in name]
     best = max(chosen.values(), key=lambda name: tuning[name]["accuracy"], default=None)
     rivals = [name for name in {BASELINE, "draft", *chosen.values()} if name in tested]
     paired = against(found, ours, sorted(rivals))
-    result = {
-        "calibration": {"about": json.loads((calibration / ABOUT).read_text()), "modes": tuning},
-        "test": {"about": json.loads((test / ABOUT).read_text()), "modes": tested},
-        "tuned": chosen, "best_rule": best, "paired": paired,
-    }  # fmt: skip
+    result: dict[str, Any] = {
+        split: {"about": json.loads((work / ABOUT).read_text()), "modes": rows}
+        for split, work, rows in (("calibration", calibration, tuning), ("test", test, tested))
+        if work is not None
+    }
+    result |= {"tuned": chosen, "best_rule": best, "paired": paired}
     for name, pair in paired.items():
         console.print(f"{name}: {100 * pair['difference']:+.1f} points, +{pair['gained']} -{pair['lost']}, "
                       f"p = {pair['p_value']:.2g}", markup=False)  # fmt: skip
@@ -321,7 +327,10 @@ def report(
         write_result(json_path, result)
         grouped = families({name: row for name, row in tested.items() if name != "target"})
         n = next(iter(tested.values()))["num_problems"]
-        plot_accuracy(json_path.with_suffix(".png"), grouped, title=f"{n} test lines, greedy, 95 % intervals")
+        where_name = "calibration" if test is None else "test"
+        plot_accuracy(
+            json_path.with_suffix(".png"), grouped, title=f"{n} lines of the {where_name} split, greedy, 95 % intervals"
+        )
 
 
 if __name__ == "__main__":
