@@ -27,9 +27,10 @@ from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.kernels.policies import Learned
-from vllm_cospec.training.artefact import short_name
+from vllm_cospec.training.artefact import portable
 from vllm_cospec.training.config import TrainConfig, load_train_config
 from vllm_cospec.training.counts import Counts
+from vllm_cospec.training.measure.evaluate import prepare
 from vllm_cospec.training.measure.modes import Mode, parse_mode
 from vllm_cospec.training.measure.outcome import Outcome, compare, table_of
 from vllm_cospec.training.measure.plots import plot_accuracy
@@ -138,12 +139,8 @@ class Answering:
         from vllm_cospec.training.rollout.engine import Request
 
         mode = contestant.mode
-        extra = mode.extra
-        if mode.kind == "strict":
-            extra = {**extra, "cospec_policy": "strict"}
-        elif mode.policy is not None:
-            engine.set_policy(mode.policy)
-        elif contestant.arbiter is not None:
+        extra = prepare(engine, mode)
+        if contestant.arbiter is not None:
             engine.set_policy(Learned(artefact=str(contestant.arbiter)))
             engine.set_arbiter(load_artefact(contestant.arbiter)[0].state_dict(), False)
         prompts = [engine.encode(self._problems[number].prompt) for number in numbers]
@@ -204,12 +201,11 @@ def answers(
     settings = itertools.chain.from_iterable(grid(run.pair.num_speculative_tokens).values()) if rules else ()
     wanted = contestants([*(mode or [BASELINE]), *settings], arbiters)
     drawn = load_task(run.task.name, **run.task.options).problems(seed, problems, cast(Split, split))
-    pair = json.loads(run.pair.model_dump_json())
-    pair |= {role: short_name(pair[role]) for role in ("target", "draft")}
+    dumped = portable(run)
     about = {
         "split": split, "seed": seed, "num_problems": problems, "problems_sha256": digest(drawn),
-        "temperature": temperature, "pair": pair,
-        "task": json.loads(run.task.model_dump_json()),
+        "temperature": temperature, "pair": dumped["pair"],
+        "task": dumped["task"],
     }  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     if (work / ABOUT).exists():

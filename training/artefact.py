@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from vllm_cospec.arbiter import ArtefactConfig, Provenance, current_schema, tokenizer_hash
 from vllm_cospec.config import DRAFT_METHODS
-from vllm_cospec.training.config import PairConfig
+from vllm_cospec.training.config import PairConfig, TrainConfig
 from vllm_cospec.training.prompts import target_config, target_tokenizer
 
 
@@ -22,6 +23,15 @@ def artefact_config(pair: PairConfig, hidden_sizes: tuple[int, ...], **provenanc
     )
     schema = current_schema(draft_logits=DRAFT_METHODS.get(pair.draft_method or "", True))
     return ArtefactConfig(schema=schema, hidden_sizes=hidden_sizes, threshold=0.5, provenance=made)
+
+
+def portable(config: TrainConfig) -> dict[str, Any]:
+    """Return a configuration as JSON keeps it, with models by name, not by where they lay on this machine."""
+    dumped = json.loads(config.model_dump_json())
+    for role in ("target", "draft"):
+        if dumped["pair"][role]:
+            dumped["pair"][role] = short_name(dumped["pair"][role])
+    return dumped
 
 
 def short_name(reference: str) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError, TrainingError
-from vllm_cospec.training.artefact import short_name
+from vllm_cospec.training.artefact import portable
 from vllm_cospec.training.config import TrainConfig, load_train_config, require_models
 from vllm_cospec.training.measure.calibrate import calibrate
 from vllm_cospec.training.measure.card import record_results, save_uncalibrated
@@ -75,7 +75,7 @@ def _train(trainer: Trainer, console: Console) -> Path:
     totals["idle_share_with_start"] = round(tally.idle_share_with_start, 4)
     update, arbiter = trainer.shipped()
     totals["shipped_update"] = update
-    save_uncalibrated(artefact, arbiter, config.pair, _portable(config), {"training": totals})
+    save_uncalibrated(artefact, arbiter, config.pair, portable(config), {"training": totals})
     plot_learning(output)
     calibrate_artefact(artefact, config, console)
     console.print(
@@ -165,12 +165,3 @@ def run_evaluation(
     if record and artefact is not None:
         record_results(artefact, {record: result})
     return result
-
-
-def _portable(config: TrainConfig) -> dict[str, Any]:
-    """The configuration for the artefact: models by name, not by where they lay on this machine."""
-    dumped = json.loads(config.model_dump_json())
-    for role in ("target", "draft"):
-        if dumped["pair"][role]:
-            dumped["pair"][role] = short_name(dumped["pair"][role])
-    return dumped

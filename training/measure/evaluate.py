@@ -128,14 +128,19 @@ def engine_of(mode: Mode, artefact: bool) -> str:
     return "learned" if mode.kind == "strict" and artefact else "rule"
 
 
+def prepare(engine: Engine, mode: Mode) -> dict[str, Any]:
+    """Have the engine follow a mode's rule, if it has one; returns the ``cospec_*`` keys of the mode's requests."""
+    if mode.kind == "strict":
+        return {**mode.extra, "cospec_policy": "strict"}
+    if mode.policy is not None:
+        engine.set_policy(mode.policy)
+    return mode.extra
+
+
 def answer(engine: Engine, chunk: Chunk, graders: Graders, max_tokens: int) -> Answers:
     """Answer a chunk on an engine that fits its mode; random numbers depend on the problem's place."""
     mode = chunk.mode
-    extra = mode.extra
-    if mode.kind == "strict":
-        extra = {**extra, "cospec_policy": "strict"}
-    elif mode.policy is not None:
-        engine.set_policy(mode.policy)
+    extra = prepare(engine, mode)
     engine.start_afresh()
     prompts = [engine.encode(problem.prompt) for problem in chunk.problems]
     first = chunk.index * CHUNK

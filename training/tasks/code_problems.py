@@ -20,7 +20,7 @@ from vllm_cospec.errors import ConfigError, shorten
 from vllm_cospec.training.tasks.datasets import Records
 from vllm_cospec.training.tasks.hub import records_of
 from vllm_cospec.training.tasks.protocol import Options, Problem, task
-from vllm_cospec.training.tasks.records import BadLines, BadRecordError, collect
+from vllm_cospec.training.tasks.records import BadLines, BadRecordError, collect, require_object
 from vllm_cospec.training.tasks.sandbox import Limits, require, run
 
 CHECKED = 32  # solutions that come with the problems are tried on their tests
@@ -108,10 +108,7 @@ def read_code(record: Any, source: str, template: str = "{prompt}") -> Problem:
     Raises:
         BadRecordError: it is none.
     """
-    if isinstance(record, BadRecordError):
-        raise record
-    if not isinstance(record, dict):
-        raise BadRecordError(f"must be a JSON object, is {shorten(record)}; write one object per line")
+    record = require_object(record)
     prompt, solution = record.get("prompt") or record.get("text"), record.get("canonical_solution")
     entry_point = record.get("entry_point")
     shown = ""

@@ -43,6 +43,19 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
         raise ConfigError(f"{path}: cannot be read ({error}); pass a JSONL file in UTF-8") from None
 
 
+def require_object(record: Any) -> dict[str, Any]:
+    """Return a record that is a JSON object.
+
+    Raises:
+        BadRecordError: it is none, or its line could not be read.
+    """
+    if isinstance(record, BadRecordError):
+        raise record
+    if not isinstance(record, dict):
+        raise BadRecordError(f"must be a JSON object, is {shorten(record)}; write one object per line")
+    return record
+
+
 def read_problem(
     record: Any, source: str, prompt_key: str | None, answer_key: str | None, answer_format: AnswerFormat
 ) -> Problem:
@@ -59,10 +72,7 @@ def read_problem(
     Raises:
         BadRecordError: it is none.
     """
-    if isinstance(record, BadRecordError):
-        raise record
-    if not isinstance(record, dict):
-        raise BadRecordError(f"must be a JSON object, is {shorten(record)}; write one object per line")
+    record = require_object(record)
     given = prompt_key is not None
     prompt_key = prompt_key or ("question" if "question" in record and "prompt" not in record else "prompt")
     answer_key = answer_key or "answer"

@@ -20,7 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.errors import ConfigError, CoSpecError
 from vllm_cospec.kernels.statistics import NUM_STATISTICS
-from vllm_cospec.training.artefact import short_name
+from vllm_cospec.training.artefact import portable
 from vllm_cospec.training.config import load_train_config
 from vllm_cospec.training.learning.learner import Learner
 from vllm_cospec.training.measure.card import save_uncalibrated
@@ -118,10 +118,7 @@ def main(
             arbiter = learner.arbiter
         results = quality(arbiter, statistics[held_out], signs[held_out])
         print(json.dumps(results))
-    dumped = json.loads(run.model_dump_json())
-    for role in ("target", "draft"):
-        dumped["pair"][role] = short_name(dumped["pair"][role])
-    save_uncalibrated(output, arbiter, run.pair, dumped, {"fit": results})
+    save_uncalibrated(output, arbiter, run.pair, portable(run), {"fit": results})
 
 
 if __name__ == "__main__":
