@@ -91,6 +91,8 @@ HOOKS: tuple[Hook, ...] = (
     Hook("keep draft logits", f"{PROPOSER}._sample_from_logits", ("self", "logits", "sampling_metadata"), "v1"),
     Hook("know what was proposed", f"{PROPOSER}.propose", None, "v1"),
     Hook("run the drafter for every request", f"{PROPOSER}.set_inputs_first_pass", None, "v1"),
+    Hook("feed heads the token behind a chunk", f"{PROPOSER}.prepare_next_token_ids_padded",
+         ("self", "sampled_token_ids", "requests", "gpu_input_batch", "discard_request_mask"), "v1"),
     Hook("run the drafter for every request", f"{PROPOSER}._update_positions_dependent_metadata",
          ("self", "positions", "common_attn_metadata", "batch_size", "input_batch_size", "block_size"), "v1"),
     Hook("run the drafter for every request", f"{RUNNER}._input_fits_in_drafter",

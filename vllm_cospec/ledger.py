@@ -125,6 +125,15 @@ PATCHES: tuple[Patch, ...] = (
         level="instance",
     ),
     Patch(
+        f"{PROPOSER}.prepare_next_token_ids_padded",
+        why="a head is fed each token with the one behind it, and at the end of a prompt's chunk stock takes the "
+        "prompt's last token for that",
+        how="calls the original, then puts in the token that follows the chunk",
+        remove_when="vLLM reads the token behind the chunk, as its prepare_next_token_ids_cpu does",
+        when="cospec runs on Model Runner V1",
+        level="instance",
+    ),
+    Patch(
         f"{PROPOSER}.set_inputs_first_pass",
         why="the drafter runs although a sequence has outgrown it, and must not write or look up what lies beyond",
         how="calls the original, then moves positions beyond the context into it and maps them nowhere",

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_cospec import compat
 from vllm_cospec.config import Settings
@@ -43,6 +44,9 @@ class V1Drafter:
         compat.wrap(f"{RUNNER}._input_fits_in_drafter", runner, lambda metadata: metadata is not None)
         self._has_context = hasattr(drafter, "set_inputs_first_pass")
         if self._has_context:
+            self._prepare_next_tokens = compat.wrap(
+                f"{PROPOSER}.prepare_next_token_ids_padded", drafter, self.prepare_next_tokens
+            )
             self._set_inputs_first_pass = compat.wrap(
                 f"{PROPOSER}.set_inputs_first_pass", drafter, self.set_inputs_first_pass
             )
@@ -157,6 +161,19 @@ class V1Drafter:
             request.output_token_ids[-1:] if not tokens and end == request.num_tokens - 1 else tokens
             for tokens, end, request in zip(sampled_token_ids, self._ends, requests, strict=True)
         ]
+
+    def prepare_next_tokens(self, sampled: Tensor, requests: Any, batch: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        """As the drafter's: (the token behind what each request computed [B], number of valid samples [B]).
+
+        For a chunk that is not a prompt's last, stock gives the prompt's last token. A head, which is fed every token
+        with the one behind it, would keep that at the end of each chunk.
+        """
+        next_tokens, num_valid = self._prepare_next_tokens(sampled, requests, batch, *args)
+        chunks = np.flatnonzero(self._runner.discard_request_mask.np[: batch.num_reqs])
+        known = np.array([requests[batch.req_ids[i]].get_token_id(self._ends[i]) for i in chunks], np.int32)
+        if len(chunks):
+            next_tokens[async_tensor_h2d(chunks, next_tokens.device)] = async_tensor_h2d(known, next_tokens.device)
+        return next_tokens, num_valid
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> tuple[int, Tensor, Any]:
         """As the drafter's: positions beyond the context write nothing and are fed as one within it."""
