@@ -49,7 +49,8 @@ class Population:
 def of_sweep(name: str, found: Sweep) -> Population:
     """Return the population of problems that were answered at every threshold."""
     kinds, problems = np.unique(found.scores.T, axis=0, return_counts=True)
-    return Population(name, found.thresholds, found.acceptance_length, kinds, problems)
+    length = [found.outcome(i).counts.acceptance_length for i in range(len(found.thresholds))]
+    return Population(name, found.thresholds, np.array(length), kinds, problems)
 
 
 def save(path: Path, population: Population, **facts: Any) -> None:

@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.atomic import write_text
-from vllm_cospec.errors import ConfigError, TrainingError
+from vllm_cospec.errors import ConfigError, TrainingError, first_sentence
 from vllm_cospec.training.artefact import portable
 from vllm_cospec.training.config import TrainConfig, load_train_config, require_models
-from vllm_cospec.training.measure.calibrate import calibrate
+from vllm_cospec.training.measure.calibrate import calibrate, conclusion
 from vllm_cospec.training.measure.card import record_results, save_uncalibrated
 from vllm_cospec.training.measure.evaluate import evaluate, rows_of
 from vllm_cospec.training.measure.modes import at_temperature, parse_mode
 from vllm_cospec.training.measure.plots import plot_accuracy
 from vllm_cospec.training.measure.provenance import command_line, write_result
-from vllm_cospec.training.measure.render import rich_table
+from vllm_cospec.training.measure.render import CALIBRATED, rich_table
 from vllm_cospec.training.measure.report import plot_learning
 from vllm_cospec.training.plan import table, work_of
 from vllm_cospec.training.preflight import calibration_problems, check_training, test_problems
@@ -90,22 +91,45 @@ def _train(trainer: Trainer, console: Console) -> Path:
     return artefact
 
 
+def as_served(config: TrainConfig, pair: dict[str, Any], calibration: dict[str, Any]) -> TrainConfig:
+    """Return the configuration for another draft, K, dtype, temperature, ...
+
+    Args:
+        config: of a training run.
+        pair: changes of the pair, ``dtype`` among them; None leaves a setting as it is.
+        calibration: changes of the calibration, likewise.
+
+    Raises:
+        ConfigError: names the field, the value and the way out.
+    """
+    found = config.model_dump()
+    changes = {key: value for key, value in pair.items() if value is not None}
+    if "dtype" in changes:
+        found["pair"]["engine"] |= {"dtype": changes.pop("dtype")}
+    found["pair"] |= changes
+    found["calibration"] |= {key: value for key, value in calibration.items() if value is not None}
+    try:
+        return TrainConfig.model_validate(found)
+    except ValidationError as error:
+        raise ConfigError(first_sentence(error, "calibrate")) from None
+
+
 def calibrate_artefact(artefact: Path, config: TrainConfig, console: Console) -> None:
     """Measure thresholds, write the curve into the artefact, draw it beside the artefact."""
     calibration = config.calibration
     questions = calibration_problems(config, notice)
-    count = calibration.problems * (1 + len(set(calibration.thresholds)))
     with (
         engines_session(config, notice, artefact.parent / RAY_LOGS),
-        progress_bar("calibrating", count) as tick,
+        progress_bar("calibrating", calibration.problems) as tick,
     ):
         strict, *rows = calibrate(artefact, config, questions, tick)
-    console.print(rich_table([strict, *rows], f"{calibration.problems} calibration problems, greedy"))
+    console.print(rich_table([strict, *rows], f"{calibration.problems} calibration problems", CALIBRATED))
     plot_accuracy(
         artefact.parent / "thresholds.png", {"arbiter, by threshold": rows, "strict": [strict]},
         labels="threshold", level=strict["accuracy"],
     )  # fmt: skip
-    console.print(f"threshold: {load_artefact(artefact)[1].threshold:g}")
+    found = conclusion([strict, *rows], calibration.max_accuracy_loss, calibration.level)
+    console.print(found, markup=False, highlight=False, soft_wrap=True)
 
 
 def run_evaluation(

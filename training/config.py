@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vllm_cospec.errors import ConfigError, first_sentence
 from vllm_cospec.kernels.frozen import Frozen
@@ -189,7 +189,20 @@ class CalibrationConfig(Frozen):
     problems: int = Field(1000, ge=20)
     """Problems of the calibration split."""
     thresholds: tuple[float, ...] = Field((0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), min_length=1, strict=False)
-    """Tried thresholds."""
+    """Tried thresholds, from 0 to 1; others beyond them are added up to both ends: keep nothing, keep everything."""
+    level: float = Field(0.95, gt=0.5, lt=1)
+    """Confidence of the bounds of the loss."""
+    max_accuracy_loss: float = Field(0.01, ge=0, lt=1)
+    """The threshold that ships loses no more than this with that confidence; where none does, strict ships."""
+    temperature: float | None = Field(None, ge=0, le=2)
+    """Of the token sampling, as it will be served; left out: the rollout's."""
+
+    @field_validator("thresholds")
+    @classmethod
+    def _check(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 <= threshold <= 1 for threshold in value):
+            raise ValueError(f"thresholds lie from 0 to 1, got {list(value)}")
+        return value
 
 
 class TrainConfig(Frozen):

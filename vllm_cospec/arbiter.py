@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vllm_cospec.atomic import new_directory
+from vllm_cospec.calibration import CurvePoint, Statement
 from vllm_cospec.errors import ArtefactError, first_sentence
 from vllm_cospec.kernels.frozen import Frozen
 from vllm_cospec.kernels.statistics import NUM_STATISTICS, SCHEMA_NAME, SCHEMA_VERSION, schema_hash
 
-FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES = 4 * 2**20, 16 * 2**20  # an arbiter has a few thousand weights
 
@@ -36,21 +36,6 @@ class SchemaId(Frozen):
     hash: str
     draft_logits: bool
     """False: trained with a drafter that has no logits (ngram, suffix)."""
-
-
-class CurvePoint(Frozen):
-    """What one threshold does on the calibration problems."""
-
-    threshold: float = Field(ge=0, le=1)
-    accuracy: float = Field(ge=0, le=1)
-    accuracy_difference: float = Field(ge=-1, le=1)
-    """Accuracy minus the target's own."""
-    accuracy_difference_ci95: tuple[float, float]
-    """95 % confidence interval of the difference."""
-    acceptance_length: float = Field(ge=1)
-    override_rate: float = Field(ge=0, le=1)
-    """Overrides / mismatches."""
-    num_problems: int = Field(ge=1)
 
 
 class Provenance(Frozen):
@@ -72,13 +57,17 @@ class Provenance(Frozen):
 class ArtefactConfig(Frozen):
     """The contents of an artefact's ``config.json``."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
+    """1: without ``statement``."""
     schema_id: SchemaId = Field(alias="schema")
     hidden_sizes: tuple[int, ...] = Field(min_length=1, max_length=2)
     """Width of each hidden layer."""
     threshold: float = Field(ge=0, le=1)
     """Keep the draft when the score exceeds it."""
     calibration: tuple[CurvePoint, ...] = ()
+    """The curve, from the strictest threshold on; empty before calibration."""
+    statement: Statement | None = None
+    """What the curve's bounds mean and hold for; None before calibration."""
     provenance: Provenance
 
     @model_validator(mode="after")
@@ -259,25 +248,3 @@ def check_fit(config: ArtefactConfig, where: str, draft_logits: bool, tokenizer:
             f"arbiter: {where} was trained with tokenizer {made.tokenizer_hash}, the target has {tokenizer}; "
             f"use an arbiter trained for this target"
         )
-
-
-def calibrated_threshold(config: ArtefactConfig, where: str, max_accuracy_loss: float) -> float:
-    """Return the threshold with the longest acceptance length whose loss is bounded with 95 % confidence.
-
-    The loss of a point is bounded from above by minus the lower end of the interval of its accuracy difference.
-
-    Raises:
-        ArtefactError: no curve, or no point meets the bound.
-    """
-    if not config.calibration:
-        raise ArtefactError(
-            f"max_accuracy_loss: {where} has no calibration curve; run `cospec calibrate` or pass threshold"
-        )
-    safe = [point for point in config.calibration if -point.accuracy_difference_ci95[0] < max_accuracy_loss]
-    if not safe:
-        best = min(-point.accuracy_difference_ci95[0] for point in config.calibration)
-        raise ArtefactError(
-            f"max_accuracy_loss: no threshold of {where} keeps the loss below {max_accuracy_loss} with 95 % "
-            f"confidence; the smallest bound that can be had is above {best:.4f}"
-        )
-    return max(safe, key=lambda point: (point.acceptance_length, point.threshold)).threshold

@@ -80,8 +80,16 @@ def inspect(
         if facts.rows:
             console.print(facts)
     if config.calibration:
-        curve = Table(title=f"calibration on {config.calibration[0].num_problems} problems")
-        for heading in ("threshold", "accuracy", "difference to target", "95 %", "acceptance length", "override rate"):
+        title = f"calibration on {config.calibration[0].num_problems} problems"
+        if config.statement is not None:
+            said = config.statement
+            title += (
+                f", loss bounded with {said.level:.0%} confidence at temperature {said.conditions.temperature[0]:g}"
+            )
+        curve = Table(title=title)
+        for heading in (
+            "threshold", "accuracy", "difference to target", "95 %", "loss below", "acceptance length", "override rate",
+        ):  # fmt: skip
             curve.add_column(heading, justify="right")
         for point in config.calibration:
             low, high = point.accuracy_difference_ci95
@@ -90,6 +98,7 @@ def inspect(
                 f"{point.accuracy:.3f}",
                 f"{point.accuracy_difference:+.3f}",
                 f"{low:+.3f} to {high:+.3f}",
+                "" if point.loss_bound is None else f"{point.loss_bound:.4f}",
                 f"{point.acceptance_length:.2f}",
                 f"{point.override_rate:.2f}",
             )
@@ -142,14 +151,28 @@ def train(
 def calibrate(
     artefact: Annotated[Path, typer.Argument(help="Directory of an arbiter; its curve and threshold are replaced.")],
     config: ConfigOption = None,
+    draft: Annotated[str | None, typer.Option(help="Another draft: directory or hub id.")] = None,
+    num_speculative_tokens: Annotated[int | None, typer.Option(help="Another K.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Another dtype of the models.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="The one that will be served; 0 is greedy.")] = None,
+    problems: Annotated[int | None, typer.Option(help="Problems of the calibration split.")] = None,
+    level: Annotated[float | None, typer.Option(help="Confidence of the bounds.")] = None,
+    max_accuracy_loss: Annotated[float | None, typer.Option(help="Loss the chosen threshold keeps.")] = None,
 ) -> None:
-    """Measure what each threshold does on held-out problems, and choose one."""
+    """Measure what each threshold does on held-out problems, bound what it loses, and choose one."""
     from vllm_cospec.arbiter import load_artefact
     from vllm_cospec.training.config import load_train_config
 
     load_artefact(artefact)
     commands = _training_commands()
-    commands.calibrate_artefact(artefact, load_train_config(config or commands.DEMO_CONFIG), Console())
+    served = commands.as_served(
+        load_train_config(config or commands.DEMO_CONFIG),
+        pair={"draft": draft, "num_speculative_tokens": num_speculative_tokens, "dtype": dtype},
+        calibration={
+            "temperature": temperature, "problems": problems, "level": level, "max_accuracy_loss": max_accuracy_loss,
+        },
+    )  # fmt: skip
+    commands.calibrate_artefact(artefact, served, Console())
 
 
 @app.command()

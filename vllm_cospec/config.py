@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from vllm_cospec.calibration import STRICT_THRESHOLD, Conditions
 from vllm_cospec.kernels.frozen import Frozen
 from vllm_cospec.kernels.policies import AnyPolicy, Policy
 from vllm_cospec.kernels.regret import MAX_REGRET, in_units
@@ -44,7 +45,10 @@ class CoSpecConfig(Frozen):
     threshold: float | None = Field(None, ge=0, le=1)
     """Learned policy: keep the draft when the score exceeds it; left out: the artefact's."""
     max_accuracy_loss: float | None = Field(None, gt=0, le=1)
-    """Learned policy, instead of threshold: bound of the loss, at 95 % confidence, on the artefact's calibration."""
+    """Learned policy, instead of threshold: the fastest one whose calibration bounds the loss by this, at its level."""
+    on_mismatch: Literal["warn", "refuse"] = "warn"
+    """Learned policy, served otherwise than calibrated (draft, K, dtype, chat template, a request's temperature or
+    top_p): say so, or refuse. With max_accuracy_loss always refused: the bound would not hold."""
     max_overrides: int | None = Field(None, ge=0, le=2**31 - 1)
     """Overrides allowed per request; further mismatches are strict. Left out: no limit."""
     max_regret: float | None = Field(None, ge=0, le=MAX_REGRET)
@@ -69,8 +73,12 @@ class CoSpecConfig(Frozen):
         if self.threshold is not None and self.max_accuracy_loss is not None:
             raise ValueError("threshold and max_accuracy_loss exclude each other; pass one of them")
         if isinstance(self.arbiter, Policy) and self.arbiter.arbiter is None:
-            for name in ("threshold", "max_accuracy_loss"):
-                if getattr(self, name) is not None:
+            for name, value in (
+                ("threshold", self.threshold),
+                ("max_accuracy_loss", self.max_accuracy_loss),
+                ("on_mismatch", None if self.on_mismatch == "warn" else self.on_mismatch),
+            ):
+                if value is not None:
                     raise ValueError(
                         f"{name} is for a trained arbiter, not for policy {self.arbiter.policy!r}; remove it"
                     )
@@ -82,6 +90,16 @@ class CoSpecConfig(Frozen):
 
 
 OWN_KEYS = frozenset(CoSpecConfig.model_fields)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a trained arbiter's calibration says about what is served; the defaults stand for nothing."""
+
+    conditions: Conditions | None = None  # what it was made for
+    refuse: bool = False  # requests that sample otherwise
+    bounded: bool = False  # the threshold keeps max_accuracy_loss
+    differences: tuple[str, ...] = ()  # what is served otherwise, as clauses
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,7 @@ class Settings:
     counters: str  # directory of the counters, see vllm_cospec.metrics
     max_regret: float | None = None  # nats
     request_settings: tuple[str, ...] = REQUEST_SETTINGS  # what a request may change
+    calibrated: Calibrated = Calibrated()  # what is known of it
 
     @property
     def lossy(self) -> bool:
@@ -111,13 +130,20 @@ class Settings:
             return f"CoSpec: {why}, output is exactly that of the target."
         if self.policy.arbiter is not None:
             what = f"policy {self.policy.policy}, threshold {self.threshold:g}, arbiter {self.policy.arbiter}"
+            if self.threshold >= STRICT_THRESHOLD:
+                return (
+                    f"CoSpec: {what}: nothing is kept there, so output is exactly that of the target; requests may ask "
+                    f"for a lower cospec_threshold."
+                )
         else:
             what = f"policy {self.policy.describe()}"
         if self.max_regret is not None:
             what += f", within a regret of {self.max_regret:g} nats per response"
+        otherwise = "; ".join(self.calibrated.differences)
         return (
             f"CoSpec verification is LOSSY: draft tokens the target would reject may be kept ({what}). "
             f"Output can differ from the target's own; requests switch it off with cospec_policy=strict."
+            + (f" Its calibration says nothing here: it was made for something else ({otherwise})." * bool(otherwise))
         )
 
 

@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 
 from vllm_cospec import compat, hooks
 from vllm_cospec.errors import ConfigError, CoSpecError
-from vllm_cospec.requests import check_keys, keep_strict
+from vllm_cospec.requests import check_keys, check_sampling, keep_strict
 
 logger = init_logger("vllm.cospec")
 
@@ -77,6 +77,8 @@ def _make_process_inputs(original: Any) -> Any:
             request = original(self, request_id, prompt, params, *args, **kwargs)
             if request.sampling_params is not None:
                 keep_strict(request, self.speculative_config)
+                if check_sampling(request.sampling_params, settings):
+                    logger.warning_once("CoSpec: requests sample otherwise than the arbiter was calibrated for.")
             return request
 
     return process_inputs

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
+from vllm_cospec.calibration import sampled_otherwise
 from vllm_cospec.config import REQUEST_SETTINGS, Settings
 from vllm_cospec.errors import ConfigError, first_sentence
 from vllm_cospec.kernels.frozen import Frozen
@@ -100,6 +101,12 @@ def check_keys(extra_args: Mapping[str, Any] | None, settings: Settings) -> Requ
     regret, limit = keys.cospec_max_regret, settings.max_regret
     if regret is not None and limit is not None and regret > limit:
         raise ConfigError(f"{WHERE}.cospec_max_regret: {regret:g} is more than this server's {limit:g}; ask for less")
+    threshold = keys.cospec_threshold
+    if threshold is not None and settings.calibrated.bounded and threshold < settings.threshold:
+        raise ConfigError(
+            f"{WHERE}.cospec_threshold: {threshold:g} is below {settings.threshold:g}, which keeps this server's "
+            f"max_accuracy_loss; ask for no less"
+        )
     if keys.cospec_branch is not None and not settings.collect:
         raise ConfigError(
             f"{WHERE}.cospec_branch: is for training, on an engine that was started with collect; leave it out"
@@ -111,13 +118,12 @@ def request_settings(params: SamplingParams | None, settings: Settings) -> Reque
     """Combine a request's keys with the server's settings.
 
     Raises:
-        ConfigError: see :func:`check_keys`.
+        ConfigError: see :func:`check_keys`; or the request samples otherwise than was calibrated, and that is refused.
     """
     keys = check_keys(params.extra_args if params is not None else None, settings)
-    structured = params is not None and params.structured_outputs is not None
-    wanted = keys.cospec_policy or ("strict" if structured else settings.policy.policy)
+    check_sampling(params, settings)
     return RequestSettings(
-        arbitrated=wanted != "strict",
+        arbitrated=_arbitrated(params, settings),
         threshold=settings.threshold if keys.cospec_threshold is None else keys.cospec_threshold,
         max_overrides=settings.max_overrides if keys.cospec_max_overrides is None else keys.cospec_max_overrides,
         max_regret=settings.max_regret if keys.cospec_max_regret is None else keys.cospec_max_regret,
@@ -155,6 +161,34 @@ def _reads_text_alone(speculative_config: Any) -> bool:
     """Whether the drafter is a model of its own without the target's encoders; a head reads the target's states."""
     method, draft = speculative_config.method, speculative_config.draft_model_config
     return method == "draft_model" and not draft.is_multimodal_model
+
+
+def check_sampling(params: SamplingParams | None, settings: Settings) -> str | None:
+    """Compare how an arbitrated request samples with what the arbiter was calibrated for.
+
+    Returns:
+        As a clause, what it samples otherwise; None for nothing, or where nothing was calibrated.
+
+    Raises:
+        ConfigError: that is refused here.
+    """
+    conditions = settings.calibrated.conditions
+    if params is None or conditions is None or not _arbitrated(params, settings):
+        return None
+    otherwise = sampled_otherwise(conditions, params.temperature, params.top_p)
+    if otherwise is not None and settings.calibrated.refuse:
+        raise ConfigError(
+            f"{otherwise}, and this server keeps to what was calibrated; ask for that, or for cospec_policy='strict' "
+            f"in {WHERE}"
+        )
+    return otherwise
+
+
+def _arbitrated(params: SamplingParams | None, settings: Settings) -> bool:
+    """Whether the policy is consulted at all: structured output is strict unless it names the policy."""
+    named = (params.extra_args or {}).get("cospec_policy") if params is not None else None
+    structured = params is not None and params.structured_outputs is not None
+    return (named or ("strict" if structured else settings.policy.policy)) != "strict"
 
 
 def served_settings(params: SamplingParams | None, settings: Settings) -> RequestSettings:

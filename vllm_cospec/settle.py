@@ -11,12 +11,17 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_cospec import tokenizers
-from vllm_cospec.config import DRAFT_METHODS, WHERE, CoSpecConfig, Settings
+from vllm_cospec.calibration import STRICT_THRESHOLD, Conditions, calibrated_threshold, differences
+from vllm_cospec.config import DRAFT_METHODS, WHERE, Calibrated, CoSpecConfig, Settings
 from vllm_cospec.errors import ConfigError, reason
+from vllm_cospec.fingerprint import template_hash, weights_hash
 from vllm_cospec.kernels.policies import Policy
 from vllm_cospec.recipe import Hub
 
 logger = init_logger("vllm.cospec")
+
+OWN_WEIGHTS = ("draft_model", "eagle", "eagle3")
+"""Methods whose drafter is a model of its own, not a part of the target or none at all."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,21 @@ class Models:
     target_tokenizer: Callable[[], Any]
     draft_tokenizer: Callable[[], Any]
     """Load the tokenizers; raise whatever the libraries raise when there is none."""
+    dtype: str
+    """Of the target, for example bfloat16."""
+    draft_weights: Callable[[], str]
+    """Return the hash of the draft's weights, see :func:`vllm_cospec.fingerprint.weights_hash`."""
+
+    def conditions(self, tokenizer: Any) -> Conditions:
+        """Return what is served, to be compared with what was calibrated; sampling is a request's to say."""
+        return Conditions(
+            draft=self.draft_weights(),
+            num_speculative_tokens=self.num_speculative_tokens,
+            dtype=self.dtype,
+            chat_template=template_hash(getattr(tokenizer, "chat_template", None)),
+            temperature=(0.0, 0.0),
+            top_p=(1.0, 1.0),
+        )
 
 
 def settle_loaded(config: CoSpecConfig, speculative_config: Any, target_model_config: Any, hub: Hub) -> Settings:
@@ -63,6 +83,13 @@ def settle_loaded(config: CoSpecConfig, speculative_config: Any, target_model_co
         draft_context=draft.max_model_len,
         target_tokenizer=functools.partial(_tokenizer, target, target.tokenizer, target.tokenizer_revision, hub),
         draft_tokenizer=functools.partial(_tokenizer, target, draft.model, draft.revision, hub),
+        dtype=str(target.dtype).removeprefix("torch."),
+        draft_weights=functools.partial(
+            weights_hash,
+            draft.model if speculative_config.method in OWN_WEIGHTS else None,
+            revision=draft.revision,
+            cache_dir=hub.cache_dir,
+        ),
     )
     return settle(config, models, counters_directory())
 
@@ -109,13 +136,13 @@ def settle(config: CoSpecConfig, models: Models, counters: str) -> Settings:
         if policy.policy != "strict":  # which rejects what it does not know
             _check_tokens(models)
     _check_contexts(models)
-    threshold = 0.5
+    threshold, calibrated = 0.5, Calibrated()
     try:
         policy = policy.for_block_length(k)
     except ValueError as error:
         raise ConfigError(f"{WHERE}.arbiter.{error}") from None
     if policy.arbiter is not None:
-        threshold = _settle_learned(config, policy.arbiter, models)
+        threshold, calibrated = _settle_learned(config, policy.arbiter, models)
     elif config.threshold is not None or config.max_accuracy_loss is not None:
         raise ConfigError(f"{WHERE}.threshold: is for a trained arbiter, not for policy {policy.policy!r}; remove it")
     return Settings(
@@ -129,6 +156,7 @@ def settle(config: CoSpecConfig, models: Models, counters: str) -> Settings:
         draft_logits=DRAFT_METHODS[method],
         num_speculative_tokens=k,
         counters=counters,
+        calibrated=calibrated,
     )
 
 
@@ -179,18 +207,35 @@ def _check_contexts(models: Models) -> None:
         )  # fmt: skip
 
 
-def _settle_learned(config: CoSpecConfig, arbiter: str, models: Models) -> float:
-    from vllm_cospec.arbiter import calibrated_threshold, check_fit, load_artefact, tokenizer_hash
+def _settle_learned(config: CoSpecConfig, arbiter: str, models: Models) -> tuple[float, Calibrated]:
+    """Return the threshold of a trained arbiter, and what its calibration says about what is served."""
+    from vllm_cospec.arbiter import check_fit, load_artefact, tokenizer_hash
 
     _, artefact = load_artefact(Path(arbiter))
     try:
-        vocabulary = models.target_tokenizer().get_vocab()
+        tokenizer = models.target_tokenizer()
+        vocabulary = tokenizer.get_vocab()
     except Exception as error:  # each library has its own
         raise ConfigError(
             f"tokenizer: the target's cannot be loaded ({reason(error, 200)}), and a trained arbiter is checked "
             f"against it; pass tokenizer, or choose a rule"
         ) from None
     check_fit(artefact, arbiter, DRAFT_METHODS[models.method], tokenizer_hash(vocabulary))
+    threshold = artefact.threshold if config.threshold is None else config.threshold
     if config.max_accuracy_loss is not None:
-        return calibrated_threshold(artefact, arbiter, config.max_accuracy_loss)
-    return artefact.threshold if config.threshold is None else config.threshold
+        threshold = calibrated_threshold(artefact.calibration, arbiter, config.max_accuracy_loss)
+    refuse = config.on_mismatch == "refuse" or config.max_accuracy_loss is not None
+    conditions = artefact.statement.conditions if artefact.statement else None
+    found = (
+        ["it does not say for what"] if conditions is None else differences(conditions, models.conditions(tokenizer))
+    )
+    if refuse and found:
+        key = "on_mismatch" if config.max_accuracy_loss is None else "max_accuracy_loss"
+        raise ConfigError(
+            f"{WHERE}.{key}: {arbiter} was not calibrated for what is served ({'; '.join(found)}); run `cospec "
+            f"calibrate` for it, or pass threshold and leave {key} out"
+        )
+    if threshold >= STRICT_THRESHOLD:
+        refuse = False  # nothing is kept, so there is nothing to be kept to
+    bounded = config.max_accuracy_loss is not None
+    return threshold, Calibrated(conditions, refuse, bounded, tuple(found) if conditions is not None else ())

@@ -106,6 +106,8 @@ def resolve(
     ):  # the recipe's knob belongs to its own arbiter, and there is only one knob
         for key in knobs - explicit.keys():
             merged.pop(key, None)
+    if "arbiter" in explicit and "on_mismatch" not in explicit:  # likewise
+        merged.pop("on_mismatch", None)
     try:
         config = CoSpecConfig.model_validate({key: value for key, value in merged.items() if key in OWN_KEYS})
     except ValidationError as error:

@@ -6,20 +6,28 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_cospec.arbiter import Arbiter, ArtefactConfig, CurvePoint, Provenance, current_schema, tokenizer_hash
+from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_schema, tokenizer_hash
+from vllm_cospec.calibration import Conditions, CurvePoint, Statement
 from vllm_cospec.errors import ArtefactError
 from vllm_cospec.kernels.statistics import NUM_STATISTICS
 
 VOCABULARY = {"a": 0, "b": 1, "<eos>": 2}
 
 
-def point(threshold: float, low: float, length: float, **changes: Any) -> CurvePoint:
-    """A point of the curve whose accuracy difference is bounded from below by ``low``."""
+CONDITIONS = Conditions(
+    draft="0123456789abcdef", num_speculative_tokens=7, dtype="float32", chat_template="fedcba9876543210",
+    temperature=(0.0, 0.0), top_p=(1.0, 1.0),
+)  # fmt: skip
+
+
+def point(threshold: float, bound: float | None, length: float, **changes: Any) -> CurvePoint:
+    """A point of the curve whose loss is below ``bound``."""
     fields = {
         "threshold": threshold,
         "accuracy": 0.5,
-        "accuracy_difference": low + 0.01,
-        "accuracy_difference_ci95": (low, low + 0.02),
+        "accuracy_difference": 0.01,
+        "accuracy_difference_ci95": (-0.01, 0.03),
+        "loss_bound": bound,
         "acceptance_length": length,
         "override_rate": 0.5,
         "num_problems": 200,
@@ -32,7 +40,16 @@ def make_config(hidden_sizes: tuple[int, ...] = (32, 32), draft_logits: bool = T
         "schema": current_schema(draft_logits),
         "hidden_sizes": hidden_sizes,
         "threshold": 0.625,
-        "calibration": (point(0.5, -0.02, 3.0), point(0.9, -0.001, 2.0)),
+        "calibration": (point(1.0, 0.0, 1.5), point(0.9, 0.001, 2.0), point(0.5, 0.02, 3.0)),
+        "statement": Statement(
+            level=0.95,
+            test="exact",
+            max_accuracy_loss=0.01,
+            speed_weight=0.05,
+            task="demo",
+            task_hash="00ff",
+            conditions=CONDITIONS,
+        ),
         "provenance": Provenance(
             target="some/target",
             draft="some/draft",

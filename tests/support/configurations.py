@@ -12,14 +12,15 @@ from vllm_cospec import plugin
 from vllm_cospec.arbiter import (
     Arbiter,
     ArtefactConfig,
-    CurvePoint,
     Provenance,
     current_schema,
     save_artefact,
     tokenizer_hash,
 )
+from vllm_cospec.calibration import Conditions, CurvePoint, Statement
 from vllm_cospec.config import Settings
 from vllm_cospec.errors import CoSpecError
+from vllm_cospec.fingerprint import template_hash, weights_hash
 from vllm_cospec.kernels.policies import Learned, policy_names
 from vllm_cospec.training.pairs.demo import RECIPES, build_model, build_tokenizer
 from vllm_cospec.translate import resolve
@@ -38,11 +39,17 @@ CURVE = tuple(
         accuracy=0.5,
         accuracy_difference=difference,
         accuracy_difference_ci95=(difference - 0.02, difference + 0.02),
+        loss_bound=bound,
         acceptance_length=length,
         override_rate=0.5,
         num_problems=100,
     )
-    for threshold, difference, length in ((0.3, -0.10, 4.0), (0.6, -0.01, 3.0), (0.8, 0.01, 2.5))
+    for threshold, difference, bound, length in (
+        (1.0, 0.0, 0.0, 2.0),
+        (0.8, 0.01, 0.01, 2.5),
+        (0.6, -0.01, 0.03, 3.0),
+        (0.3, -0.10, 0.12, 4.0),
+    )
 )
 
 plugin.register()
@@ -66,11 +73,21 @@ def write_model(directory: Path, extra_tokens: int = 0) -> Path:
     return directory
 
 
+def conditions(draft: Path | None = None, **changes: Any) -> Conditions:
+    """What the pair is calibrated for; with the hash of a draft's weights."""
+    found: dict[str, Any] = {
+        "draft": weights_hash(None if draft is None else str(draft)), "num_speculative_tokens": 3, "dtype": "float32",
+        "chat_template": template_hash(build_tokenizer().chat_template), "temperature": (0.0, 0.0), "top_p": (1.0, 1.0),
+    }  # fmt: skip
+    return Conditions(**found | changes)
+
+
 def write_artefact(
     directory: Path,
     *,
     draft_logits: bool = True,
     calibration: tuple[CurvePoint, ...] = CURVE,
+    calibrated_for: Conditions | None = None,
     **provenance: Any,
 ) -> Path:
     vocabulary = build_tokenizer().get_vocab()
@@ -80,6 +97,17 @@ def write_artefact(
         hidden_sizes=(8,),
         threshold=0.7,
         calibration=calibration,
+        statement=None
+        if calibrated_for is None
+        else Statement(
+            level=0.95,
+            test="exact",
+            max_accuracy_loss=0.01,
+            speed_weight=0.05,
+            task="demo",
+            task_hash="0f",
+            conditions=calibrated_for,
+        ),
         provenance=Provenance(**provenance),
     )
     save_artefact(directory, Arbiter((8,)), config, "# An arbiter for tests\n")

@@ -40,7 +40,7 @@ def test_a_population_of_answers_is_the_same_when_it_is_read_again(
     found = Sweep((1.0, 0.5, 0.1, 0.0), response, score, tokens, tokens // 3 + 1, tokens > 40, [np.zeros(0)] * 30)
     population = scripts[1].of_sweep("some", found)
     assert population.problems.sum() == 50
-    assert population.loss == pytest.approx(found.accuracy[0] - found.accuracy)
+    assert population.loss == pytest.approx(found.scores[0].mean() - found.scores.mean(axis=1))
     scripts[1].save(tmp_path / "some.json", population)
     again = scripts[1].load(tmp_path / "some.json")
     assert (again.scores == population.scores).all()

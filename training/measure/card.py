@@ -70,17 +70,27 @@ def model_card(config: ArtefactConfig) -> str:
 
 
 def _calibration(config: ArtefactConfig) -> list[str]:
-    lines = [
-        f"## Calibration ({config.calibration[0].num_problems} problems of the calibration split, greedy)",
-        "",
-        "| threshold | accuracy | difference to target (95 %) | acceptance length | override rate |",
-        "|---|---|---|---|---|",
+    lines = [f"## Calibration ({config.calibration[0].num_problems} problems of the calibration split)", ""]
+    said = config.statement
+    if said is not None:
+        (low, high), k = said.conditions.temperature, said.conditions.num_speculative_tokens
+        lines += [
+            f"Each threshold loses less than its bound with {said.level:.0%} confidence, on problems like these "
+            f"({said.task}) at temperature {low:g}{f' to {high:g}' if high > low else ''}, K = {k}, "
+            f"{said.conditions.dtype}, with the same draft and chat template. The statement is about one margin that "
+            f"was chosen without looking at the bounds.",
+            "",
+        ]
+    lines += [
+        "| threshold | accuracy | difference to target (95 %) | loss below | acceptance length | override rate |",
+        "|---|---|---|---|---|---|",
     ]
     for point in config.calibration:
         low, high = point.accuracy_difference_ci95
         lines.append(
             f"| {point.threshold:g} | {point.accuracy:.3f} | {point.accuracy_difference:+.3f} ({low:+.3f} to "
-            f"{high:+.3f}) | {point.acceptance_length:.2f} | {point.override_rate:.2f} |"
+            f"{high:+.3f}) | {'' if point.loss_bound is None else f'{point.loss_bound:.4f}'} | "
+            f"{point.acceptance_length:.2f} | {point.override_rate:.2f} |"
         )
     return lines
 

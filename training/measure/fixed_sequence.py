@@ -47,18 +47,19 @@ def sequence_bounds(scores: np.ndarray, strict: np.ndarray, level: float) -> np.
 
 
 def best_passed(
-    bounds: Sequence[float], accuracy: Sequence[float], saved: Sequence[float], margin: float, speed_weight: float
-) -> int | None:
+    bounds: Sequence[float] | np.ndarray,
+    accuracy: Sequence[float] | np.ndarray,
+    saved: Sequence[float],
+    margin: float,
+    speed_weight: float,
+) -> int:
     """Return the index of the best threshold that passes: accuracy plus ``speed_weight`` times the steps saved.
 
     Args:
-        bounds: from :func:`sequence_bounds`.
+        bounds: of strict, which is 0, and of the others from :func:`sequence_bounds`.
         accuracy, saved: mean score, and share of target steps saved, of each threshold.
         margin: largest loss that is accepted.
         speed_weight: as in training.
-
-    Returns:
-        None where none passes: strict verification is what is left.
     """
-    passed = [i for i, bound in enumerate(bounds) if bound <= margin]
-    return max(passed, key=lambda i: (accuracy[i] + speed_weight * saved[i], i), default=None)
+    passed = [i for i, bound in enumerate(bounds) if i == 0 or bound <= margin]
+    return max(passed, key=lambda i: accuracy[i] + speed_weight * saved[i])  # of equals the strictest

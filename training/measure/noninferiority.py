@@ -41,7 +41,7 @@ def p_value(ours: np.ndarray, strict: np.ndarray, margin: float, level: float = 
         ValueError: a score lies outside of 0 to 1, or there is none.
     """
     _check(ours, strict)
-    if _binary(ours) and _binary(strict):
+    if binary(ours) and binary(strict):
         return exact_p_value(int((ours > strict).sum()), int((ours < strict).sum()), len(ours), margin)
     return betting_p_value(ours - strict, margin, level)
 
@@ -150,7 +150,8 @@ def _check(ours: np.ndarray, strict: np.ndarray) -> None:
             raise ValueError("scores must lie between 0 and 1 for a bound of the loss")
 
 
-def _binary(scores: np.ndarray) -> bool:
+def binary(scores: np.ndarray) -> bool:
+    """Return whether every score is 0 or 1."""
     return bool(((scores == 0) | (scores == 1)).all())
 
 

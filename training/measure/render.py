@@ -38,6 +38,7 @@ COLUMNS = {
     "accuracy": Column("accuracy (95 %)", _accuracy),
     "difference": Column("vs target", _paired(lambda paired: f"{100 * paired['difference']:+.1f}")),
     "changes": Column("against target", _paired(lambda p: f"+{p['gained']} -{p['lost']}, p = {p['p_value']:.1g}")),
+    "bound": Column("loss below", lambda row: f"{100 * row['loss_bound']:.2f}"),
     "p": Column("p", _paired(lambda paired: f"{paired['p_value']:.1g}")),
     "acceptance_length": _number("acceptance_length", 2, "acceptance length"),
     "override_rate": _number("override_rate", 2, "override rate"),
@@ -51,6 +52,7 @@ COLUMNS = {
     "itl": _number("itl_ms_p99", 1, "ITL p99 ms"),
 }
 QUALITY = ("mode", "accuracy", "difference", "p", "acceptance_length", "override_rate", "tokens", "capped")
+CALIBRATED = ("mode", "accuracy", "difference", "bound", "acceptance_length", "override_rate", "tokens", "capped")
 COUNTED = ("mode", "accuracy", "acceptance_length", "mismatches", "overrides", "speed")
 SPEED = ("mode", "speed", "ttft", "tpot", "itl", "acceptance_length", "accuracy", "changes", "tokens", "capped")
 

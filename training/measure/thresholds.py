@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from vllm_cospec.training.counts import Counts
+from vllm_cospec.training.measure.outcome import Outcome
 from vllm_cospec.training.rollout.engine import Request, Response
 
 WAVE = 512  # requests handed to the engine at once
@@ -36,24 +38,22 @@ class Sweep:
         """The task's score at each threshold on each problem, float64 [T, n]."""
         return self.score[self.response]
 
-    @property
-    def accuracy(self) -> np.ndarray:
-        """Mean score at each threshold, float64 [T]."""
-        return self.scores.mean(axis=1)
+    def steps_saved(self, index: int) -> float:
+        """Return the mean share of target steps saved at a threshold, 1 - steps / tokens."""
+        own = self.response[index]
+        return float(np.mean(1 - self.steps[own] / np.maximum(self.tokens[own], 1)))
 
-    @property
-    def acceptance_length(self) -> np.ndarray:
-        """Tokens delivered per target step that verified a block, float64 [T]; 1 where there was no such step.
+    def outcome(self, index: int) -> Outcome:
+        """Return the answers at a threshold as one outcome; no time was taken.
 
-        The first token of a response is the prompt's own and not counted.
+        Its acceptance length is of tokens delivered: of a last block that reaches beyond the response's end, only what
+        the response got of it counts. A response's first token is the prompt's own and belongs to no block.
         """
-        tokens, steps = (self.tokens[self.response] - 1).sum(axis=1), (self.steps[self.response] - 1).sum(axis=1)
-        return np.where(steps > 0, tokens / np.maximum(steps, 1), 1.0)
-
-    @property
-    def steps_saved(self) -> np.ndarray:
-        """Mean share of target steps saved, 1 - steps / tokens, at each threshold, float64 [T]."""
-        return (1 - self.steps / np.maximum(self.tokens, 1))[self.response].mean(axis=1)
+        own = self.response[index]
+        mismatches, overrides = self.counts(index)
+        blocks, tokens = int((self.steps[own] - 1).sum()), int((self.tokens[own] - 1).sum())
+        counts = Counts(blocks, tokens - blocks, mismatches=int(mismatches.sum()), overrides=int(overrides.sum()))
+        return Outcome(np.arange(len(own)), self.score[own], self.tokens[own], self.capped[own], counts, seconds=0.0)
 
     def counts(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the mismatches and the overrides of each problem at a threshold, int64 [n] each."""

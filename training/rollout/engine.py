@@ -100,6 +100,7 @@ class Engine:
         self._prompts = Prompts(self._tokenizer, task or TaskConfig())
         self._runs = 0
         self.max_model_len = self._llm.model_config.max_model_len
+        self.dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a problem, through the chat template where the tokenizer has one."""

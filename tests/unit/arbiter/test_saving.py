@@ -22,6 +22,7 @@ from vllm_cospec.arbiter import (
     load_config,
     save_artefact,
 )
+from vllm_cospec.calibration import calibrated_threshold
 from vllm_cospec.errors import ArtefactError
 
 
@@ -44,7 +45,7 @@ def test_what_is_loaded_scores_bit_for_bit_as_what_was_saved(
 def test_an_artefact_is_three_readable_files_and_no_pickle(artefact: Path) -> None:
     assert sorted(path.name for path in artefact.iterdir()) == [CARD_FILE, CONFIG_FILE, WEIGHTS_FILE]
     config = json.loads((artefact / CONFIG_FILE).read_text())
-    assert config["format_version"] == 1
+    assert config["format_version"] == 2
     assert config["schema"] == current_schema(True).model_dump()
     assert (artefact / CARD_FILE).read_text() == "# Card\n"
     assert load_file(artefact / WEIGHTS_FILE).keys() == make_arbiter().state_dict().keys()
@@ -212,3 +213,13 @@ def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     (tmp_path / "arbiter").mkdir()
     save_artefact(tmp_path / "arbiter", make_arbiter(), make_config(), "# Card\n")
     load_artefact(tmp_path / "arbiter")
+
+
+@pytest.mark.parametrize("directory", ["benchmarks/smollm2/arbiter", "benchmarks/code/arbiter"])
+def test_an_artefact_of_format_1_is_read_with_its_threshold_and_bounds_nothing(directory: str) -> None:
+    _, artefact = load_artefact(Path(__file__).parents[3] / directory)
+    assert artefact.format_version == 1
+    assert artefact.statement is None
+    assert 0 < artefact.threshold < 1
+    with pytest.raises(ArtefactError, match="run `cospec calibrate`"):
+        calibrated_threshold(artefact.calibration, directory, 0.1)

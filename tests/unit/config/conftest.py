@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from configurations import Pair, write_artefact, write_model
+from configurations import Pair, conditions, write_artefact, write_model
 from vllm.transformers_utils import repo_utils
 
 from vllm_cospec.metrics import DIRECTORY_VARIABLE
@@ -14,11 +14,12 @@ from vllm_cospec.metrics import DIRECTORY_VARIABLE
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     root = tmp_path_factory.mktemp("pair")
+    draft = write_model(root / "draft")
     return Pair(
         write_model(root / "target"),
-        write_model(root / "draft"),
+        draft,
         write_model(root / "other", extra_tokens=8),
-        write_artefact(root / "arbiter"),
+        write_artefact(root / "arbiter", calibrated_for=conditions(draft)),
     )
 
 

@@ -8,10 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from configurations import CURVE, LEFT_OUT, NAN, Pair, edit_json, refused, symlink_loop, user_config, write_artefact
+from configurations import (
+    CURVE,
+    LEFT_OUT,
+    NAN,
+    Pair,
+    conditions,
+    edit_json,
+    refused,
+    symlink_loop,
+    user_config,
+    write_artefact,
+)
 from safetensors.torch import load_file, save_file
 
-from vllm_cospec.arbiter import CurvePoint, current_schema
+from vllm_cospec.arbiter import current_schema
 
 
 def empty_directory(place: Path) -> Path:
@@ -133,7 +144,7 @@ ARTEFACTS = {
     "config with a threshold of 2": (lambda d: edit_json(d / "config.json", threshold=2), "config.json.threshold"),
     "config of another network": (lambda d: edit_json(d / "config.json", hidden_sizes=[9]), "model.safetensors"),
     "config of a huge network": (lambda d: edit_json(d / "config.json", hidden_sizes=[10**9]), "hidden_sizes"),
-    "config of another format": (lambda d: edit_json(d / "config.json", format_version=2), "format_version"),
+    "config of another format": (lambda d: edit_json(d / "config.json", format_version=3), "format_version"),
     "config of another schema": (
         lambda d: edit_json(d / "config.json", schema=current_schema(True).model_dump() | {"hash": "0" * 16}),
         "schema",
@@ -160,12 +171,20 @@ def test_an_artefact_trained_with_draft_logits_is_refused_for_ngram(pair: Pair) 
     )
 
 
-@pytest.mark.parametrize("calibration", [(), CURVE], ids=["no curve", "no safe point"])
+NO_PROMISE: dict[str, dict[str, Any]] = {
+    "no curve": {"calibration": ()},
+    "no bounds": {"calibration": tuple(point.model_copy(update={"loss_bound": None}) for point in CURVE)},
+    "nobody knows for what": {"calibrated_for": None},
+    "another draft": {"calibrated_for": conditions()},
+}
+
+
+@pytest.mark.parametrize("changes", NO_PROMISE.values(), ids=NO_PROMISE)
 def test_a_loss_the_artefact_cannot_promise_is_refused_in_one_sentence(
-    pair: Pair, tmp_path: Path, calibration: tuple[CurvePoint, ...]
+    pair: Pair, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    directory = write_artefact(tmp_path / "arbiter", calibration=calibration)
-    refused(pair.target, user_config(pair, arbiter=str(directory), max_accuracy_loss=0.001), "max_accuracy_loss")
+    directory = write_artefact(tmp_path / "arbiter", **{"calibrated_for": conditions(pair.draft)} | changes)
+    refused(pair.target, user_config(pair, arbiter=str(directory), max_accuracy_loss=0.5), "max_accuracy_loss")
 
 
 DRAFTS = {

@@ -152,6 +152,19 @@ def test_the_recipes_knob_goes_with_the_recipes_arbiter(pair: Pair, tmp_path: Pa
     assert (config.threshold, config.max_accuracy_loss) == (None, None)
 
 
+def test_a_rule_in_place_of_the_recipes_arbiter_is_not_bound_to_what_that_was_calibrated_for(
+    pair: Pair, tmp_path: Path
+) -> None:
+    content = {
+        "model": "org/draft", "num_speculative_tokens": 3, "arbiter": str(pair.artefact), "on_mismatch": "refuse",
+    }  # fmt: skip
+    target = write_recipe(tmp_path / "target", content)
+    assert resolve({"method": "cospec"}, str(target), ENGINE_KEYS)[0].on_mismatch == "refuse"
+    assert resolve({"method": "cospec", "threshold": 0.2}, str(target), ENGINE_KEYS)[0].on_mismatch == "refuse"
+    rule, _ = resolve({"method": "cospec", "arbiter": {"policy": "typical"}}, str(target), ENGINE_KEYS)
+    assert rule.on_mismatch == "warn"
+
+
 asked: list[tuple[str, dict[str, Any]]] = []  # of the hub: (repository, how)
 
 

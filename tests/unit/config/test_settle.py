@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from configurations import Pair, assert_one_sentence, learned, write_artefact
+from configurations import CURVE, Pair, assert_one_sentence, conditions, learned, write_artefact
 
 import vllm_cospec.settle as settle_module
-from vllm_cospec.config import CoSpecConfig, Settings
+from vllm_cospec.calibration import Conditions
+from vllm_cospec.config import Calibrated, CoSpecConfig, Settings
 from vllm_cospec.errors import ArtefactError, ConfigError
 from vllm_cospec.kernels.policies import Cascade, Fly, Kl, Strict, Typical
 from vllm_cospec.settle import Models, settle
@@ -23,8 +24,13 @@ def settled(
     target: Any = None,
     draft: Any = None,
     models: Any = None,
+    served: Conditions | None = None,
     **own: Any,
 ) -> Any:
+    compared = {} if served is None else {
+        "num_speculative_tokens": served.num_speculative_tokens, "dtype": served.dtype,
+        "draft_weights": lambda: served.draft,
+    }  # fmt: skip
     values = {
         "method": method,
         "num_speculative_tokens": tokens,
@@ -34,6 +40,9 @@ def settled(
         "draft_context": 64,
         "target_tokenizer": target or build_tokenizer,
         "draft_tokenizer": draft or build_tokenizer,
+        "dtype": "float32",
+        "draft_weights": lambda: "",
+        **compared,
     }
     return settle(CoSpecConfig(arbiter=arbiter or Typical(), **own), Models(**values | (models or {})), "counters")
 
@@ -218,23 +227,57 @@ def test_a_window_of_fly_that_no_block_can_fill_is_refused(window: int | None, t
         ({}, 0.7),  # the artefact's
         ({"threshold": 0.1}, 0.1),
         ({"threshold": 0.0}, 0.0),
-        ({"threshold": 1}, 1.0),
-        ({"max_accuracy_loss": 0.2}, 0.3),  # all points qualify: the longest acceptance length
-        ({"max_accuracy_loss": 0.1}, 0.6),  # the bound of the first point, 0.12, is too large
-        ({"max_accuracy_loss": 0.02}, 0.8),  # only the last point's bound, 0.01, is below
+        ({"threshold": 1.0}, 1.0),
+        ({"max_accuracy_loss": 0.2}, 0.3),  # all points pass: the longest acceptance length
+        ({"max_accuracy_loss": 0.1}, 0.6),  # the bound of the last point, 0.12, is too large
+        ({"max_accuracy_loss": 0.02}, 0.8),
+        ({"max_accuracy_loss": 0.001}, 1.0),  # nothing but strict passes
     ],
 )
 def test_the_threshold_of_a_trained_arbiter(pair: Pair, knobs: dict[str, Any], threshold: float) -> None:
-    assert settled(learned(pair.artefact), **knobs).threshold == threshold
+    settings = settled(learned(pair.artefact), served=conditions(pair.draft), **knobs)
+    assert settings.threshold == threshold
+    assert settings.calibrated.differences == ()
+    assert ("LOSSY" in settings.announcement()) == (threshold < 1)
+    assert settings.calibrated.refuse == ("max_accuracy_loss" in knobs and threshold < 1)
+    assert settings.calibrated.bounded == ("max_accuracy_loss" in knobs)
 
 
-def test_a_loss_that_no_threshold_keeps_is_refused(pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError) as caught:
-        settled(learned(pair.artefact), max_accuracy_loss=0.001)
-    assert_one_sentence(caught.value, "max_accuracy_loss")
-    with pytest.raises(ArtefactError) as caught:
-        settled(learned(write_artefact(tmp_path / "plain", calibration=())), max_accuracy_loss=0.5)
-    assert_one_sentence(caught.value, "max_accuracy_loss")
+def test_what_was_calibrated_for_something_else_is_announced_or_refused(pair: Pair) -> None:
+    other = conditions(pair.draft, dtype="bfloat16", num_speculative_tokens=4)
+    settings = settled(learned(pair.artefact), served=other)
+    clauses = settings.calibrated.differences
+    assert len(clauses) == 2
+    assert all(clause in settings.announcement() for clause in clauses)
+    refusing: tuple[dict[str, Any], ...] = (
+        {"on_mismatch": "refuse"},
+        {"max_accuracy_loss": 0.5},
+        {"max_accuracy_loss": 0.5, "on_mismatch": "warn"},
+    )
+    for knobs in refusing:
+        with pytest.raises(ConfigError) as caught:
+            settled(learned(pair.artefact), served=other, **knobs)
+        assert_one_sentence(caught.value, "max_accuracy_loss" if "max_accuracy_loss" in knobs else "on_mismatch")
+        assert "bfloat16 instead of float32" in str(caught.value)
+    assert settled(learned(pair.artefact), served=conditions(pair.draft), on_mismatch="refuse").calibrated.refuse
+
+
+def test_an_arbiter_that_does_not_say_what_it_was_calibrated_for_is_served_unless_that_is_to_be_refused(
+    tmp_path: Path,
+) -> None:
+    unknown = learned(write_artefact(tmp_path / "arbiter"))
+    settings = settled(unknown)
+    assert settings.calibrated == Calibrated()
+    with pytest.raises(ConfigError, match=r"on_mismatch: .*does not say"):
+        settled(unknown, on_mismatch="refuse")
+
+
+def test_a_loss_that_was_never_bounded_is_refused(tmp_path: Path) -> None:
+    unbounded = tuple(point.model_copy(update={"loss_bound": None}) for point in CURVE)
+    for curve in ((), unbounded):
+        with pytest.raises(ArtefactError) as caught:
+            settled(learned(write_artefact(tmp_path / str(len(curve)), calibration=curve)), max_accuracy_loss=0.5)
+        assert_one_sentence(caught.value, "max_accuracy_loss")
 
 
 def test_an_arbiter_that_does_not_fit_drafter_vocabulary_or_tokenizer_is_refused(pair: Pair, tmp_path: Path) -> None:
@@ -254,7 +297,7 @@ def test_rules_without_a_draft_model_do_not_load_the_tokenizer() -> None:
 
 
 def test_lossy_verification_is_announced_with_policy_threshold_and_artefact(pair: Pair) -> None:
-    line = settled(learned(pair.artefact), threshold=0.125).announcement()
+    line = settled(learned(pair.artefact), threshold=0.125, served=conditions(pair.draft)).announcement()
     assert "LOSSY" in line
     assert "learned" in line
     assert "0.125" in line

@@ -18,6 +18,7 @@ from configurations import (
     PARAMETERS,
     Pair,
     build,
+    conditions,
     engine_args,
     learned,
     refused,
@@ -26,6 +27,7 @@ from configurations import (
     without_counters,
     write_recipe,
 )
+from safetensors.torch import load_file, save_file
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 from vllm_cospec import compat, translate
@@ -138,9 +140,30 @@ def test_an_explicit_way_of_drafting_stays(pair: Pair) -> None:
 
 
 def test_a_trained_arbiter_is_checked_against_the_real_tokenizer(pair: Pair) -> None:
-    settings = settings_of(pair, arbiter=str(pair.artefact), max_accuracy_loss=0.1)
+    asked = user_config(pair, arbiter=str(pair.artefact), max_accuracy_loss=0.1)
+    settings = build(pair.target, asked, dtype="float32").speculative_config.cospec
     assert settings.policy == learned(pair.artefact)
     assert settings.threshold == 0.6
+    assert settings.calibrated.conditions == conditions(pair.draft)
+
+
+def test_weights_dtype_and_template_that_were_not_calibrated_refuse_a_bound_of_the_loss(
+    pair: Pair, tmp_path: Path
+) -> None:
+    asked = user_config(pair, arbiter=str(pair.artefact), max_accuracy_loss=0.1)
+
+    def difference(target: Path, dtype: str = "float32", **changes: Any) -> str:
+        found = str(refused(target, asked | changes, "max_accuracy_loss", dtype=dtype))
+        return found.split("what is served (")[1].split(");")[0]
+
+    assert difference(pair.target, "bfloat16") == "dtype bfloat16 instead of float32"
+    shutil.copytree(pair.draft, tmp_path / "draft")
+    weights = load_file(tmp_path / "draft" / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "draft" / "model.safetensors")
+    assert difference(pair.target, model=str(tmp_path / "draft")) == "another draft"
+    shutil.copytree(pair.target, tmp_path / "target")
+    (tmp_path / "target" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    assert difference(tmp_path / "target") == "another chat template"
 
 
 def test_the_method_alone_is_enough_beside_a_recipe(pair: Pair, tmp_path: Path) -> None:

@@ -36,9 +36,10 @@ def test_a_threshold_behind_one_that_fails_does_not_pass() -> None:
 
 
 def test_the_most_accurate_one_that_passes_is_chosen_and_speed_decides_between_equals() -> None:
-    bounds, saved = [0.001, 0.004, 0.02, 0.5], [0.5, 0.6, 0.7, 0.9]
+    bounds, saved = [0.0, 0.004, 0.02, 0.5], [0.5, 0.6, 0.7, 0.9]
     assert best_passed(bounds, [0.8, 0.8, 0.8, 1.0], saved, 0.02, 0.05) == 2
     assert best_passed(bounds, [0.8, 0.8, 0.8, 1.0], saved, 0.01, 0.05) == 1
     assert best_passed(bounds, [0.9, 0.8, 0.8, 1.0], saved, 0.02, 0.05) == 0
     assert best_passed(bounds, [0.81, 0.80, 0.805, 1.0], saved, 0.02, 0.0) == 0
-    assert best_passed(bounds, [0.8] * 4, saved, 0.0005, 0.05) is None
+    assert best_passed(bounds, [0.8, 0.8, 0.8, 1.0], saved, 0.02, 0.0) == 0  # nothing gained: as strict as can be
+    assert best_passed(bounds, [0.1, 1.0, 1.0, 1.0], saved, 0.0005, 0.05) == 0  # nothing but strict passes

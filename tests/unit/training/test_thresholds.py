@@ -65,10 +65,13 @@ def test_each_answer_is_the_one_that_threshold_gives() -> None:
         assert mismatches.tolist() == [len(response.decisions) for response in each]
         assert overrides.tolist() == [sum(d.kept for d in response.decisions) for response in each]
         tokens, steps = sum(len(r.tokens) for r in each), sum(len(r.emitted) for r in each)
-        assert found.acceptance_length[t] == pytest.approx((tokens - 40) / (steps - 40))
         saved = [1 - len(response.emitted) / len(response.tokens) for response in each]
-        assert found.steps_saved[t] == pytest.approx(np.mean(saved))
-        assert found.capped[found.response[t]].tolist() == [response.capped for response in each]
+        assert found.steps_saved(t) == pytest.approx(np.mean(saved))
+        figures = found.outcome(t).figures()
+        assert figures["accuracy"] == pytest.approx(found.scores[t].mean())
+        assert figures["acceptance_length"] == pytest.approx((tokens - 40) / (steps - 40))
+        assert figures["override_rate"] == pytest.approx(overrides.sum() / mismatches.sum())
+        assert figures["length_cap_hits"] == sum(response.capped for response in each)
     assert not found.counts(0)[1].any()  # the strictest threshold keeps nothing
 
 
@@ -78,8 +81,8 @@ def test_sweeps_of_parts_are_the_sweep_of_the_whole() -> None:
 
     whole, merged = swept(asked()), Sweep.merge([swept(asked()[:13]), swept(asked()[13:])])
     assert (whole.scores == merged.scores).all()
-    assert (whole.acceptance_length == merged.acceptance_length).all()
     for t in range(len(THRESHOLDS)):
+        assert whole.outcome(t).counts == merged.outcome(t).counts
         assert [list(column) for column in whole.counts(t)] == [list(column) for column in merged.counts(t)]
 
 
@@ -87,4 +90,4 @@ def test_responses_without_a_mismatch_are_asked_for_once() -> None:
     toy = Toy()
     found = sweep(toy, [Request([5], 10, 0), Request([10], 10, 0)], THRESHOLDS, lambda i, text: 1.0)
     assert toy.requests == 2
-    assert found.acceptance_length.tolist() == [1.0] * len(THRESHOLDS)
+    assert [found.outcome(t).counts.acceptance_length for t in range(len(THRESHOLDS))] == [1.0] * len(THRESHOLDS)
