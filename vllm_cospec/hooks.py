@@ -26,6 +26,7 @@ class Hook:
 
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.update_state_after_alloc"
+BLOCK_POOL = "vllm.v1.core.block_pool:BlockPool.cache_full_blocks"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 SAMPLER = "vllm.v1.sample.rejection_sampler"
 V2 = "vllm.v1.worker.gpu"
@@ -59,6 +60,9 @@ HOOKS: tuple[Hook, ...] = (
     Hook("keep blocks whole", f"{SCHEDULER}.update_draft_token_ids", ("self", "draft_token_ids"), "config"),
     Hook("keep blocks whole", "vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks",
          ("self", "blocks", "num_computed_tokens"), "config"),
+    Hook("know what follows a cached block", BLOCK_POOL,
+         ("self", "request", "blocks", "num_cached_blocks", "num_full_blocks", "block_size", "kv_cache_group_id"),
+         "config"),
     Hook("know what the drafter has seen", CONNECTOR,
          ("self", "request", "blocks", "num_external_tokens"), "config"),
     Hook("carry the settings", "vllm.config.speculative:SpeculativeConfig", None, "config"),

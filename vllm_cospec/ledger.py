@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vllm_cospec.hooks import CONNECTOR, HANDLERS, PROPOSER, RUNNER, SAMPLER, V2, V2_NGRAM, V2_SAMPLER, V2_STANDALONE
+from vllm_cospec.hooks import (
+    BLOCK_POOL,
+    CONNECTOR,
+    HANDLERS,
+    PROPOSER,
+    RUNNER,
+    SAMPLER,
+    V2,
+    V2_NGRAM,
+    V2_SAMPLER,
+    V2_STANDALONE,
+)
 
 Level = Literal["symbol", "instance", "registry", "process"]
 """Where a replacement takes hold. symbol: in its module or class, for the whole process; instance: on one object of the
@@ -85,6 +96,14 @@ PATCHES: tuple[Patch, ...] = (
         "about custom schedulers, of which nothing applies",
         remove_when="vLLM keeps blocks whole, over a preemption as well",
         when="cospec is asked for",
+        level="instance",
+    ),
+    Patch(
+        BLOCK_POOL,
+        why="a head's entry at the end of a block is made of the token behind it, which the block's hash leaves out",
+        how="notes what follows a block, then calls the original; a request that goes on otherwise computes it again",
+        remove_when="vLLM's block hashes cover what a head reads ahead, for every setting",
+        when="cospec runs with EAGLE or MTP heads and a prefix cache whose hashes end with the block",
         level="instance",
     ),
     Patch(

@@ -7,15 +7,18 @@ last token but one; after that chunk the drafter proposes what it had proposed b
 
 Both happen in ``Scheduler._reserve_prefill_lookahead``, the last word on how many tokens a request gets in a step,
 where vLLM itself moves the end of a chunk for drafters that need it moved.
+
+What a request finds in the prefix cache is cut where a head's entries belong to another text, see :class:`Behind`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_cospec import compat
-from vllm_cospec.hooks import CONNECTOR
+from vllm_cospec.hooks import BLOCK_POOL, CONNECTOR
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -25,6 +28,49 @@ else:
 REDRAFT = "cospec_redraft"  # attribute of vLLM's Request: preempted, and its next block not drafted again yet
 LOCAL = "cospec_local_tokens"  # attribute of vLLM's Request: how many of its tokens it found in this server's cache
 FOREIGN = "cospec_foreign_blocks"  # attribute of vLLM's SchedulerOutput: see foreign_blocks
+
+
+class Behind:
+    """Which tokens follow each cached block in the text it was computed for.
+
+    A head's entry at a position is made of the token behind it as well, and a block's hash ends with the block: the
+    last entry of a block that a request finds may be made of another request's token.
+    """
+
+    def __init__(self, block_pool: Any, num_tokens: int):
+        self._num_tokens = num_tokens  # that an entry reads ahead
+        self._known: dict[int, tuple[Sequence[int], int]] = {}  # of each block's id: a text, and where it goes on in it
+        self._cache_full_blocks = compat.wrap(BLOCK_POOL, block_pool, self._note)
+
+    def _note(
+        self,
+        request: Any,
+        blocks: Sequence[Any],
+        num_cached_blocks: int,
+        num_full_blocks: int,
+        block_size: int,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        """As the block pool's ``cache_full_blocks``, from which on the blocks can be found."""
+        for index in range(num_cached_blocks, num_full_blocks):
+            text, end = request.all_token_ids, (index + 1) * block_size
+            if end + self._num_tokens <= len(text):
+                text, end = tuple(text[end : end + self._num_tokens]), 0
+            self._known[blocks[index].block_id] = text, end  # a text that is still being written
+        self._cache_full_blocks(request, blocks, num_cached_blocks, num_full_blocks, block_size, *args, **options)
+
+    def num_own(self, request: Any, blocks: Sequence[Any], block_size: int) -> int:
+        """Return how many of the first blocks that a request has found go on as it does itself."""
+        for index, block in enumerate(blocks):
+            if block.is_null:
+                continue
+            text, end = self._known.get(block.block_id, ((), 0))
+            follows = list(text[end : end + self._num_tokens])
+            at = (index + 1) * block_size
+            if len(follows) < self._num_tokens or follows != request.all_token_ids[at : at + self._num_tokens]:
+                return index
+        return len(blocks)
 
 
 class WholeBlocks(Scheduler):
@@ -39,6 +85,11 @@ class WholeBlocks(Scheduler):
         drafting = speculative_config.max_num_new_slots_for_drafting if speculative_config is not None else 0
         self._tokens_alone = min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens - drafting)
 
+        heads = speculative_config is not None and speculative_config.use_eagle()
+        self._behind: Behind | None = None
+        # from 0.33 on, hashes cover what a head reads ahead, but for some settings
+        if heads and self.cache_config.enable_prefix_caching and not getattr(self, "num_hash_lookahead_tokens", 0):
+            self._behind = Behind(self.kv_cache_manager.block_pool, self.num_prefill_lookahead)
         self._foreign_blocks: list[list[int]] = [[] for _ in self.kv_cache_config.kv_cache_groups]
         if self.connector is not None:
             self._after_alloc = compat.wrap(CONNECTOR, self.connector, self._note_foreign_blocks)
@@ -68,15 +119,33 @@ class WholeBlocks(Scheduler):
         super()._preempt_request(request, *args, **kwargs)
 
     def _get_local_prefix_cache_hit(self, request: Any, *args: Any) -> tuple[Any, int, int, bool]:
-        """As the scheduler's: (blocks, tokens in them, boundary, diverged); leaves more than the last token."""
+        """As the scheduler's: (blocks, tokens in them, boundary, diverged); no more than the request can stand on."""
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *args)
-        if self._stops_before_last(request) and num_tokens and num_tokens == request.num_tokens - 1:
-            if num_tokens % self.block_size:
-                return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
-            num_tokens -= self.block_size
-            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
+        limit = num_tokens
+        if self._behind is not None:
+            manager = self.kv_cache_manager.coordinator
+            # where no hit loses its last block, vLLM does not tell a head's groups from the others
+            for group in manager.eagle_group_ids or range(len(blocks.blocks)):
+                size = manager.single_type_managers[group].block_size
+                full = blocks.blocks[group][: num_tokens // size]
+                limit = min(limit, size * self._behind.num_own(request, full, size))
+        if self._stops_before_last(request):  # leaves something to draft from
+            limit = min(limit, request.num_tokens - 2)
+        if limit < num_tokens:
+            blocks, num_tokens = self._cut(blocks, limit)
         setattr(request, LOCAL, num_tokens)
         return blocks, num_tokens, boundary, diverged
+
+    def _cut(self, blocks: Any, limit: int) -> tuple[Any, int]:
+        """Return (the first of the blocks found, the tokens in them), at most ``limit`` tokens."""
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        num_tokens = max(limit, 0) // self.block_size * self.block_size
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        # what a window or a state keeps of a prefix is good for its end alone
+        if not num_tokens or not all(isinstance(spec, FullAttentionSpec) for spec in specs):
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0
+        return self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens), num_tokens
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
         """As the scheduler's, which ignores what is proposed after a chunk that is not a prompt's last."""

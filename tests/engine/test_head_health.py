@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from company import differing, mixed_requests
-from heads import random_head, random_target
+from heads import FAMILY, random_head, random_target
 
 RunEngine = Callable[..., dict[str, Any]]
 COUNT = 40
@@ -59,3 +59,20 @@ def test_no_text_depends_on_the_company(method: str, pair: Path, run_engine: Run
     assert alone["metrics"]["vllm:cospec_num_overrides"] > COUNT
     for name in ("num_mismatches", "num_overrides", "num_unhealthy"):
         assert pressed["metrics"][f"vllm:cospec_{name}"] == alone["metrics"][f"vllm:cospec_{name}"], name
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_prefix_whose_last_entry_belongs_to_another_text_is_computed_again(
+    drop: bool, pair: Path, run_engine: RunEngine, tmp_path: Path
+) -> None:
+    """vLLM leaves out the last block of a hit, unless told otherwise; those before it may be another text's, too."""
+    speculative, engine = setting("eagle", tmp_path, pair)
+    speculative["disable_eagle_block_drop"] = not drop
+    params = {"temperature": 0, "max_tokens": 30, "ignore_eos": True}
+    run = {"name": "run", "prompts": [*FAMILY, FAMILY[0]], "params": params, "one_at_a_time": True}
+    alone = run_engine([run], speculative, **ROOMY, **engine)
+    found = run_engine([run], speculative, **ROOMY | {"enable_prefix_caching": True}, **engine)
+    assert token_ids(found["runs"]["run"]) == token_ids(alone["runs"]["run"])
+    assert found["metrics"]["vllm:prefix_cache_hits"] > 0
+    assert found["metrics"]["vllm:cospec_num_unhealthy"] == 0

@@ -9,6 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+SHARED = "12+34+56+78-90*2+12+34+56+78-90"  # with the token in front of every text, one block of the cache
+NEXT = "*2+12+34+56+78-90*2+12+34+56+78-"  # another one
+FAMILY = [SHARED + "+5*(19-8)+7*(81-46)-3*(7+5)*2-64?", *(SHARED + NEXT + f"{i}*{i + 4}?" for i in range(1, 17))]
+"""Prompts that part where a block of 32 tokens ends: the first from the others after one, these after two."""
+
 
 def random_head(directory: Path, pair: Path, eagle3: bool) -> Path:
     """Write a one-layer EAGLE or EAGLE-3 head with random weights that fits the bundled target."""

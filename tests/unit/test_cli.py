@@ -121,6 +121,19 @@ def test_what_is_wrong_is_said_in_one_sentence(
         assert err.count("\n") == 1
 
 
+def test_a_plugin_that_vllm_is_told_to_leave_out_is_said_by_doctor_and_demo(
+    cospec: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert json.loads(cospec("doctor", "--json")[1])["problems"] == []
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    code, out, _ = cospec("doctor", "--json")
+    report = json.loads(out)
+    (problem,) = report["problems"]
+    assert (code, report["ok"], report["plugin_loaded"]) == (1, False, False)
+    assert problem.startswith("VLLM_PLUGINS: 'other' leaves out 'cospec'")
+    assert cospec("demo") == (1, "", f"cospec: {problem}\n")
+
+
 def test_every_command_explains_itself_at_80_columns(
     cospec: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

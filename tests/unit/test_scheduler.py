@@ -4,10 +4,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from vllm_cospec.scheduler import foreign_blocks, keeping_blocks_whole
+from vllm_cospec.scheduler import Behind, foreign_blocks, keeping_blocks_whole
 
 K = 5
+
+
+def full_attention(block_size: int) -> FullAttentionSpec:
+    return FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
 
 
 class Scheduler:
@@ -24,9 +31,11 @@ class Scheduler:
         self.scheduler_config = SimpleNamespace(
             long_prefill_token_threshold=long_prefill, max_num_batched_tokens=max_tokens
         )
-        self.vllm_config = SimpleNamespace(speculative_config=SimpleNamespace(max_num_new_slots_for_drafting=1))
+        self.vllm_config = SimpleNamespace(
+            speculative_config=SimpleNamespace(max_num_new_slots_for_drafting=1, use_eagle=lambda: False)
+        )
         self.kv_cache_config = SimpleNamespace(
-            kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=size)) for size in (4, 8)]
+            kv_cache_groups=[SimpleNamespace(kv_cache_spec=full_attention(size)) for size in (4, 8)]
         )
         self.connector = connector
         self.max_num_scheduled_tokens = max_tokens
@@ -140,11 +149,41 @@ def test_a_cache_hit_leaves_more_than_the_last_token(hit: int, expected: tuple[s
     assert it._get_local_prefix_cache_hit(own)[:2] == expected
 
 
-def test_a_hit_inside_a_block_that_leaves_the_last_token_alone_is_given_up() -> None:
+def test_a_hit_inside_a_block_that_leaves_the_last_token_alone_is_cut_to_whole_blocks() -> None:
     own, it = request(output=2), scheduler()
     it._preempt_request(own, 0.0)
     it.hit = 11
+    assert it._get_local_prefix_cache_hit(own)[:2] == ("blocks up to 8", 8)
+
+
+def test_a_hit_is_given_up_where_it_cannot_be_cut() -> None:
+    own, it = request(output=3), scheduler()
+    it.kv_cache_config.kv_cache_groups[1].kv_cache_spec = SlidingWindowSpec(
+        block_size=8, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=8
+    )
+    it._preempt_request(own, 0.0)
+    it.hit = 12
     assert it._get_local_prefix_cache_hit(own)[:2] == ("none", 0)
+
+
+def test_a_head_stands_on_blocks_that_go_on_as_its_own_text_does() -> None:
+    def text(*tokens: int) -> Any:
+        return SimpleNamespace(
+            all_token_ids=list(tokens), block_hashes=[bytes([i]) * 32 for i in range(len(tokens) // 2)]
+        )
+
+    pool = BlockPool(num_gpu_blocks=8, enable_caching=True, hash_block_size=2)
+    behind = Behind(pool, num_tokens=1)
+    blocks, author = pool.get_new_blocks(3), text(1, 2, 3, 4, 5, 6)
+    pool.cache_full_blocks(author, blocks, 0, 3, block_size=2, kv_cache_group_id=0)
+    assert behind.num_own(text(1, 2, 3, 4, 5, 6, 7), blocks, 2) == 2  # what follows the third is not known yet
+    author.all_token_ids.append(7)
+    assert behind.num_own(text(1, 2, 3, 4, 5, 6, 7), blocks, 2) == 3
+    assert behind.num_own(text(1, 2, 3, 4, 5, 6, 8), blocks, 2) == 2
+    assert behind.num_own(text(1, 2, 3, 4, 9, 6, 7), blocks, 2) == 1
+    assert behind.num_own(text(1, 2, 3, 4, 5, 6), blocks, 2) == 2  # nothing of its own behind it
+    assert behind.num_own(author, [pool.null_block, *blocks[1:]], 2) == 3
+    assert behind.num_own(author, pool.get_new_blocks(1), 2) == 0  # whose text is not known
 
 
 def test_where_drafts_stay_in_the_worker_placeholders_stand_for_them() -> None:

@@ -70,16 +70,12 @@ class V1Drafter:
             for copy in scheduler_output.kv_cache_block_copies or ():
                 cache.copy(*copy)
             for request_id, (request, num_computed) in entered.items():
-                cache.enter(request_id, num_computed if self._can_follow(request, num_computed) else -1)
+                cache.enter(request_id, num_computed if self._can_follow(request) else -1)
         return self._update_states(scheduler_output)
 
-    def _can_follow(self, request: Any, num_computed: int) -> bool:
+    def _can_follow(self, request: Any) -> bool:
         """Return whether the drafter can see all that a new or resumed request consists of."""
-        config = self._runner.speculative_config
-        if request.prompt_embeds is not None or (request.mm_features and not self._drafter.supports_mm_inputs):
-            return False
-        # a head's last entry in a block is made of the token behind it, which another request may have gone on with
-        return not (num_computed and config.use_eagle() and config.disable_eagle_block_drop)
+        return request.prompt_embeds is None and not (request.mm_features and not self._drafter.supports_mm_inputs)
 
     def computed(self) -> None:
         """Note that the target has computed the runner's batch; every step calls it before the drafter runs."""

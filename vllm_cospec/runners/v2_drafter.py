@@ -42,10 +42,7 @@ class DraftHealth:
         self._num_drafts = settings.num_speculative_tokens
         self._has_cache = settings.draft_logits  # ngram reads the tokens alone
         self.context = config.draft_model_config.max_model_len if self._has_cache else runner.max_model_len
-        self._foreign_prefixes = (transfer is not None and transfer.is_kv_consumer) or (
-            # the last entry of a block depends on the token behind it, which another request may have continued with
-            config.use_eagle() and config.disable_eagle_block_drop
-        )
+        self._foreign_prefixes = transfer is not None and transfer.is_kv_consumer
         self._unseen = np.zeros(runner.max_num_reqs, bool)
         self._shortened = np.zeros(runner.max_num_reqs, bool)
 

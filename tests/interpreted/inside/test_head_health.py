@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from heads import random_head
+from heads import FAMILY, random_head
 from processes import DEMO, generate
 
 pytestmark = pytest.mark.engine
@@ -14,19 +14,19 @@ pytestmark = pytest.mark.engine
 KEEP_ALL = {"method": "cospec", "arbiter": {"policy": "random", "rate": 1.0}}
 
 
-def test_a_prefix_whose_last_entry_belongs_to_another_text_is_strict(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_prefix_whose_last_entry_belongs_to_another_text_is_computed_again(drop: bool, tmp_path: Path) -> None:
     head = random_head(tmp_path / "eagle", DEMO, eagle3=False)
-    entry = {
-        "prompt": "12+34+56+78-90*2+12+34+56+78-90*2?", "temperature": 0.0, "max_tokens": 12, "ignore_eos": True,
-    }  # fmt: skip
-    run = generate(
-        KEEP_ALL | {"draft_method": "eagle", "model": str(head), "disable_eagle_block_drop": True},
-        [[entry], [entry], [entry | {"extra_args": {"cospec_policy": "strict"}}]],
-        block_size=32,
-    )
-    (first,), (again,), (strict,) = run["tokens"]
-    assert again == strict != first
-    assert set(run["unhealthy"]) == {"cache"}
+    batches = [
+        [{"prompt": prompt, "temperature": 0.0, "max_tokens": 12, "ignore_eos": True}]
+        for prompt in (FAMILY[i] for i in (0, 1, 6, 0))  # of the third the foreign entry would change the text
+    ]
+    speculative = KEEP_ALL | {"draft_method": "eagle", "model": str(head), "disable_eagle_block_drop": not drop}
+    alone = generate(speculative, batches, block_size=32, enable_prefix_caching=False)
+    found = generate(speculative, batches, block_size=32)
+    assert found["tokens"] == alone["tokens"]
+    assert found["metrics"]["vllm:prefix_cache_hits"] > 0
+    assert found["unhealthy"] == {}
 
 
 def test_seeded_requests_repeat_themselves() -> None:

@@ -44,7 +44,7 @@ def batch(**columns: Any) -> SimpleNamespace:
 
 def installed(device: torch.device = CPU, **changes: Any) -> tuple[DraftHealth, Any, SimpleNamespace]:
     """Health of six slots, whose requests all want to be arbitrated, with its counters."""
-    values = {"kv_consumer": False, "eagle": False, "mm_drafter": False, "draft_logits": True, **changes}
+    values = {"kv_consumer": False, "mm_drafter": False, "draft_logits": True, **changes}
     transfer = SimpleNamespace(is_kv_consumer=True) if values["kv_consumer"] else None
     runner = SimpleNamespace(
         device=device,
@@ -54,8 +54,6 @@ def installed(device: torch.device = CPU, **changes: Any) -> tuple[DraftHealth, 
         vllm_config=SimpleNamespace(kv_transfer_config=transfer),
         speculative_config=SimpleNamespace(
             draft_model_config=SimpleNamespace(max_model_len=CONTEXT),
-            use_eagle=lambda: values["eagle"],
-            disable_eagle_block_drop=values["eagle"],
         ),
     )
     counters: Any = SimpleNamespace(unhealthy=torch.zeros(len(REASONS), dtype=torch.int64, device=device))
@@ -101,7 +99,6 @@ def test_a_draft_made_beyond_the_drafters_context_is_strict_by_what_the_device_k
         ({"num_computed_tokens": 16}, {}, False),  # vLLM's own prefix cache holds the draft's layers too
         ({"num_computed_tokens": 16}, {"kv_consumer": True}, True),
         ({"num_computed_tokens": 0}, {"kv_consumer": True}, False),
-        ({"num_computed_tokens": 16}, {"eagle": True}, True),
         ({"prompt_embeds": torch.zeros(1)}, {}, True),
         ({"mm_features": ["image"]}, {}, True),
         ({"mm_features": ["image"]}, {"mm_drafter": True}, False),
