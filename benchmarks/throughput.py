@@ -60,12 +60,13 @@ def ask_round(server: Server, numbers: Sequence[int], setup: Setup, graders: Gra
     replies = asyncio.run(ask(server.url, NAME, [setup.prompts[number] for number in numbers], load))
     seconds, counts = time.perf_counter() - began, Counts.of_metrics(server.counters()) - before
     grades = graders.grade([setup.problems[number] for number in numbers], [reply.text for reply in replies])
+    tokens = np.array([reply.output_tokens for reply in replies], np.int64)
     return Outcome(
         np.array(numbers),
         np.array([grade.score for grade in grades], np.float64),
-        np.array([reply.output_tokens for reply in replies], np.int64),
+        tokens,
         np.array([reply.capped for reply in replies], bool),
-        counts,
+        counts.as_delivered(int(tokens.sum()), len(tokens)),
         seconds,
         [reply.arrivals for reply in replies],
         [grade.failure for grade in grades if grade.failure],

@@ -67,6 +67,7 @@ class Batch:
     uniform: Tensor | None = None  # [N] float32
     logit_rows: Tensor | None = None  # [N] int, the row of logits each draft is verified with; None: its own
     legal: Tensor | None = None  # [N] bool, whether a draft may be kept; None: where its processed logit is finite
+    undeliverable: Tensor | None = None  # [N] bool, from vllm_cospec.kernels.reach: strict, and no mismatch
 
 
 @dataclass
@@ -98,7 +99,9 @@ class BatchResult:
     """What verification makes of a batch."""
 
     output: Tensor  # [B, max_draft_tokens + 1] int32, PLACEHOLDER where nothing is emitted
-    num_mismatches: int  # drafts of arbitrated requests, whether the policy could be consulted or not; junk is no draft
+    num_mismatches: (
+        int  # drafts of arbitrated requests that can be delivered, whether the policy could be consulted or not
+    )
     overrides: np.ndarray  # [B] int64
     regret: np.ndarray  # [B] float64, nats, of the overrides
     overrides_per_position: np.ndarray  # [max_draft_tokens] int64
@@ -177,10 +180,13 @@ def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchRe
     overrides, spent = np.zeros(len(n), np.int64), np.zeros(len(n), np.float64)
     result = BatchResult(batch.draft_tokens, 0, overrides, spent, np.zeros(width, np.int64))
     undecided = requests.arbitrated & ~requests.junk
+    counts = (batch.draft_tokens >= 0).numpy()
+    if batch.undeliverable is not None:
+        counts &= ~batch.undeliverable.numpy()
     while True:
         position = np.where(kept, width, columns).min(axis=1, initial=width)
         request = np.flatnonzero(undecided & (position < width))
-        request = request[batch.draft_tokens.numpy()[rows[request, position[request]]] >= 0]
+        request = request[counts[rows[request, position[request]]]]
         if not len(request):
             break
         result.num_mismatches += len(request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _DRAFTS, _ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"
 _PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
@@ -61,6 +61,22 @@ class Counts:
             self.mismatches - earlier.mismatches,
             self.overrides - earlier.overrides,
         )
+
+    def as_delivered(self, tokens: int, responses: int) -> Counts:
+        """Return what a server has counted with only those drafts as accepted that are in its responses.
+
+        A block that ends a response may reach beyond it. Steps without drafts, which vLLM does not count, are added
+        as far as tokens are left that no block explains.
+
+        Args:
+            tokens: of all responses.
+            responses: their number; the first token of each is the prompt's own and belongs to no block.
+        """
+        if not self.drafts:
+            return self
+        behind = tokens - responses
+        steps = self.drafts + max(0, behind - self.drafts - self.accepted)
+        return replace(self, drafts=steps, accepted=max(0, behind - steps))
 
     @property
     def acceptance_length(self) -> float:

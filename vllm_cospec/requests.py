@@ -202,6 +202,20 @@ def served_settings(params: SamplingParams | None, settings: Settings) -> Reques
         return RequestSettings(arbitrated=False, threshold=1.0, max_overrides=0, exact_tokens=0)
 
 
+def response_limit(params: SamplingParams | None, room: int) -> int:
+    """Return how many tokens a response has at most, where the model's length leaves it ``room``."""
+    wanted = params.max_tokens if params is not None else None
+    return room if wanted is None else min(room, wanted)
+
+
+def stop_tokens(params: SamplingParams | None) -> list[int]:
+    """Return the tokens that end a response."""
+    if params is None:
+        return []
+    own = set(params.stop_token_ids or ())
+    return sorted(own if params.eos_token_id is None else own | {params.eos_token_id})
+
+
 def action_coin(seed: int, output_position: int) -> float:
     """Return the number in [0, 1) a sampled action is compared with: the same for one seed and place in a response.
 

@@ -43,6 +43,7 @@ def arbitrate(rows: Rows, sampling: Sampling, slots: Slots, program: Program, co
     stages = _Stages(rows, slots, program, counters)
     stages.statistics(sampling.temperature, rows.draft)
     stages.verdicts(sampling, rows.draft)
+    stages.leave_out()
     stages.draft_statistics()
     target_lse, draft_lse = stages.scan(sampling.temperature, sampling.seed)
     _resample(rows, sampling, stages.sampled, stages.num_sampled, target_lse, draft_lse)
@@ -66,6 +67,7 @@ def arbitrate_given(rows: Rows, given: Verdict, slots: Slots, program: Program, 
     stages.statistics(None, None)  # the verdict has weighed the draft already
     stages.verdicts(None, None)
     stages.given_verdicts(given)
+    stages.leave_out()
     stages.draft_statistics()
     stages.scan(None, given.seed)
     return Kept(stages.sampled, stages.num_sampled, stages.trace)
@@ -142,6 +144,12 @@ class _Stages:
             given.legal, given.ratio, given.uniform,
             num_warps=1,
         )  # fmt: skip
+
+    def leave_out(self) -> None:
+        """Treat drafts that cannot be delivered as if none had been proposed where strict verification rejects."""
+        if self._rows.undeliverable is not None:
+            status = self._row_ints[:, layout.STATUS.value]
+            status.masked_fill_(self._rows.undeliverable, layout.NO_DRAFT.value)
 
     def draft_statistics(self) -> None:
         """Read target and draft row of each request's first mismatch, where the policy looks at the draft."""

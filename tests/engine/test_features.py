@@ -191,3 +191,33 @@ def test_sampled_output_follows_the_target(pair: Path, run_engine: RunEngine) ->
     expected = torch.tensor([probabilities[i].item() for i in frequent], dtype=torch.float64)
     expected = expected / expected.sum() * sum(observed)
     assert chisquare(observed, expected.numpy()).pvalue > 1e-4
+
+
+@pytest.mark.engine
+def test_what_is_counted_was_delivered(pair: Path, prompts: list[str], run_engine: RunEngine) -> None:
+    some = (prompts * 3)[:100]
+    short = {"temperature": 0, "max_tokens": 2}
+    runs = [
+        {"name": "short", "prompts": some, "params": short},
+        {"name": "short strict", "prompts": some, "params": short | STRICT},
+    ]
+    result = run_engine(runs, cospec(pair, collect=True))
+    changed = sum(
+        ours != theirs
+        for ours, theirs in zip(
+            token_ids(result["runs"]["short"]), token_ids(result["runs"]["short strict"]), strict=True
+        )
+    )
+    # a block's first draft is the second token, the last of the response
+    assert result["metrics"]["vllm:cospec_num_overrides"] == changed
+    assert changed <= result["metrics"]["vllm:cospec_num_mismatches"] <= 100
+    assert result["metrics"]["vllm:cospec_num_overrides_per_pos[0]"] == changed
+
+    stopped = {"temperature": 0, "max_tokens": 60, "stop_token_ids": list(range(20, 25))}
+    result = run_engine([{"name": "stopped", "prompts": some, "params": stopped}], cospec(pair, collect=True))
+    lengths = {i: len(tokens) for i, tokens in enumerate(token_ids(result["runs"]["stopped"]))}
+    assert min(lengths.values()) < 10
+    kept = [d for d in result["decisions"] if d["kept"]]
+    assert kept
+    assert all(d["output_position"] < lengths[int(d["request_id"].split("-")[0])] for d in kept)
+    assert result["metrics"]["vllm:cospec_num_overrides"] == len(kept)

@@ -156,22 +156,27 @@ def answer(engine: Engine, chunk: Chunk, graders: Graders, max_tokens: int) -> A
         under_way[number] = graders.submit(chunk.problems[number], response.text)
         return ()
 
-    before, start = engine.counts(), time.perf_counter()
+    start = time.perf_counter()
     responses = engine.run(requests, finished)
-    seconds, counted = time.perf_counter() - start, engine.counts() - before
+    seconds = time.perf_counter() - start
     grades = [under_way[number].result() for number in range(len(responses))]
     mismatches = np.array([len(r.decisions) for r in responses], np.int64)
     overrides = np.array([sum(d.kept for d in r.decisions) for r in responses], np.int64)
+    steps = np.array([len(r.emitted) for r in responses], np.int64)
+    tokens = np.array([len(r.tokens) for r in responses], np.int64)
+    counts = Counts(  # of what was delivered; a response's first token is the prompt's own and belongs to no block
+        drafts=int(np.maximum(steps - 1, 0).sum()), accepted=int((tokens - steps).sum()),
+        mismatches=int(mismatches.sum()), overrides=int(overrides.sum()),
+    )  # fmt: skip
     outcome = Outcome(
         np.arange(first, first + len(responses)),
         np.array([grade.score for grade in grades], np.float64),
-        np.array([len(r.tokens) for r in responses], np.int64),
+        tokens,
         np.array([r.capped for r in responses], bool),
-        counted + Counts(mismatches=int(mismatches.sum()), overrides=int(overrides.sum())),
+        counts,
         seconds,
         failures=[grade.failure for grade in grades if grade.failure],
     )
-    steps = np.array([len(r.emitted) for r in responses], np.int64)
     return Answers(outcome, [r.text for r in responses], steps, mismatches, overrides)
 
 

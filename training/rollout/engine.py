@@ -19,7 +19,6 @@ from vllm_cospec.arbiter import Arbiter, save_artefact
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.artefact import artefact_config
 from vllm_cospec.training.config import PairConfig, TaskConfig
-from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.prompts import Prompts
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # decisions are taken from the worker in this process
@@ -184,9 +183,3 @@ class Engine:
             run, _, number = decision.request_id.partition("-")
             if run == str(self._runs):
                 responses[int(number)].decisions.append(decision)
-
-    def counts(self) -> Counts:
-        """Return vLLM's counts since the engine started; what cospec counts stands in the decisions."""
-        found = {metric.name: metric.value for metric in self._llm.get_metrics() if hasattr(metric, "value")}
-        counts = Counts.of_metrics(found)
-        return Counts(counts.drafts, counts.accepted)

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from vllm_cospec.config import Settings
 from vllm_cospec.kernels import UNLIMITED
+from vllm_cospec.kernels.reach import STOPS, ends_of
 from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.kernels.triton.step import Slots
-from vllm_cospec.requests import served_settings
+from vllm_cospec.requests import response_limit, served_settings, stop_tokens
 
 SLOT, SPENT = "cospec_slot", "cospec_spent"  # attributes of vLLM's CachedRequestState, on V1
 _INTEGERS = ("arbitrated", "max_overrides", "exact_tokens", "response_start", "forced")
@@ -39,10 +41,17 @@ class SlotEntry:
     written: int  # tokens of the response that stand in the prompt; training
     forced: int
     overrides: int  # made before this engine saw the request; training
+    ends: list[int]  # see vllm_cospec.kernels.reach.ends_of
 
 
-def slot_entry(sampling_params: Any, settings: Settings) -> SlotEntry:
-    """Return what a request is served with."""
+def slot_entry(sampling_params: Any, settings: Settings, room: int) -> SlotEntry:
+    """Return what a request is served with.
+
+    Args:
+        sampling_params: of the request.
+        settings: of the server.
+        room: tokens its response can have at most.
+    """
     own = served_settings(sampling_params, settings)
     branch = own.branch
     return SlotEntry(
@@ -54,6 +63,7 @@ def slot_entry(sampling_params: Any, settings: Settings) -> SlotEntry:
         written=branch.written if branch else 0,
         forced=2 * branch.decided_at + branch.keep if branch else -1,
         overrides=branch.overrides if branch else 0,
+        ends=ends_of(room + (branch.written if branch else 0), stop_tokens(sampling_params)),
     )
 
 
@@ -92,12 +102,16 @@ class StagedSlots:
         self._written = UvaBackedTensor(size, dtype=torch.int32)
         self._forced = UvaBackedTensor(size, dtype=torch.int32)
         self._max_regret = UvaBackedTensor(size, dtype=torch.float32)
+        self._ends = UvaBackedTensor((size, 1 + STOPS), dtype=torch.int32)
         self._spent = Spent(size, runner.device)
         self._preempted: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add_request(self, slot: int, request: Any) -> None:
         """Take up a request, vLLM's NewRequestData; slots are recycled, so everything is overwritten."""
-        entry = slot_entry(request.sampling_params, self._settings)
+        room = self._runner.max_model_len - length_from_prompt_token_ids_or_embeds(
+            request.prompt_token_ids, request.prompt_embeds
+        )
+        entry = slot_entry(request.sampling_params, self._settings, response_limit(request.sampling_params, room))
         self.arbitrated.np[slot] = entry.arbitrated
         self._threshold.np[slot] = entry.threshold
         self._max_overrides.np[slot] = entry.max_overrides
@@ -105,15 +119,21 @@ class StagedSlots:
         self._written.np[slot] = entry.written
         self._forced.np[slot] = entry.forced
         self._max_regret.np[slot] = entry.max_regret
+        self._ends.np[slot] = entry.ends
         self._spent.enter(slot, entry, self._preempted.pop(request.req_id, None))
 
     def apply_staged_writes(self) -> None:
         """Make what was written visible on the device."""
         for tensor in (
             self.arbitrated, self._threshold, self._max_overrides, self._max_regret, self._exact_tokens, self._written,
-            self._forced,
+            self._forced, self._ends,
         ):  # fmt: skip
             tensor.copy_to_uva()
+
+    @property
+    def ends(self) -> Tensor:
+        """What ends the response in each slot, int32 [S, 1 + STOPS]."""
+        return self._ends.gpu
 
     def finish_requests(self, scheduler_output: Any) -> None:
         """Remember what preempted requests have used of their budgets; they still have their slots."""
@@ -156,6 +176,7 @@ class PlacedSlots:
         self._integers = np.zeros((len(_INTEGERS), self.size), np.int32)
         self._floats = np.zeros((len(_FLOATS), self.size), np.float32)
         self._seed = np.zeros(self.size, np.int64)
+        self._ends = np.zeros((self.size, 1 + STOPS), np.int32)
         self._spent = Spent(self.size, runner.device)
         self._send()
 
@@ -181,6 +202,11 @@ class PlacedSlots:
         """Return the slot of a request, None if it has none."""
         slot = getattr(request, SLOT, -1)
         return None if slot < 0 else slot
+
+    @property
+    def ends(self) -> Tensor:
+        """What ends the response in each slot, int32 [S, 1 + STOPS]."""
+        return self._sent[3]
 
     def leave(self, request: Any) -> None:
         """Take a preempted request's slot; what it has spent goes with it."""
@@ -212,12 +238,14 @@ class PlacedSlots:
         before = self._owners[slot]()
         if before is not None:
             self.leave(before)
-        entry = slot_entry(request.sampling_params, self._settings)
+        room = self._runner.max_model_len - request.num_prompt_tokens
+        entry = slot_entry(request.sampling_params, self._settings, response_limit(request.sampling_params, room))
         self._integers[:, slot] = (
             entry.arbitrated, entry.max_overrides, entry.exact_tokens, request.num_prompt_tokens - entry.written,
             entry.forced,
         )  # fmt: skip
         self._floats[:, slot] = entry.threshold, entry.max_regret
+        self._ends[slot] = entry.ends
         seed = getattr(request.sampling_params, "seed", None)
         self._seed[slot] = np.random.randint(2**62) if seed is None else seed
         self._spent.enter(slot, entry, getattr(request, SPENT, None))
@@ -226,5 +254,6 @@ class PlacedSlots:
 
     def _send(self) -> None:
         self._sent = [
-            async_tensor_h2d(table.copy(), self._runner.device) for table in (self._integers, self._floats, self._seed)
+            async_tensor_h2d(table.copy(), self._runner.device)
+            for table in (self._integers, self._floats, self._seed, self._ends)
         ]

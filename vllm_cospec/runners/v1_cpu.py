@@ -17,9 +17,10 @@ from vllm_cospec.health import Reason
 from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.cpu import Batch, BatchResult, Requests, argmax, verify_batch
 from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
+from vllm_cospec.kernels.reach import ends_of, undeliverable
 from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.metrics import Counters, counters_of_this_rank
-from vllm_cospec.requests import RequestSettings, action_coin, served_settings
+from vllm_cospec.requests import RequestSettings, action_coin, response_limit, served_settings, stop_tokens
 from vllm_cospec.runners.recorder import Block, Recorder, draft_probabilities
 from vllm_cospec.runners.trace import Decision
 from vllm_cospec.runners.v1 import V1Sampler, V1Step
@@ -33,6 +34,7 @@ class RequestState:
 
     settings: RequestSettings
     seed: int | None  # of the request
+    ends: list[int]  # see vllm_cospec.kernels.reach.ends_of
     overrides: int = 0
     regret: float = 0.0  # nats, of the overrides
 
@@ -112,6 +114,7 @@ class CoSpecRejectionSampler(V1Sampler):
             uniform=verdict.uniform,
             logit_rows=step.rows,
             legal=step.legal,
+            undeliverable=self._undeliverable(step, requests.output_position),
         )
         result = verify_batch(batch, self._decide(requests, self._states), self._settings.collect)
         self._account(result, self._states)
@@ -137,7 +140,10 @@ class CoSpecRejectionSampler(V1Sampler):
         state = getattr(cached, STATE, None)
         if state is None:
             settings = served_settings(cached.sampling_params, self._settings)
-            state = RequestState(settings, getattr(cached.sampling_params, "seed", None))
+            room = self._runner.max_model_len - cached.num_prompt_tokens
+            length = response_limit(cached.sampling_params, room) + (settings.branch.written if settings.branch else 0)
+            ends = ends_of(length, stop_tokens(cached.sampling_params))
+            state = RequestState(settings, getattr(cached.sampling_params, "seed", None), ends)
             if settings.branch is not None:
                 state.overrides = settings.branch.overrides
             setattr(cached, STATE, state)
@@ -169,6 +175,16 @@ class CoSpecRejectionSampler(V1Sampler):
             forced_at=forced_at,
             forced_keep=forced_keep,
         )
+
+    def _undeliverable(self, step: V1Step, output_position: np.ndarray) -> Tensor:
+        """Which drafts cannot reach their responses, bool [N]."""
+        counts = np.array(step.metadata.num_draft_tokens, np.int64)
+        request = np.repeat(np.arange(len(counts)), counts)
+        local = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
+        ends = np.array([state.ends for state in self._states], np.int64).reshape(len(counts), -1)[request]
+        at = output_position[request] + local
+        before = step.metadata.draft_token_ids.roll(1)
+        return undeliverable(before, *(torch.from_numpy(values) for values in (local, at, ends)))
 
     def _draft_logits(self, request: np.ndarray, position: np.ndarray) -> Tensor:
         """Return the draft logits of M (request, position) pairs, [M, V]."""

@@ -163,6 +163,7 @@ class Runner:
     def __init__(self, ids: list[str], extra: dict[str, dict[str, Any]], size: int = 8) -> None:
         self.device = CPU
         self.max_num_reqs = size
+        self.max_model_len = 100_000
         self.rejection_sampler = RejectionSampler(Sampler())
         self.speculative_config = SimpleNamespace(rejection_sample_method="standard", method="draft_model")
         self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCAB, head_dtype=torch.float32)
@@ -173,10 +174,11 @@ class Runner:
         for i, name in enumerate(ids):
             self.add(name, 3 + i, extra.get(name))
 
-    def add(self, name: str, prompt: int, extra: dict[str, Any] | None = None) -> None:
+    def add(self, name: str, prompt: int, extra: dict[str, Any] | None = None, **params: Any) -> None:
+        asked = SamplingParams(**{"max_tokens": None, "extra_args": extra, **params})
         self.requests[name] = CachedRequestState(
-            name, [0] * prompt, [], SamplingParams(extra_args=extra), None, ([],), 0, output_token_ids=[]
-        )
+            name, [0] * prompt, [], asked, None, ([],), 0, output_token_ids=[]
+        )  # fmt: skip
 
     def _update_states(self, scheduler_output: Any) -> None:
         pass

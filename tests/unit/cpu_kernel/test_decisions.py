@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_cases import INF, Case, block, consulted_rows, verify
 
-from vllm_cospec.kernels.cpu import verify_batch
+from vllm_cospec.kernels.cpu import PLACEHOLDER, verify_batch
 from vllm_cospec.kernels.policies import Mismatches
 from vllm_cospec.kernels.reference import verify_block
 
@@ -173,3 +173,15 @@ def test_mismatches_describe_what_surrounds_them() -> None:
     verify_batch(replace(batch, acceptance_ratio=None, uniform=None), decide)
     assert seen[-1].acceptance_ratio.tolist() == [0, 0]  # greedy
     assert seen[-1].uniform.tolist() == [1, 1]
+
+
+def test_what_cannot_be_delivered_is_neither_kept_nor_counted() -> None:
+    case = Case([block(), block()], np.full((2, 4), True))
+    batch = case.batch()
+    batch.undeliverable = torch.tensor([False, False, True, True, True, False, False, False])
+    result = verify_batch(batch, case.decide, collect=True)
+    assert result.overrides.tolist() == [2, 0]  # nothing before a block's first undeliverable position is lost
+    assert result.num_mismatches == 2
+    assert result.overrides_per_position.tolist() == [1, 1, 0, 0]
+    assert sum(len(consulted.request) for consulted in result.consulted) == 2
+    assert result.output[:, :3].tolist() == [[1, 1, 2], [2, PLACEHOLDER, PLACEHOLDER]]

@@ -39,6 +39,17 @@ def test_counts_are_read_by_vllms_names_and_add_up() -> None:
     assert found + Counts(10, 5, (2,)) == Counts(20, 30, (10, 5, 1), 8, 2)
 
 
+def test_only_delivered_tokens_are_accepted_ones() -> None:
+    # three blocks of up to seven tokens after the prompt's own, of which the last was cut short by the response's end
+    assert Counts(3, 18).as_delivered(tokens=1 + 15, responses=1) == Counts(3, 12)
+    assert Counts(3, 18).as_delivered(tokens=1 + 15, responses=1).acceptance_length == 5.0
+    # one hundred responses of two tokens whose blocks were accepted whole: one token per step
+    assert Counts(100, 546).as_delivered(tokens=200, responses=100).acceptance_length == 1.0
+    # what no block explains came in steps without drafts: (30 - 1) tokens, 21 of them in 3 blocks, 8 steps alone
+    assert Counts(3, 18).as_delivered(tokens=30, responses=1) == Counts(11, 18)
+    assert Counts().as_delivered(tokens=30, responses=1) == Counts()
+
+
 def test_nothing_drafted_is_one_token_per_step_everywhere() -> None:
     for counts in (Counts(), Counts.of_metrics({}), Counts() + Counts()):
         assert (counts.acceptance_length, counts.acceptance_per_position, counts.override_rate) == (1.0, [], 0.0)

@@ -1,0 +1,33 @@
+"""Which positions of a block matter: those whose token can reach the response, and those in a part of it.
+
+A position is only ever decided once all drafts before it are kept, so what stands before it in the response is known
+beforehand, from the drafts alone. R rows lie request after request; ``before`` holds the token in front of each row: of
+a request's first row the last token emitted, of the others the draft of the row before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STOPS = 8  # tokens that end a response, as many as are looked at; vLLM itself looks at all
+NO_STOP = -2  # no token, and no placeholder either
+
+
+def undeliverable(before: Tensor, step: Tensor, output_position: Tensor, ends: Tensor) -> Tensor:
+    """Return where a token could not reach the response, bool [R]: it is full, or a token before has ended it.
+
+    Args:
+        before: [R] int.
+        step: [R] int, index of each row in its request.
+        output_position: [R] int, index in the response of the row's token.
+        ends: [R, 1 + STOPS] int, from :func:`ends_of` of each row's request.
+    """
+    hits = ((before.unsqueeze(1) == ends[:, 1:]).any(1) & (step > 0)).cumsum(0)
+    first = torch.arange(len(step), device=step.device) - step
+    return (output_position >= ends[:, 0]) | (hits > hits[first])
+
+
+def ends_of(length: int, tokens: list[int]) -> list[int]:
+    """Return what ends a response: its largest length, then ``STOPS`` token ids, padded with ``NO_STOP``."""
+    return [min(length, 2**31 - 1), *(tokens + [NO_STOP] * STOPS)[:STOPS]]
