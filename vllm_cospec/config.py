@@ -30,7 +30,8 @@ DRAFT_METHODS: dict[str, bool] = {
 """Inner methods arbitration works with, and whether their drafts come with logits."""
 
 
-RequestSetting = Literal["policy", "threshold", "max_overrides", "max_regret", "exact_tokens"]
+RequestSetting = Literal["policy", "threshold", "max_overrides", "max_regret", "exact_tokens", "scope"]
+Scope = Literal["all", "thinking", "answer"]
 REQUEST_SETTINGS: tuple[RequestSetting, ...] = get_args(RequestSetting)
 """What a request may change unless the operator says otherwise."""
 
@@ -56,9 +57,13 @@ class CoSpecConfig(Frozen):
     limit."""
     exact_tokens: int = Field(0, ge=0, le=2**31 - 1)
     """The first so many output tokens of every response are verified strictly."""
+    scope: Scope = "all"
+    """Where drafts may be kept: in all of a response, while the model thinks, or in its answer."""
+    thinking_tokens: tuple[int, int] | None = Field(None, strict=False)
+    """Ids of the tokens that begin and end thinking; left out: those of vLLM's reasoning parser."""
     request_settings: tuple[RequestSetting, ...] = Field(REQUEST_SETTINGS, strict=False)
-    """What requests may change by their cospec_* keys: policy, threshold, max_overrides, max_regret, exact_tokens; none
-    of them is a list without entries."""
+    """What requests may change by their cospec_* keys: policy, threshold, max_overrides, max_regret, exact_tokens,
+    scope; none of them is a list without entries."""
     collect: bool = Field(False)
     """Record every decision for training."""
 
@@ -67,6 +72,13 @@ class CoSpecConfig(Frozen):
     def _artefact_by_name(cls, value: Any) -> Any:
         """A plain string is short for the learned policy with that artefact."""
         return {"policy": "learned", "artefact": value} if isinstance(value, str) else value
+
+    @field_validator("thinking_tokens")
+    @classmethod
+    def _two_tokens(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and (min(value) < 0 or value[0] == value[1]):
+            raise ValueError("must be two different token ids; the first begins thinking")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> CoSpecConfig:
@@ -116,6 +128,8 @@ class Settings:
     counters: str  # directory of the counters, see vllm_cospec.metrics
     max_regret: float | None = None  # nats
     request_settings: tuple[str, ...] = REQUEST_SETTINGS  # what a request may change
+    scope: Scope = "all"
+    thinking_tokens: tuple[int, int] | None = None  # that begin and end thinking; None: not known
     calibrated: Calibrated = Calibrated()  # what is known of it
 
     @property
@@ -139,6 +153,8 @@ class Settings:
             what = f"policy {self.policy.describe()}"
         if self.max_regret is not None:
             what += f", within a regret of {self.max_regret:g} nats per response"
+        if self.scope != "all":
+            what += f", only in the {'thinking' if self.scope == 'thinking' else 'answer'}"
         otherwise = "; ".join(self.calibrated.differences)
         return (
             f"CoSpec verification is LOSSY: draft tokens the target would reject may be kept ({what}). "

@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 
 from vllm_cospec import compat, hooks
 from vllm_cospec.errors import ConfigError, CoSpecError
-from vllm_cospec.requests import check_keys, check_sampling, keep_strict
+from vllm_cospec.requests import DECLARES_TOOLS, check_keys, check_sampling, keep_strict
 
 logger = init_logger("vllm.cospec")
 
@@ -87,7 +87,8 @@ def _make_process_inputs(original: Any) -> Any:
 def _make_handler(original: Any) -> Any:
     """An endpoint's own method: only here are a request's keys still as they were written.
 
-    By the time they are sampling parameters, ``true`` has become 1, and beam search has dropped them.
+    By the time they are sampling parameters, ``true`` has become 1, and beam search has dropped them. Whether tools are
+    declared is not said by them at all.
     """
 
     @functools.wraps(original)
@@ -97,6 +98,8 @@ def _make_handler(original: Any) -> Any:
             body = None if raw_request is None else await raw_request.json()
             with _as_bad_request():
                 check_keys(request.vllm_xargs if body is None else body["vllm_xargs"], settings)
+        if settings is not None and getattr(request, "tools", None) and getattr(request, "tool_choice", None) != "none":
+            request.vllm_xargs = {**(request.vllm_xargs or {}), DECLARES_TOOLS: 1}
         return await original(self, request, raw_request, *args, **kwargs)
 
     return handle

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError
 
 from vllm_cospec.calibration import sampled_otherwise
-from vllm_cospec.config import REQUEST_SETTINGS, Settings
+from vllm_cospec.config import REQUEST_SETTINGS, Scope, Settings
 from vllm_cospec.errors import ConfigError, first_sentence
 from vllm_cospec.kernels.frozen import Frozen
 from vllm_cospec.kernels.regret import MAX_REGRET
+from vllm_cospec.scope import UNKNOWN as NO_MARKERS
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
 PREFIX = "cospec_"
+DECLARES_TOOLS = "cospec_tools"
 WHERE = "vllm_xargs"
 
 
@@ -53,6 +55,10 @@ class RequestKeys(Frozen):
     """Nats that the overrides of this response give up at most; 0 is strict."""
     cospec_exact_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
     """The first so many output tokens are verified strictly."""
+    cospec_scope: Scope | None = None
+    """Where drafts may be kept: in all of the response, while the model thinks, or in its answer."""
+    cospec_tools: int = Field(0, ge=0, le=1)
+    """1: the request declares tools, and is strict unless it names the policy; the server sets it."""
     cospec_branch: Branch | None = None
     """Training: continue a response that was begun elsewhere."""
 
@@ -66,6 +72,7 @@ class RequestSettings:
     max_overrides: int | None
     exact_tokens: int
     max_regret: float | None = None  # nats
+    scope: Scope = "all"
     branch: Branch | None = None
 
 
@@ -107,6 +114,8 @@ def check_keys(extra_args: Mapping[str, Any] | None, settings: Settings) -> Requ
             f"{WHERE}.cospec_threshold: {threshold:g} is below {settings.threshold:g}, which keeps this server's "
             f"max_accuracy_loss; ask for no less"
         )
+    if keys.cospec_scope not in (None, "all") and settings.thinking_tokens is None:
+        raise ConfigError(f"{WHERE}.cospec_scope: {keys.cospec_scope!r} {NO_MARKERS}")
     if keys.cospec_branch is not None and not settings.collect:
         raise ConfigError(
             f"{WHERE}.cospec_branch: is for training, on an engine that was started with collect; leave it out"
@@ -128,6 +137,7 @@ def request_settings(params: SamplingParams | None, settings: Settings) -> Reque
         max_overrides=settings.max_overrides if keys.cospec_max_overrides is None else keys.cospec_max_overrides,
         max_regret=settings.max_regret if keys.cospec_max_regret is None else keys.cospec_max_regret,
         exact_tokens=settings.exact_tokens if keys.cospec_exact_tokens is None else keys.cospec_exact_tokens,
+        scope=keys.cospec_scope or settings.scope,
         branch=keys.cospec_branch,
     )
 
@@ -185,10 +195,10 @@ def check_sampling(params: SamplingParams | None, settings: Settings) -> str | N
 
 
 def _arbitrated(params: SamplingParams | None, settings: Settings) -> bool:
-    """Whether the policy is consulted at all: structured output is strict unless it names the policy."""
-    named = (params.extra_args or {}).get("cospec_policy") if params is not None else None
-    structured = params is not None and params.structured_outputs is not None
-    return (named or ("strict" if structured else settings.policy.policy)) != "strict"
+    """Whether the policy is consulted at all: structured output and tools are strict unless they name the policy."""
+    extra = (params.extra_args or {}) if params is not None else {}
+    exact = extra.get(DECLARES_TOOLS) or (params is not None and params.structured_outputs is not None)
+    return (extra.get("cospec_policy") or ("strict" if exact else settings.policy.policy)) != "strict"
 
 
 def served_settings(params: SamplingParams | None, settings: Settings) -> RequestSettings:
@@ -231,5 +241,5 @@ def _parse(own: dict[str, Any]) -> RequestKeys:
     except ValidationError as error:
         message = first_sentence(error, WHERE)
         if error.errors()[0]["type"] == "extra_forbidden":
-            message += f"; known keys are {', '.join(RequestKeys.model_fields)}"
+            message += f"; known keys are {', '.join(PREFIX + name for name in REQUEST_SETTINGS)}"
         raise ConfigError(message) from None

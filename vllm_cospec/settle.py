@@ -17,6 +17,7 @@ from vllm_cospec.errors import ConfigError, reason
 from vllm_cospec.fingerprint import template_hash, weights_hash
 from vllm_cospec.kernels.policies import Policy
 from vllm_cospec.recipe import Hub
+from vllm_cospec.scope import UNKNOWN, thinking_tokens
 
 logger = init_logger("vllm.cospec")
 
@@ -44,6 +45,8 @@ class Models:
     """Of the target, for example bfloat16."""
     draft_weights: Callable[[], str]
     """Return the hash of the draft's weights, see :func:`vllm_cospec.fingerprint.weights_hash`."""
+    reasoning_parser: str | None = None
+    """Name of vLLM's."""
 
     def conditions(self, tokenizer: Any) -> Conditions:
         """Return what is served, to be compared with what was calibrated; sampling is a request's to say."""
@@ -57,7 +60,9 @@ class Models:
         )
 
 
-def settle_loaded(config: CoSpecConfig, speculative_config: Any, target_model_config: Any, hub: Hub) -> Settings:
+def settle_loaded(
+    config: CoSpecConfig, speculative_config: Any, target_model_config: Any, hub: Hub, reasoning_parser: str | None
+) -> Settings:
     """Check a configuration against the models vLLM was given; see :func:`settle`.
 
     Args:
@@ -65,6 +70,7 @@ def settle_loaded(config: CoSpecConfig, speculative_config: Any, target_model_co
         speculative_config: vLLM's SpeculativeConfig of the inner drafter.
         target_model_config: vLLM's ModelConfig of the target.
         hub: how vLLM reaches the hub.
+        reasoning_parser: name of vLLM's, None or empty for none.
 
     Raises:
         ConfigError, ArtefactError: one sentence.
@@ -90,6 +96,7 @@ def settle_loaded(config: CoSpecConfig, speculative_config: Any, target_model_co
             revision=draft.revision,
             cache_dir=hub.cache_dir,
         ),
+        reasoning_parser=reasoning_parser,
     )
     return settle(config, models, counters_directory())
 
@@ -151,6 +158,8 @@ def settle(config: CoSpecConfig, models: Models, counters: str) -> Settings:
         max_overrides=config.max_overrides,
         max_regret=config.max_regret,
         request_settings=config.request_settings,
+        scope=config.scope,
+        thinking_tokens=_settle_scope(config, models),
         exact_tokens=config.exact_tokens,
         collect=config.collect,
         draft_logits=DRAFT_METHODS[method],
@@ -158,6 +167,26 @@ def settle(config: CoSpecConfig, models: Models, counters: str) -> Settings:
         counters=counters,
         calibrated=calibrated,
     )
+
+
+def _settle_scope(config: CoSpecConfig, models: Models) -> tuple[int, int] | None:
+    """Return the tokens between which the model thinks, as far as they are known and matter."""
+    if config.scope == "all" and "scope" not in config.request_settings:
+        return None
+    try:
+        found = thinking_tokens(config.thinking_tokens, models.reasoning_parser, models.target_tokenizer)
+    except ConfigError:
+        if config.scope != "all":
+            raise
+        found = None  # a request that asks for a scope is refused
+    if found is None and config.scope != "all":
+        raise ConfigError(f"{WHERE}.scope: {config.scope!r} {UNKNOWN}")
+    if found is not None and max(found) >= models.target_vocab_size:
+        raise ConfigError(
+            f"{WHERE}.thinking_tokens: {max(found)} is no token of the target's {models.target_vocab_size}; pass ids "
+            f"of its vocabulary"
+        )
+    return found
 
 
 def _check_sizes(models: Models) -> None:

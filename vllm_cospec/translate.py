@@ -130,7 +130,7 @@ def _refuse_unknown(keys: dict[str, Any], engine_keys: frozenset[str], where: st
         if key not in OWN_KEYS and key not in engine_keys:
             close = difflib.get_close_matches(key, [*OWN_KEYS, *engine_keys], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"remove it; own keys are {', '.join(sorted(OWN_KEYS))}"
-            raise ConfigError(f"{where}.{key}: unknown key (value {shorten(value)}); {hint}")
+            raise ConfigError(f"{where}.{key[:80]}: unknown key (value {shorten(value)}); {hint}")
 
 
 def _check_inner(config: CoSpecConfig, inner: dict[str, Any], target: str) -> None:
@@ -221,7 +221,8 @@ def _translate(
             f"enable_prompt_embeds: True ends vLLM's engine at the first prompt of embeddings when a model drafts "
             f"({speculative_config.method}) on Model Runner V1; leave it out, or draft with ngram"
         )
-    settings = settle_loaded(config, speculative_config, target_model_config, hub)
+    parser = getattr(engine_args, "reasoning_parser", None)
+    settings = settle_loaded(config, speculative_config, target_model_config, hub, parser)
     replace_front_end()
     speculative_config.cospec = settings
     target_parallel_config.worker_cls = worker

@@ -146,10 +146,12 @@ class _Stages:
         )  # fmt: skip
 
     def leave_out(self) -> None:
-        """Treat drafts that cannot be delivered as if none had been proposed where strict verification rejects."""
-        if self._rows.undeliverable is not None:
-            status = self._row_ints[:, layout.STATUS.value]
-            status.masked_fill_(self._rows.undeliverable, layout.NO_DRAFT.value)
+        """Close rows to the policy; drafts that cannot be delivered are, besides, as if none had been proposed."""
+        rows, status = self._rows, self._row_ints[:, layout.STATUS.value]
+        if rows.closed is not None:
+            status.masked_fill_(rows.closed & (status == layout.OPEN.value), layout.CLOSED.value)
+        if rows.undeliverable is not None:
+            status.masked_fill_(rows.undeliverable, layout.NO_DRAFT.value)
 
     def draft_statistics(self) -> None:
         """Read target and draft row of each request's first mismatch, where the policy looks at the draft."""

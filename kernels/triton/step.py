@@ -25,6 +25,7 @@ class Rows:
     step: Tensor  # [R] int, index of each row in its request
     num_steps: int  # K
     undeliverable: Tensor | None = None  # [R] bool, from vllm_cospec.kernels.reach: strict, and no mismatch
+    closed: Tensor | None = None  # [R] bool: strict
 
     def __post_init__(self) -> None:
         """Refuse what the kernels do not take, with a ValueError."""

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_cospec.training.pairs.demo import build_tokenizer
+
 RunEngine = Callable[..., dict[str, Any]]
 KEEP_ALL = {"policy": "cascade", "alpha": 1.0}
 GREEDY = {"temperature": 0, "max_tokens": 60}
@@ -221,3 +223,26 @@ def test_what_is_counted_was_delivered(pair: Path, prompts: list[str], run_engin
     assert kept
     assert all(d["output_position"] < lengths[int(d["request_id"].split("-")[0])] for d in kept)
     assert result["metrics"]["vllm:cospec_num_overrides"] == len(kept)
+
+
+@pytest.mark.engine
+def test_drafts_are_kept_in_their_scope_only(pair: Path, prompts: list[str], run_engine: RunEngine) -> None:
+    markers = begin, end = [build_tokenizer().get_vocab()[digit] for digit in "12"]
+    scopes = ("thinking", "answer", "all")
+    runs = [
+        {"name": scope, "prompts": prompts, "params": GREEDY | {"extra_args": {"cospec_scope": scope}}}
+        for scope in scopes
+    ]
+    result = run_engine(runs, cospec(pair, thinking_tokens=markers, collect=True))
+    n, kept = len(prompts), Counter[tuple[str, bool]]()
+    for decision in result["decisions"]:
+        run, place = divmod(int(decision["request_id"].split("-")[0]), n)
+        text = token_ids(result["runs"][scopes[run]])[place]
+        thinking = prompts[place].rfind("1") > prompts[place].rfind("2")
+        for token in text[: decision["output_position"]]:
+            thinking = token == begin or (thinking and token != end)
+        kept[scopes[run], thinking] += decision["kept"]
+    assert kept["thinking", True] > 10
+    assert kept["answer", False] > 10
+    assert kept["thinking", False] == kept["answer", True] == 0
+    assert min(kept["all", True], kept["all", False]) > 10

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.sampling_params import SamplingParams
 
+from vllm_cospec import patches
 from vllm_cospec.config import Settings
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.kernels.policies import Learned, Policy, Typical
@@ -46,7 +49,7 @@ def test_a_budget_of_regret_that_cannot_be_counted_is_refused(value: float) -> N
 
 
 ASKED_FOR = {
-    "policy": "strict", "threshold": 0.7, "max_overrides": 3, "max_regret": 1.5, "exact_tokens": 4,
+    "policy": "strict", "threshold": 0.7, "max_overrides": 3, "max_regret": 1.5, "exact_tokens": 4, "scope": "all",
 }  # fmt: skip
 
 
@@ -54,10 +57,54 @@ ASKED_FOR = {
 def test_a_request_changes_what_the_operator_lets_it_change(name: str) -> None:
     key, value = f"cospec_{name}", ASKED_FOR[name]
     others = tuple(other for other in ASKED_FOR if other != name)
-    allowing = server(Learned(artefact="arbiter"), request_settings=(name,))
-    assert asked(allowing, **{key: value}) == asked(LEARNED, **{key: value}) != asked(LEARNED)
+    about = {"scope": "thinking", "thinking_tokens": (3, 4)} if name == "scope" else {}
+    usual = server(Learned(artefact="arbiter"), **about)
+    allowing = server(Learned(artefact="arbiter"), request_settings=(name,), **about)
+    assert asked(allowing, **{key: value}) == asked(usual, **{key: value}) != asked(usual)
     for refusing in (others, ()):
         with pytest.raises(ConfigError, match=rf"^vllm_xargs.{key}: {value!r} is not .*\(request_settings\)") as caught:
             asked(server(Learned(artefact="arbiter"), request_settings=refusing), **{key: value})
         assert str(caught.value).isprintable()
     assert asked(server(Learned(artefact="arbiter"), request_settings=()), **{key: None}) == asked()
+
+
+def test_a_scope_needs_the_tokens_between_which_the_model_thinks() -> None:
+    known = server(Typical(), thinking_tokens=(3, 4))
+    assert asked(known).scope == "all"
+    assert asked(known, cospec_scope="answer").scope == "answer"
+    assert asked(server(Typical(), thinking_tokens=(3, 4), scope="thinking")).scope == "thinking"
+    assert asked(server(Typical()), cospec_scope="all").scope == "all"
+    with pytest.raises(ConfigError, match=r"^vllm_xargs\.cospec_scope: 'thinking' needs .*--reasoning-parser"):
+        asked(server(Typical()), cospec_scope="thinking")
+    with pytest.raises(ConfigError, match=r"^vllm_xargs\.cospec_scope: .*'reasoning'"):
+        asked(known, cospec_scope="reasoning")
+
+
+def test_a_request_that_declares_tools_is_strict_unless_it_names_the_policy() -> None:
+    assert not asked(server(Typical()), cospec_tools=1).arbitrated
+    assert asked(server(Typical()), cospec_tools=0).arbitrated
+    assert asked(server(Typical()), cospec_tools=1, cospec_policy="typical").arbitrated
+    assert not asked(server(Typical(), request_settings=()), cospec_tools=1).arbitrated
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "xargs", "strict"),
+    [
+        (["f"], "auto", None, True),
+        (["f"], "required", {"mine": 1}, True),
+        (["f"], "none", None, False),  # it may not call them
+        ([], "auto", None, False),
+        (["f"], "auto", {"cospec_policy": "learned"}, False),
+    ],
+)
+def test_an_endpoint_tells_the_engine_of_tools(tools: list[str], choice: str, xargs: Any, strict: bool) -> None:
+    config = SimpleNamespace(speculative_config=SimpleNamespace(cospec=LEARNED))
+    serving = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config))
+    request = SimpleNamespace(vllm_xargs=xargs, tools=tools, tool_choice=choice)
+
+    async def original(self: Any, request: Any, raw_request: Any) -> Any:
+        return request.vllm_xargs
+
+    passed = asyncio.run(patches._make_handler(original)(serving, request, None))
+    assert request_settings(SamplingParams(extra_args=passed), LEARNED).arbitrated is not strict
+    assert (passed or {}).get("mine") == (xargs or {}).get("mine")

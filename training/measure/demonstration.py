@@ -61,6 +61,7 @@ def ask_round(
     seconds = time.perf_counter() - start
     counts = Counts.of_metrics(server.counters()) - before
     texts, tokens, capped = zip(*answers, strict=True)
+    counts = counts.as_delivered(sum(tokens), len(tokens))
     scores = [task.score(problem, text) for problem, text in zip(chosen, texts, strict=True)]
     return Outcome(
         np.array(numbers), np.array(scores), np.array(tokens, np.int64), np.array(capped, bool), counts, seconds

@@ -23,6 +23,7 @@ from vllm_cospec.kernels.reach import STOPS, ends_of
 from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.kernels.triton.step import Slots
 from vllm_cospec.requests import response_limit, served_settings, stop_tokens
+from vllm_cospec.runners.parts import Parts
 
 SLOT, SPENT = "cospec_slot", "cospec_spent"  # attributes of vLLM's CachedRequestState, on V1
 _INTEGERS = ("arbitrated", "max_overrides", "exact_tokens", "response_start", "forced")
@@ -42,6 +43,7 @@ class SlotEntry:
     forced: int
     overrides: int  # made before this engine saw the request; training
     ends: list[int]  # see vllm_cospec.kernels.reach.ends_of
+    scope: str
 
 
 def slot_entry(sampling_params: Any, settings: Settings, room: int) -> SlotEntry:
@@ -64,6 +66,7 @@ def slot_entry(sampling_params: Any, settings: Settings, room: int) -> SlotEntry
         forced=2 * branch.decided_at + branch.keep if branch else -1,
         overrides=branch.overrides if branch else 0,
         ends=ends_of(room + (branch.written if branch else 0), stop_tokens(sampling_params)),
+        scope=own.scope,
     )
 
 
@@ -104,14 +107,14 @@ class StagedSlots:
         self._max_regret = UvaBackedTensor(size, dtype=torch.float32)
         self._ends = UvaBackedTensor((size, 1 + STOPS), dtype=torch.int32)
         self._spent = Spent(size, runner.device)
+        self.parts = Parts(size, settings, runner.device)
         self._preempted: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add_request(self, slot: int, request: Any) -> None:
         """Take up a request, vLLM's NewRequestData; slots are recycled, so everything is overwritten."""
-        room = self._runner.max_model_len - length_from_prompt_token_ids_or_embeds(
-            request.prompt_token_ids, request.prompt_embeds
-        )
-        entry = slot_entry(request.sampling_params, self._settings, response_limit(request.sampling_params, room))
+        length = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+        limit = response_limit(request.sampling_params, self._runner.max_model_len - length)
+        entry = slot_entry(request.sampling_params, self._settings, limit)
         self.arbitrated.np[slot] = entry.arbitrated
         self._threshold.np[slot] = entry.threshold
         self._max_overrides.np[slot] = entry.max_overrides
@@ -120,6 +123,7 @@ class StagedSlots:
         self._forced.np[slot] = entry.forced
         self._max_regret.np[slot] = entry.max_regret
         self._ends.np[slot] = entry.ends
+        self.parts.enter(slot, entry.scope, length, request.prefill_token_ids or request.prompt_token_ids)
         self._spent.enter(slot, entry, self._preempted.pop(request.req_id, None))
 
     def apply_staged_writes(self) -> None:
@@ -178,6 +182,7 @@ class PlacedSlots:
         self._seed = np.zeros(self.size, np.int64)
         self._ends = np.zeros((self.size, 1 + STOPS), np.int32)
         self._spent = Spent(self.size, runner.device)
+        self.parts = Parts(self.size, settings, runner.device)
         self._send()
 
     def place(self) -> tuple[np.ndarray, list[int]]:
@@ -246,6 +251,8 @@ class PlacedSlots:
         )  # fmt: skip
         self._floats[:, slot] = entry.threshold, entry.max_regret
         self._ends[slot] = entry.ends
+        tokens = None if request.prompt_token_ids is None else request.prompt_token_ids + request.output_token_ids
+        self.parts.enter(slot, entry.scope, request.num_prompt_tokens, tokens)
         seed = getattr(request.sampling_params, "seed", None)
         self._seed[slot] = np.random.randint(2**62) if seed is None else seed
         self._spent.enter(slot, entry, getattr(request, SPENT, None))

@@ -108,6 +108,9 @@ class V1Sampler(RejectionSampler):
         """Decide; returns the tokens of every request, int32 [B, max_spec_len + 1], padded with -1."""
         raise NotImplementedError
 
+    def follow_stock(self, metadata: SpecDecodeMetadata, tokens: Tensor) -> None:
+        """Take in what a step without arbitrated requests has emitted, [B, max_spec_len + 1], padded with -1."""
+
     def best_tokens(self, logits: Tensor) -> Tensor:
         """Return the index of each row's maximum, int64 [N]."""
         return logits.argmax(dim=-1)
@@ -138,7 +141,9 @@ class V1Sampler(RejectionSampler):
         # When all drafts of a step were trimmed away, stock's top-k fails on the CPU for want of a row.
         stock_fails = not len(metadata.draft_token_ids) and sampling_metadata.top_k is not None
         if not self._find_arbitrated(metadata) and not stock_fails:
-            return super().forward(metadata, draft_probs, logits, sampling_metadata)
+            stock = super().forward(metadata, draft_probs, logits, sampling_metadata)
+            self.follow_stock(metadata, stock.sampled_token_ids)
+            return stock
         bonus = self.sampler(
             logits=logits[metadata.bonus_logits_indices],
             # as stock, but without a copy of the logits when nobody asked for logprobs

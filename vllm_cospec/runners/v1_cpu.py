@@ -17,7 +17,7 @@ from vllm_cospec.health import Reason
 from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.cpu import Batch, BatchResult, Requests, argmax, verify_batch
 from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
-from vllm_cospec.kernels.reach import ends_of, undeliverable
+from vllm_cospec.kernels.reach import ANSWERING, SCOPES, ends_of, out_of_scope, part_after, parts, undeliverable
 from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.requests import RequestSettings, action_coin, response_limit, served_settings, stop_tokens
@@ -37,6 +37,8 @@ class RequestState:
     ends: list[int]  # see vllm_cospec.kernels.reach.ends_of
     overrides: int = 0
     regret: float = 0.0  # nats, of the overrides
+    part: int = ANSWERING  # of the response that its next token belongs to, see vllm_cospec.kernels.reach
+    seen: int = 0  # output tokens looked at for it
 
 
 class CoSpecRejectionSampler(V1Sampler):
@@ -97,6 +99,7 @@ class CoSpecRejectionSampler(V1Sampler):
         """As the base's."""
         verdict = self.strict_verdict(step)
         requests = self._requests()
+        legal, beyond = self._reach(step, requests.output_position)
         batch = Batch(
             draft_tokens=step.metadata.draft_token_ids.long(),
             num_draft_tokens=np.array(step.metadata.num_draft_tokens, np.int64),
@@ -113,8 +116,8 @@ class CoSpecRejectionSampler(V1Sampler):
             acceptance_ratio=verdict.acceptance_ratio,
             uniform=verdict.uniform,
             logit_rows=step.rows,
-            legal=step.legal,
-            undeliverable=self._undeliverable(step, requests.output_position),
+            legal=legal,
+            undeliverable=beyond,
         )
         result = verify_batch(batch, self._decide(requests, self._states), self._settings.collect)
         self._account(result, self._states)
@@ -176,15 +179,32 @@ class CoSpecRejectionSampler(V1Sampler):
             forced_keep=forced_keep,
         )
 
-    def _undeliverable(self, step: V1Step, output_position: np.ndarray) -> Tensor:
-        """Which drafts cannot reach their responses, bool [N]."""
-        counts = np.array(step.metadata.num_draft_tokens, np.int64)
+    def _reach(self, step: V1Step, output_position: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return which drafts may be kept, and which cannot reach their responses, bool [N] each."""
+        drafts, counts = step.metadata.draft_token_ids, np.array(step.metadata.num_draft_tokens, np.int64)
         request = np.repeat(np.arange(len(counts)), counts)
         local = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
         ends = np.array([state.ends for state in self._states], np.int64).reshape(len(counts), -1)[request]
-        at = output_position[request] + local
-        before = step.metadata.draft_token_ids.roll(1)
-        return undeliverable(before, *(torch.from_numpy(values) for values in (local, at, ends)))
+        before, places = drafts.roll(1), torch.from_numpy(local)
+        beyond = undeliverable(
+            before, places, torch.from_numpy(output_position[request] + local), torch.from_numpy(ends)
+        )
+        scopes = np.array([SCOPES.index(state.settings.scope) for state in self._states], np.int64)
+        markers = self._settings.thinking_tokens
+        if markers is None or not scopes.any():
+            return step.legal, beyond
+        start = np.array([self._part(i, markers) for i in range(len(counts))], np.int64)
+        part = parts(torch.where(places > 0, before, -1), places, markers, torch.from_numpy(start[request]))
+        return step.legal & ~out_of_scope(part, torch.from_numpy(scopes[request])), beyond
+
+    def _part(self, index: int, markers: tuple[int, int]) -> int:
+        """Return the part of its response that a request of the batch goes on in."""
+        state, cached = self._states[index], self._runner.requests[self._runner.input_batch.req_ids[index]]
+        if state.seen == 0:
+            state.part = part_after(ANSWERING, cached.prompt_token_ids or [], markers)
+        state.part = part_after(state.part, cached.output_token_ids[state.seen :], markers)
+        state.seen = len(cached.output_token_ids)
+        return state.part
 
     def _draft_logits(self, request: np.ndarray, position: np.ndarray) -> Tensor:
         """Return the draft logits of M (request, position) pairs, [M, V]."""

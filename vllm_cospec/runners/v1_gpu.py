@@ -106,7 +106,9 @@ class CoSpecRejectionSampler(DevicePolicy, V1Sampler):
         metadata, bonus = step.metadata, step.bonus_tokens.view(-1, 1).to(torch.int32)
         column = torch.arange(metadata.max_spec_len + 1, device=bonus.device)
         if not len(metadata.draft_token_ids):
-            return torch.where(column == 0, bonus, PLACEHOLDER_TOKEN_ID)
+            output = torch.where(column == 0, bonus, PLACEHOLDER_TOKEN_ID)
+            self.follow_stock(metadata, output)
+            return output
         layout, lost = self._find_lost(metadata)
         table, seed = self._table.on_device(self._slots[self._left_out])
         outgrown = self.recorder.outgrown[layout.draft_slot]
@@ -115,9 +117,12 @@ class CoSpecRejectionSampler(DevicePolicy, V1Sampler):
         drafted[metadata.target_logits_indices + 1] = drafts
         position = self._runner.positions[metadata.logits_indices]
         strict = self.strict_verdict(step)
+        closed, legal = self._closed(metadata, layout, position), step.legal
+        if closed is not None:
+            legal = legal & ~closed[metadata.target_logits_indices]
         verdict = Verdict(
             torch.where(lost | outgrown, PLACEHOLDER_TOKEN_ID, drafts), layout.request, strict.accepted,
-            strict.target_tokens, step.legal, seed, strict.acceptance_ratio, strict.uniform,
+            strict.target_tokens, legal, seed, strict.acceptance_ratio, strict.uniform,
         )  # fmt: skip
         rows = Rows(
             raw=step.logits, processed=step.logits, draft=self.recorder.logits, drafted=drafted, first=layout.first,
@@ -132,6 +137,7 @@ class CoSpecRejectionSampler(DevicePolicy, V1Sampler):
         self._counters.unhealthy[REASONS.index(Reason.CONTEXT)] += (arbitrated & outgrown).sum()
         self._counters.unhealthy[REASONS.index(Reason.LOST)] += (arbitrated & lost & ~outgrown).sum()
         result = arbitrate_given(rows, verdict, table, self.program, self._counters.on_device)
+        self._table.parts.follow(layout.first, layout.request_slot, result.num_kept)
         self._counters.export()
         if result.trace is not None:
             names = dict(zip(self._slots.tolist(), self._runner.input_batch.req_ids, strict=True))
@@ -142,6 +148,23 @@ class CoSpecRejectionSampler(DevicePolicy, V1Sampler):
         stopped = result.tokens[:, : len(column)].to(torch.int32)
         output = torch.where((column < kept) | ((column == kept) & (kept < num_drafts)), stopped, PLACEHOLDER_TOKEN_ID)
         return torch.where((column == kept) & (kept == num_drafts), bonus, output)
+
+    def follow_stock(self, metadata: SpecDecodeMetadata, tokens: Tensor) -> None:
+        """As the base's."""
+        if not self._table.parts.any(self._slots):
+            return
+        layout, _ = self._find_lost(metadata)
+        self._closed(metadata, layout, self._runner.positions[metadata.logits_indices])
+        num_kept = (tokens != PLACEHOLDER_TOKEN_ID).sum(1) - 1
+        self._table.parts.follow(layout.first, layout.request_slot, num_kept)
+
+    def _closed(self, metadata: SpecDecodeMetadata, layout: Layout, position: Tensor) -> Tensor | None:
+        """Return which rows are out of scope, bool [R], None where no request has one."""
+        parts = self._table.parts
+        if not parts.any(self._slots):
+            return None
+        before = self._runner.input_ids.gpu[metadata.logits_indices]
+        return parts.closed(self._slots, before, layout.local, position, layout.row_slot)
 
     def _find_lost(self, metadata: SpecDecodeMetadata) -> tuple[Layout, Tensor]:
         """Return where everything lies, and which drafts are of a block that is not the recorded one, bool [N]."""

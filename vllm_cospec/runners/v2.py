@@ -96,11 +96,15 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
         verify_draft_sampled: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Verify one chunk; arguments and result are those of the stock sampler."""
+        parts = self._slots.parts
+        closed = parts.closed(idx_mapping_np, draft_sampled, expanded_local_pos, pos, expanded_idx_mapping)
         if not self._arbitrated.on_host[idx_mapping_np].any():
-            return super()._verify(
+            stock = super()._verify(
                 logits, draft_logits, draft_sampled, pos, cu_num_logits, idx_mapping, idx_mapping_np,
                 expanded_idx_mapping, expanded_local_pos, seq_lens_upper_bound_np, verify_draft_sampled,
             )  # fmt: skip
+            parts.follow(cu_num_logits, idx_mapping, stock[2] - 1)
+            return stock
         processed = self.sampler.apply_sampling_params(
             logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, draft_sampled, expanded_local_pos,
             seq_lens_upper_bound_np,
@@ -115,9 +119,11 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
                 verify_draft_sampled, expanded_local_pos, pos + 1 - slots.response_start[expanded_idx_mapping],
                 self._slots.ends[expanded_idx_mapping],
             ),
+            closed=closed,
         )  # fmt: skip
         sampling = Sampling(states.temperature.gpu, states.seeds.gpu, self.sampler.use_fp64_gumbel)
         verified = arbitrate(rows, sampling, slots, self.program, self._counters.on_device)
+        parts.follow(cu_num_logits, idx_mapping, verified.num_sampled - 1)
         self._counters.export()
         if verified.trace is not None:
             names = self._runner.req_states.index_to_req_id

@@ -207,6 +207,11 @@ class Runner:
         self.positions = torch.cat(
             [torch.arange(s, s + n + 1) for s, n in zip(starts, step.num_drafts, strict=True)]
         ).long()
+        last = [r.output_token_ids[-1] if r.output_token_ids else 0 for r in requests]  # prompts are zeros
+        ends = np.cumsum([0, *step.num_drafts])
+        drafts = step.drafts.tolist()
+        tokens = [t for i, one in enumerate(last) for t in (one, *drafts[ends[i] : ends[i + 1]])]
+        self.input_ids = SimpleNamespace(gpu=torch.tensor(tokens, dtype=torch.int32))
         torch.manual_seed(step.seed)
         out = sampler(step.metadata(), step.draft_probabilities, step.logits.clone(), step.sampling())
         for request, row in zip(requests, out.sampled_token_ids.tolist(), strict=True):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from configurations import CURVE, Pair, assert_one_sentence, conditions, learned, write_artefact
+from vllm.reasoning import ReasoningParserManager
 
 import vllm_cospec.settle as settle_module
 from vllm_cospec.calibration import Conditions
@@ -76,7 +77,8 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_settings_carry_every_field() -> None:
     found = settled(
-        max_overrides=4, max_regret=1.5, exact_tokens=8, collect=True, request_settings=["policy", "max_regret"]
+        max_overrides=4, max_regret=1.5, exact_tokens=8, collect=True, request_settings=["policy", "max_regret"],
+        scope="thinking", thinking_tokens=[7, 8],
     )  # fmt: skip
     assert found == Settings(
         policy=Typical(),
@@ -84,6 +86,8 @@ def test_settings_carry_every_field() -> None:
         max_overrides=4,
         max_regret=1.5,
         request_settings=("policy", "max_regret"),
+        scope="thinking",
+        thinking_tokens=(7, 8),
         exact_tokens=8,
         collect=True,
         draft_logits=True,
@@ -311,3 +315,43 @@ def test_lossy_verification_is_announced_with_policy_threshold_and_artefact(pair
     assert "max_regret 0, output is exactly that of the target" in settled(Typical(), max_regret=0.0).announcement()
     assert not settled(Strict()).lossy
     assert "LOSSY" not in settled(Strict()).announcement()
+
+
+def test_the_tokens_between_which_a_model_thinks_are_given_or_its_reasoning_parsers() -> None:
+    digit = build_tokenizer().get_vocab()
+
+    class Parser:
+        reasoning_start_str, reasoning_end_str = "=", ";"
+
+        def __init__(self, tokenizer: Any) -> None:
+            assert tokenizer.get_vocab() == digit
+
+    class Several(Parser):
+        reasoning_end_str = "==;"
+
+    class Other(Parser):
+        def __init__(self, tokenizer: Any) -> None:
+            raise RuntimeError("could not locate think start/end tokens")
+
+    parsers: dict[str, Any] = {"one": Parser, "several": Several, "other": Other}
+    ReasoningParserManager.reasoning_parsers.update(parsers)
+    try:
+        named = {"reasoning_parser": "one"}
+        assert settled(models=named).thinking_tokens == (digit["="], digit[";"])
+        assert settled(models=named, scope="answer").scope == "answer"
+        assert settled(models=named, scope="answer", thinking_tokens=[3, 4]).thinking_tokens == (3, 4)
+        assert settled(models=named, request_settings=[]).thinking_tokens is None  # nobody asks
+        assert settled().thinking_tokens is None
+        for models in ({}, {"reasoning_parser": "several"}):
+            with pytest.raises(ConfigError, match=r"\.scope: 'thinking' needs the tokens .*thinking_tokens") as caught:
+                settled(models=models, scope="thinking")
+            assert_one_sentence(caught.value, "scope")
+            assert settled(models=models).thinking_tokens is None  # requests that ask are refused
+        with pytest.raises(ConfigError, match=r"reasoning_parser: 'other' .*could not locate.*thinking_tokens"):
+            settled(models={"reasoning_parser": "other"}, scope="thinking")
+        assert settled(models={"reasoning_parser": "other"}).thinking_tokens is None
+        with pytest.raises(ConfigError, match=r"thinking_tokens: 100 is no token of the target's 100"):
+            settled(scope="thinking", thinking_tokens=[3, 100])
+    finally:
+        for name in parsers:
+            del ReasoningParserManager.reasoning_parsers[name]
