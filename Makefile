@@ -13,7 +13,8 @@ DEMO := vllm_cospec/demo
 LAYOUT := build/layout
 
 COMPAT := 0.33.0
-COMPAT_TESTS := tests/compat tests/unit/test_compat.py tests/engine/test_strict_parity.py tests/engine/test_features.py \
+COMPAT_TESTS := tests/compat tests/unit/test_compat.py tests/unit/test_scheduler.py tests/engine/test_strict_parity.py \
+  tests/engine/test_features.py tests/engine/test_company.py tests/engine/test_head_health.py \
   tests/interpreted/test_in_the_interpreter.py
 
 .PHONY: help venv demo serve test-fast test test-all compat lint gpu pair smollm2 code-pair clean
@@ -53,7 +54,7 @@ test-all: $(STAMP) ## run every test
 # That version exists for GPUs alone: its Python code runs here over the compiled modules of the CPU build.
 compat: $(STAMP) ## run the engine tests, V1 and interpreted V2, on vLLM $(COMPAT) (fetched by name, 340 MB)
 	$(BIN)/python tests/compat/build_overlay.py $(COMPAT) .compat
-	PYTHONPATH=$(CURDIR)/.compat/$(COMPAT) $(BIN)/pytest $(COMPAT_TESTS)
+	PYTHONPATH=$(CURDIR)/.compat/$(COMPAT) $(BIN)/pytest -m 'not slow' $(COMPAT_TESTS)
 
 # mypy and import-linter see the packages as they are installed: kernels/ and training/ below vllm_cospec.
 lint: $(STAMP) ## ruff, mypy, and the one direction of imports

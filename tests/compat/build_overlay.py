@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+MORE = ("orjson==3.13.0",)  # what that version imports and the CPU build's does not
 METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
 
 
@@ -43,6 +44,8 @@ def build(version: str, directory: Path) -> Path:
             to = partial / "vllm" / library.relative_to(installed)
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(library, to)
+        install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", str(partial), *MORE]
+        subprocess.run(install, check=True)
         metadata = partial / f"vllm-{version}+cpu.dist-info" / "METADATA"
         metadata.parent.mkdir()
         metadata.write_text(METADATA.format(version=version))
