@@ -39,7 +39,7 @@ from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.measure.thresholds import sweep
 
 LEVEL = 0.95
-SETS_BY_BETTING = 500  # that test looks at every single problem
+SETS_BY_BETTING = 2000  # that test looks at every single problem
 Passed = Callable[[Population, np.ndarray, int, float], np.ndarray]
 """(population, sets [S, P], problems in a set, margin) -> which thresholds pass, bool [S, T]; strict always does."""
 
@@ -245,14 +245,15 @@ def simulate(
         for own, n, m in track(cases, description="simulating", console=Console(stderr=True))
         for row in compare(own, n, sets, m, seed)
     ]
-    by_split = {own.name: splits(own, parts, margin[1], seed) for own in populations[: len(files)]}
+    middle = sorted(margin)[len(margin) // 2]
+    by_split = {own.name: splits(own, parts, middle, seed) for own in populations[: len(files)]}
     wide_console().print(table(rows))
     for name, own in by_split.items():
         loss = [row["test_loss"] for row in own]
         wide_console().print(
             f"{name}, {len(own)} disjoint splits of {own[0]['problems']} and {own[0]['test_problems']} problems, "
-            f"margin {margin[1]}: loss on the test half {min(loss):+.4f} to {max(loss):+.4f}, truly lost more: "
-            f"{sum(row['true_loss'] > margin[1] for row in own)}"
+            f"margin {middle}: loss on the test half {min(loss):+.4f} to {max(loss):+.4f}, truly lost more: "
+            f"{sum(row['true_loss'] > middle for row in own)}"
         )
     if json_path is not None:
         result = {"level": LEVEL, "sets": sets, "seed": seed, "rows": rows, "splits": by_split}

@@ -58,7 +58,7 @@ class ArtefactConfig(Frozen):
     """The contents of an artefact's ``config.json``."""
 
     format_version: Literal[1, 2] = 2
-    """1: without ``statement``."""
+    """1: without `statement`."""
     schema_id: SchemaId = Field(alias="schema")
     hidden_sizes: tuple[int, ...] = Field(min_length=1, max_length=2)
     """Width of each hidden layer."""

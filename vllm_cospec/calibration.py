@@ -37,7 +37,7 @@ class Conditions(Frozen):
     """What the bounds hold for. An empty string stands for what does not apply, or is not known."""
 
     draft: str
-    """Hash of the draft's weights, see :func:`vllm_cospec.fingerprint.weights_hash`."""
+    """Hash of the draft's weights, see `vllm_cospec.fingerprint.weights_hash`."""
     num_speculative_tokens: int = Field(ge=1)
     dtype: str
     """Of the target, for example bfloat16."""

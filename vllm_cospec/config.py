@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from vllm_cospec.calibration import STRICT_THRESHOLD, Conditions
+from vllm_cospec.drift import Traffic
 from vllm_cospec.kernels.frozen import Frozen
 from vllm_cospec.kernels.policies import AnyPolicy, Policy
 from vllm_cospec.kernels.regret import MAX_REGRET, in_units
@@ -50,6 +51,11 @@ class CoSpecConfig(Frozen):
     on_mismatch: Literal["warn", "refuse"] = "warn"
     """Learned policy, served otherwise than calibrated (draft, K, dtype, chat template, a request's temperature or
     top_p): say so, or refuse. With max_accuracy_loss always refused: the bound would not hold."""
+    on_drift: Literal["log", "strict"] = "log"
+    """Learned policy, when requests no longer look like those of calibration: say so, or verify strictly. Watched on
+    Model Runner V1 on a CPU."""
+    drift_pause: int | None = Field(None, ge=1, le=2**31 - 1)
+    """With on_drift strict: requests after which arbitration comes back. Left out: not before a restart."""
     max_overrides: int | None = Field(None, ge=0, le=2**31 - 1)
     """Overrides allowed per request; further mismatches are strict. Left out: no limit."""
     max_regret: float | None = Field(None, ge=0, le=MAX_REGRET)
@@ -89,11 +95,14 @@ class CoSpecConfig(Frozen):
                 ("threshold", self.threshold),
                 ("max_accuracy_loss", self.max_accuracy_loss),
                 ("on_mismatch", None if self.on_mismatch == "warn" else self.on_mismatch),
+                ("on_drift", None if self.on_drift == "log" else self.on_drift),
             ):
                 if value is not None:
                     raise ValueError(
                         f"{name} is for a trained arbiter, not for policy {self.arbiter.policy!r}; remove it"
                     )
+        if self.drift_pause is not None and self.on_drift != "strict":
+            raise ValueError("drift_pause is for on_drift 'strict'; remove it")
         if self.draft_method is not None and self.draft_method not in DRAFT_METHODS:
             raise ValueError(
                 f"draft_method {self.draft_method!r} is not supported; choose from {', '.join(DRAFT_METHODS)}"
@@ -131,11 +140,31 @@ class Settings:
     scope: Scope = "all"
     thinking_tokens: tuple[int, int] | None = None  # that begin and end thinking; None: not known
     calibrated: Calibrated = Calibrated()  # what is known of it
+    traffic: Traffic | None = None  # what calibration saw of requests with just these settings; None: not watched
+    on_drift: Literal["log", "strict"] = "log"
+    drift_pause: int | None = None
 
     @property
     def lossy(self) -> bool:
         """Whether output can differ from the target's own."""
         return self.policy.policy != "strict" and in_units(self.max_regret) > 0
+
+    def described(self) -> dict[str, Any]:
+        """Return what a monitor, or a trainer that must not roll out with a lossy verifier, wants to know."""
+        learned = self.policy.arbiter is not None
+        return {
+            "lossy": self.lossy,
+            "policy": self.policy.policy,
+            "arbiter": self.policy.arbiter,
+            "threshold": self.threshold if learned else None,
+            "max_overrides": self.max_overrides,
+            "max_regret": self.max_regret,
+            "exact_tokens": self.exact_tokens,
+            "scope": self.scope,
+            "request_settings": list(self.request_settings),
+            "on_drift": self.on_drift if self.traffic is not None else None,
+            "num_speculative_tokens": self.num_speculative_tokens,
+        }
 
     def announcement(self) -> str:
         """Return the one line that tells an operator what is on."""

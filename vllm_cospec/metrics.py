@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from prometheus_client import Gauge
 from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingProm
@@ -162,6 +163,8 @@ def counters_of_this_rank(settings: Settings, engine: int) -> Counters | None:
 class CoSpecDecodingProm(SpecDecodingProm):
     """vLLM's Prometheus counters of speculative decoding, and this package's beside them."""
 
+    _gauge_cls = Gauge
+
     def __init__(
         self,
         speculative_config: Any,
@@ -206,6 +209,24 @@ class CoSpecDecodingProm(SpecDecodingProm):
             engine: [unhealthy.labels(*values, reason.value) for reason in REASONS]
             for engine, values in per_engine_labelvalues.items()
         }
+
+        self._inform(settings.described(), labelnames, per_engine_labelvalues)
+
+    def _inform(self, described: dict[str, Any], labelnames: list[str], values: dict[int, list[object]]) -> None:
+        """Export the settings as labels of a gauge that is 1."""
+        own = {
+            name: ",".join(value) if isinstance(value, list) else "" if value is None else str(value).lower()
+            for name, value in described.items()
+            if name != "arbiter"  # a path of the machine's
+        }
+        gauge = self._gauge_cls(
+            name="vllm:cospec_info",
+            documentation="What is served; 1. lossy: output can differ from the target's own.",
+            labelnames=[*labelnames, *own],
+            multiprocess_mode="mostrecent",
+        )
+        for labels in values.values():
+            gauge.labels(*labels, *own.values()).set(1)
 
     def _counters(self, name: str, text: str, labelnames: list[str], values: dict[int, list[object]]) -> dict[int, Any]:
         counter = self._counter_cls(name=name, documentation=text, labelnames=labelnames)

@@ -6,18 +6,22 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
 from vllm_cospec import tokenizers
 from vllm_cospec.calibration import STRICT_THRESHOLD, Conditions, calibrated_threshold, differences
 from vllm_cospec.config import DRAFT_METHODS, WHERE, Calibrated, CoSpecConfig, Settings
+from vllm_cospec.drift import Traffic
 from vllm_cospec.errors import ConfigError, reason
 from vllm_cospec.fingerprint import template_hash, weights_hash
 from vllm_cospec.kernels.policies import Policy
 from vllm_cospec.recipe import Hub
 from vllm_cospec.scope import UNKNOWN, thinking_tokens
+
+if TYPE_CHECKING:
+    from vllm_cospec.arbiter import ArtefactConfig
 
 logger = init_logger("vllm.cospec")
 
@@ -143,13 +147,13 @@ def settle(config: CoSpecConfig, models: Models, counters: str) -> Settings:
         if policy.policy != "strict":  # which rejects what it does not know
             _check_tokens(models)
     _check_contexts(models)
-    threshold, calibrated = 0.5, Calibrated()
+    threshold, calibrated, traffic = 0.5, Calibrated(), None
     try:
         policy = policy.for_block_length(k)
     except ValueError as error:
         raise ConfigError(f"{WHERE}.arbiter.{error}") from None
     if policy.arbiter is not None:
-        threshold, calibrated = _settle_learned(config, policy.arbiter, models)
+        threshold, calibrated, traffic = _settle_learned(config, policy.arbiter, models)
     elif config.threshold is not None or config.max_accuracy_loss is not None:
         raise ConfigError(f"{WHERE}.threshold: is for a trained arbiter, not for policy {policy.policy!r}; remove it")
     return Settings(
@@ -166,6 +170,9 @@ def settle(config: CoSpecConfig, models: Models, counters: str) -> Settings:
         num_speculative_tokens=k,
         counters=counters,
         calibrated=calibrated,
+        traffic=traffic,
+        on_drift=config.on_drift,
+        drift_pause=config.drift_pause,
     )
 
 
@@ -236,8 +243,8 @@ def _check_contexts(models: Models) -> None:
         )  # fmt: skip
 
 
-def _settle_learned(config: CoSpecConfig, arbiter: str, models: Models) -> tuple[float, Calibrated]:
-    """Return the threshold of a trained arbiter, and what its calibration says about what is served."""
+def _settle_learned(config: CoSpecConfig, arbiter: str, models: Models) -> tuple[float, Calibrated, Traffic | None]:
+    """Return the threshold of a trained arbiter, what its calibration says about what is served, and what it saw."""
     from vllm_cospec.arbiter import check_fit, load_artefact, tokenizer_hash
 
     _, artefact = load_artefact(Path(arbiter))
@@ -267,4 +274,18 @@ def _settle_learned(config: CoSpecConfig, arbiter: str, models: Models) -> tuple
     if threshold >= STRICT_THRESHOLD:
         refuse = False  # nothing is kept, so there is nothing to be kept to
     bounded = config.max_accuracy_loss is not None
-    return threshold, Calibrated(conditions, refuse, bounded, tuple(found) if conditions is not None else ())
+    calibrated = Calibrated(conditions, refuse, bounded, tuple(found) if conditions is not None else ())
+    return threshold, calibrated, _traffic(config, artefact, arbiter, threshold)
+
+
+def _traffic(config: CoSpecConfig, artefact: ArtefactConfig, arbiter: str, threshold: float) -> Traffic | None:
+    """Return what calibration saw of requests, where it saw them with the settings that are served."""
+    limits = (config.max_overrides, config.max_regret, config.exact_tokens or None, config.scope)
+    as_calibrated = threshold == artefact.threshold and limits == (None, None, None, "all")
+    traffic = artefact.statement.traffic if artefact.statement is not None and as_calibrated else None
+    if traffic is None and config.on_drift == "strict":
+        raise ConfigError(
+            f"{WHERE}.on_drift: 'strict' needs what calibration saw of requests at the settings that are served, and "
+            f"{arbiter} has it at most for its own threshold without limits; leave on_drift out, or calibrate again"
+        )
+    return traffic

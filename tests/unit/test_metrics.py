@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_cospec.config import Settings
@@ -262,7 +263,9 @@ def test_the_directory_goes_with_the_process_that_made_it_and_not_with_its_child
 
 def _prom(speculative_config: SimpleNamespace) -> Any:
     class Prom(CoSpecDecodingProm):
-        _counter_cls = functools.partial(Counter, registry=CollectorRegistry())  # type: ignore[assignment]
+        registry = CollectorRegistry()
+        _counter_cls = functools.partial(Counter, registry=registry)  # type: ignore[assignment]
+        _gauge_cls = functools.partial(Gauge, registry=registry)  # type: ignore[assignment]
 
     return Prom(speculative_config, ["model_name", "engine"], {0: ["m", "0"], 1: ["m", "1"]})
 
@@ -285,6 +288,18 @@ def test_prometheus_gets_each_count_once_and_for_its_own_engine(tmp_path: Path, 
     assert [_value(counter) for counter in prom.cospec_unhealthy[0]] == list(range(len(REASONS)))
     assert sum(_value(counter) for counter in prom.cospec_unhealthy[1]) == 0
     assert _value(prom.counter_spec_decode_num_accepted_tokens[0]) == 4  # vLLM's own go on counting
+
+
+def test_what_is_served_is_a_gauge_whose_labels_say_whether_it_is_lossy(tmp_path: Path) -> None:
+    settings = replace(settings_for(tmp_path), max_regret=0.0, scope="answer", request_settings=("policy", "scope"))
+    prom = _prom(SimpleNamespace(num_speculative_tokens=K, cospec=settings))
+    labels = {
+        "model_name": "m", "engine": "1", "lossy": "false", "policy": settings.policy.policy, "max_regret": "0.0",
+        "threshold": "", "max_overrides": "", "exact_tokens": "0", "scope": "answer", "on_drift": "",
+        "request_settings": "policy,scope", "num_speculative_tokens": str(K),
+    }  # fmt: skip
+    assert prom.registry.get_sample_value("vllm:cospec_info", labels) == 1
+    assert replace(settings, max_regret=None).described()["lossy"] is True
 
 
 def test_prometheus_without_cospec_is_stock() -> None:

@@ -26,7 +26,7 @@ from vllm_cospec.kernels.reach import undeliverable
 from vllm_cospec.kernels.triton.launch import Server, arbitrate_given, warm_up
 from vllm_cospec.kernels.triton.step import Rows, Verdict
 from vllm_cospec.metrics import Counters, counters_of_this_rank
-from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep
+from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, refuse_drift
 from vllm_cospec.runners.device_recorder import DeviceRecorder
 from vllm_cospec.runners.slots import PlacedSlots
 from vllm_cospec.runners.v1 import V1Sampler, V1Step
@@ -224,6 +224,7 @@ def install(runner: Any, settings: Settings, engine_index: int) -> CoSpecRejecti
         raise CompatibilityError(
             f"{WHERE}.rejection_sample_method: {method!r} cannot be combined with cospec; leave it out"
         )
+    refuse_drift(settings)
     sampler = CoSpecRejectionSampler(runner, settings, counters_of_this_rank(settings, engine_index))
     draft_logits = sampler.recorder.logits
     if draft_logits is not None:

@@ -22,7 +22,7 @@ from vllm_cospec.kernels.reach import undeliverable
 from vllm_cospec.kernels.triton.launch import Server, arbitrate, warm_up
 from vllm_cospec.kernels.triton.step import Rows, Sampling
 from vllm_cospec.metrics import Counters, counters_of_this_rank
-from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep
+from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, refuse_drift
 from vllm_cospec.runners.slots import StagedSlots
 from vllm_cospec.runners.v2_drafter import DraftHealth, NgramMatches, ResumedRequests, protect
 
@@ -190,6 +190,7 @@ def install(runner: Any, settings: Settings, engine_index: int) -> CoSpecRejecti
         CompatibilityError: something cospec cannot be combined with.
     """
     check(runner, settings)
+    refuse_drift(settings)
     counters = counters_of_this_rank(settings, engine_index)
     draft_logits = runner.speculator.draft_logits
     if draft_logits is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +16,12 @@ class Control:
     """Mixed into the workers; ``cospec`` is the runner's sampler."""
 
     cospec: ArbitratingSampler
+
+    vllm_config: Any
+
+    def cospec_describe(self) -> dict[str, Any]:
+        """Return what is served: ``lossy``, and the settings, see :meth:`vllm_cospec.config.Settings.described`."""
+        return self.vllm_config.speculative_config.cospec.described()
 
     def cospec_set_arbiter(self, state_dict: dict[str, Tensor], sample_actions: bool) -> None:
         """Replace the arbiter's weights in memory.

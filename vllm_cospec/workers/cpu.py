@@ -58,6 +58,6 @@ class CoSpecCPUWorker(Control, CPUWorker):
 
         self.cospec = install(
             self.model_runner,
-            self.vllm_config.speculative_config.cospec,  # type: ignore[union-attr]
+            self.vllm_config.speculative_config.cospec,
             self.vllm_config.parallel_config.data_parallel_index,
         )

@@ -24,7 +24,7 @@ class CoSpecGPUWorker(Control, Worker):
 
         self.cospec = install(
             self.model_runner,
-            self.vllm_config.speculative_config.cospec,  # type: ignore[union-attr]
+            self.vllm_config.speculative_config.cospec,
             self.vllm_config.parallel_config.data_parallel_index,
         )
         self.cospec.warm_up()

@@ -32,6 +32,7 @@ def test_every_field_of_ours_is_documented_and_none_is_passed_on_to_vllm(pair: P
     assert set(fields) == OWN_KEYS == {
         "arbiter", "draft_method", "threshold", "max_accuracy_loss", "max_overrides", "exact_tokens", "collect",
         "max_regret", "request_settings", "on_mismatch", "scope", "thinking_tokens",
+        "on_drift", "drift_pause",
     }  # fmt: skip
     assert all(field.description for field in fields.values())
     config, inner = resolved(

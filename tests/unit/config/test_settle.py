@@ -8,7 +8,9 @@ import pytest
 from configurations import CURVE, Pair, assert_one_sentence, conditions, learned, write_artefact
 from vllm.reasoning import ReasoningParserManager
 
+import vllm_cospec.demo
 import vllm_cospec.settle as settle_module
+from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.calibration import Conditions
 from vllm_cospec.config import Calibrated, CoSpecConfig, Settings
 from vllm_cospec.errors import ArtefactError, ConfigError
@@ -355,3 +357,20 @@ def test_the_tokens_between_which_a_model_thinks_are_given_or_its_reasoning_pars
     finally:
         for name in parsers:
             del ReasoningParserManager.reasoning_parsers[name]
+
+
+def test_requests_are_watched_at_the_settings_calibration_saw_them_with() -> None:
+    directory = Path(vllm_cospec.demo.__file__).parent / "arbiter"
+    arbiter = learned(directory)
+    _, artefact = load_artefact(directory)
+    assert artefact.statement is not None
+    own = settled(arbiter, tokens=7, on_drift="strict", drift_pause=500)
+    assert (own.traffic, own.on_drift, own.drift_pause) == (artefact.statement.traffic, "strict", 500)
+    assert own.traffic is not None
+    assert own.traffic.requests == 1000
+    for knobs in ({"threshold": 0.9}, {"max_overrides": 3}, {"max_regret": 2.0}, {"exact_tokens": 1}):
+        changed: dict[str, Any] = dict(knobs)
+        assert settled(arbiter, tokens=7, **changed).traffic is None
+        with pytest.raises(ConfigError) as caught:
+            settled(arbiter, tokens=7, on_drift="strict", **changed)
+        assert_one_sentence(caught.value, "on_drift")
