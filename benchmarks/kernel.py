@@ -35,13 +35,13 @@ def step_rows(agreement: float, num_draft_tokens: int) -> dict[str, float]:
 
     Positions agree independently with probability a. Strict verification reads K target rows (sampled: K draft rows as
     well) and then the one row it draws from: the bonus row with probability a^K; a sampled request also reads its
-    rejected target and draft row. Arbitration adds the first mismatch's target and draft row, with probability
-    1 - a^K; overrides are left out, since each saves the rows of a later step.
+    rejected target and draft row. A policy that looks at the draft adds target and draft row of every rejected
+    position, K (1 - a) of them; what overrides save in later steps is left out.
     """
     a, k = agreement, num_draft_tokens
     complete = a**k
     greedy, sampled = k + complete, 2 * k + complete + 2 * (1 - complete)
-    extra = 2 * (1 - complete)
+    extra = 2 * k * (1 - a)
     return {
         "greedy_stock": greedy,
         "greedy_arbitrated": greedy + extra,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils as stock
 from benchmarks.offline import Launch, compile_launch, recorded_launches
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.kernels.policies import Policy, policy_class, policy_names
-from vllm_cospec.kernels.triton import draft, scan, target, verdict
+from vllm_cospec.kernels.triton import launch, layout, mismatch, scan, target, verdict
 from vllm_cospec.kernels.triton.launch import Server, warm_up
 from vllm_cospec.kernels.triton.policies import compile_policy
 
@@ -21,7 +22,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "random": {"rate": 0.5},
     "learned": {"artefact": "-"},
 }
-MODULES = (target, verdict, draft, scan, stock)
+MODULES = (target, verdict, mismatch, scan, stock)
 """Where the kernels of a step are found."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -95,22 +96,25 @@ def _identity(one: Launch) -> tuple[Any, ...]:
 
 
 def _describe(one: Launch, dtype: str, policy: str) -> str:
+    """Return what sets a variant apart from the others of its kernel."""
     flags = one.arguments
-    if one.name == "given_verdict_kernel":
-        return "V1, greedy" if flags["ratio_ptr"] is None else "V1, sampled"
     words = [dtype]
     if flags.get("SEPARATE"):
         words.append("processed fp32")
-    if flags.get("HAS_DRAFT_LOGITS") or flags.get("NEEDS_DRAFT"):
+    beside = one.name in ("mismatch_kernel", "scan_kernel") and flags["draft_ptr"] is not None
+    if beside or flags.get("HAS_DRAFT_LOGITS"):
         words.append("draft logits")
-    if flags.get("temperature_ptr", 0) is None:
+    if one.name == "given_verdict_kernel":
+        words.append("greedy" if flags["ratio_ptr"] is None else "sampled")
+    elif flags.get("temperature_ptr", 0) is None:
         words.append("given verdict")
     if "POLICY" in flags:
         words.append(policy)
         if flags["HIDDEN_1"] > 1:
             words.append(f"{flags['HIDDEN_1']}x{flags['HIDDEN_2']}" if flags["HIDDEN_2"] else f"{flags['HIDDEN_1']}")
-    if flags.get("TOP_K", 2) > 2:
-        words.append(f"top {flags['TOP_K']}")
+    elif flags.get("KIND"):
+        kinds = {layout.ENTROPY.value: "entropy", layout.RANK.value: "rank", layout.TOP_K.value: f"top {flags['K']}"}
+        words.append(kinds[flags["KIND"]])
     if flags.get("COLLECT"):
         words.append("collect")
     return ", ".join(words)
@@ -125,30 +129,48 @@ def bytes_per_row(one: Launch, vocab_size: int) -> int:
 
     if one.name == "target_statistics_kernel":
         return size("processed_ptr") + size("draft_ptr") + (size("raw_ptr") if one.arguments["SEPARATE"] else 0)
-    if one.name in ("draft_statistics_kernel", "scan_kernel"):  # the scan: behind an override, else nothing
+    if one.name == "mismatch_kernel":
         return size("raw_ptr") + size("draft_ptr")
     if one.name in ("_compute_local_logits_stats_kernel", "_resample_kernel"):
         return size("target_logits_ptr") + size("draft_logits_ptr")
     return 0
 
 
+@contextlib.contextmanager
+def tuned(target: str) -> Iterator[None]:
+    """Launch as on a machine with such a GPU."""
+    before = launch.tuning
+    launch.tuning = launch.NVIDIA if target.startswith("sm_") else launch.AMD
+    try:
+        yield
+    finally:
+        launch.tuning = before
+
+
 def report(targets: list[str], vocab_size: int, num_draft_tokens: int, only: list[str]) -> list[dict[str, Any]]:
     """Compile every variant for every target; ``only`` keeps those whose "kernel: variant" contains one of these."""
     rows = []
-    for variant, one in launches(vocab_size, num_draft_tokens):
-        if not any(text in f"{one.name}: {variant}" for text in only):
-            continue
-        for gpu in targets:
-            found = compile_launch(one, gpu)
-            rows.append(
-                {
-                    "kernel": one.name,
-                    "variant": variant,
-                    "target": gpu,
-                    "registers": found.registers,
-                    "spill_bytes": found.spill_bytes,
-                    "shared_bytes": found.shared_bytes,
-                    "bytes_per_row": bytes_per_row(one, vocab_size),
-                }
-            )
+    for gpu in targets:
+        with tuned(gpu):
+            found = [
+                (variant, one, compile_launch(one, gpu))
+                for variant, one in launches(vocab_size, num_draft_tokens)
+                if any(text in f"{one.name}: {variant}" for text in only)
+            ]
+        rows += [
+            {
+                "kernel": one.name,
+                "variant": variant,
+                "target": gpu,
+                "registers": compiled.registers,
+                "spill_bytes": compiled.spill_bytes,
+                "shared_bytes": compiled.shared_bytes,
+                "bytes_per_row": bytes_per_row(one, vocab_size),
+                "instructions": compiled.instructions,
+                "loop_instructions": compiled.loop_instructions,
+                "barriers": compiled.barriers,
+                "loads": " ".join(f"{count}x{bits}" for bits, count in compiled.loads.items()),
+            }
+            for variant, one, compiled in found
+        ]
     return rows

@@ -255,8 +255,8 @@ class Fly(Rule):
     code: ClassVar[int] = 6
 
     policy: Literal["fly"] = "fly"
-    entropy_top_k: int = Field(3, ge=1, le=64)
-    """Number of most likely tokens whose entropy is taken."""
+    entropy_top_k: int = Field(3, ge=1, le=4)
+    """Number of most likely tokens whose entropy is taken; more would cost as much as the rest of verification."""
     entropy_threshold: float = Field(0.3, ge=0)
     """Entropy in nats from which on the target counts as unsure."""
     window: int | None = Field(None, ge=1, le=127)

@@ -17,20 +17,30 @@ from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils as stock
 
 from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.statistics import NUM_STATISTICS
-from vllm_cospec.kernels.triton import draft, layout, scan, target, verdict
+from vllm_cospec.kernels.triton import layout, mismatch, scan, target, verdict
 from vllm_cospec.kernels.triton.policies import Program
-from vllm_cospec.kernels.triton.step import Kept, Rows, Sampling, Slots, Trace, Verdict, Verified
-
-# As stock: the strict verdict is bit-identical only when sums are taken over the same blocks.
-BLOCK_SIZE, RESAMPLE_BLOCK_SIZE = 8192, 1024
-# Small enough that four warps hold what they need of a tile in registers: see the offline report.
-TILE_SIZE = 2048
-# Left alone, ptxas spills a pointer or two of the scan to fit more programs on a multiprocessor. There is one program
-# per request: let it have its registers. AMD's compiler does not know the option, nor need it.
-SCAN_OPTIONS = {} if torch.version.hip else {"maxnreg": 255}
+from vllm_cospec.kernels.triton.step import Kept, Memory, Rows, Sampling, Slots, Trace, Verdict, Verified
+from vllm_cospec.kernels.triton.workspace import BLOCK_SIZE, RESAMPLE_BLOCK_SIZE, Workspace
 
 
-def arbitrate(rows: Rows, sampling: Sampling, slots: Slots, program: Program, counters: Tensor) -> Verified:
+@dataclass(frozen=True)
+class Tuning:
+    """How the work of a program is laid out; no result but the last bits of a sum depends on it."""
+
+    tile_size: int  # logits at a time in the first pass: of bfloat16, 16 bytes for each thread
+    mismatch_tile_bytes: int  # where two rows lie side by side, the same for every type
+    mismatch: dict[str, int]
+    scan: dict[str, int]
+
+
+# Left alone, ptxas loads so far ahead in the mismatch pass that half as many programs fit on a multiprocessor, and
+# spills a pointer or two of the scan to fit more there. AMD's compiler does not know the option, nor need it.
+NVIDIA = Tuning(1024, 4096, {"num_warps": 8, "maxnreg": 128}, {"maxnreg": 255})
+AMD = Tuning(2048, 4096, {"num_warps": 4}, {})
+tuning = AMD if torch.version.hip is not None else NVIDIA
+
+
+def arbitrate(rows: Rows, sampling: Sampling, slots: Slots, program: Program, memory: Memory) -> Verified:
     """Verify one step of a batch.
 
     Args:
@@ -38,157 +48,168 @@ def arbitrate(rows: Rows, sampling: Sampling, slots: Slots, program: Program, co
         sampling: how tokens are drawn.
         slots: per-request settings and state.
         program: the policy.
-        counters: [K + 1] int64, added to: overrides per position, then mismatches.
+        memory: counters and scratch.
     """
-    stages = _Stages(rows, slots, program, counters)
+    stages = _Stages(rows, slots, program, memory)
     stages.statistics(sampling.temperature, rows.draft)
-    stages.verdicts(sampling, rows.draft)
+    stages.verdicts(sampling)
     stages.leave_out()
-    stages.draft_statistics()
-    target_lse, draft_lse = stages.scan(sampling.temperature, sampling.seed)
-    _resample(rows, sampling, stages.sampled, stages.num_sampled, target_lse, draft_lse)
+    stages.mismatches()
+    stages.scan(sampling.temperature, sampling.seed)
+    stages.resample(sampling)
     return Verified(stages.sampled, stages.num_sampled, stages.trace)
 
 
-def arbitrate_given(rows: Rows, given: Verdict, slots: Slots, program: Program, counters: Tensor) -> Kept:
+def arbitrate_given(rows: Rows, given: Verdict, slots: Slots, program: Program, memory: Memory) -> Kept:
     """Verify one step whose strict verdict was reached elsewhere (Model Runner V1); nothing is drawn.
 
     Args:
         rows: the step; its processed logits are the raw ones, what is legal is the verdict's.
         given: the verdict.
-        slots, program, counters: as for :func:`arbitrate`.
+        slots, program, memory: as for :func:`arbitrate`.
 
     Raises:
         ValueError: the rows have processed logits of their own.
     """
     if rows.separate:
         raise ValueError("a given verdict says itself what is legal: pass the raw logits alone")
-    stages = _Stages(rows, slots, program, counters)
+    stages = _Stages(rows, slots, program, memory)
     stages.statistics(None, None)  # the verdict has weighed the draft already
-    stages.verdicts(None, None)
     stages.given_verdicts(given)
     stages.leave_out()
-    stages.draft_statistics()
+    stages.mismatches()
     stages.scan(None, given.seed)
     return Kept(stages.sampled, stages.num_sampled, stages.trace)
 
 
 class _Stages:
-    """The launches of one step and the buffers between them."""
+    """The launches of one step."""
 
-    def __init__(self, rows: Rows, slots: Slots, program: Program, counters: Tensor):
-        self._rows, self._slots, self._program, self._counters = rows, slots, program, counters
+    def __init__(self, rows: Rows, slots: Slots, program: Program, memory: Memory) -> None:
+        self._rows, self._slots, self._program, self._memory = rows, slots, program, memory
         self._num_rows, self._num_requests = rows.raw.shape[0], rows.first.shape[0] - 1
+        self._space = memory.workspace
+        self._space.reserve(self._num_rows, self._num_requests, program.numbers.top_k)
         self._vocab_size = rows.vocab_size
         self._num_blocks = triton.cdiv(self._vocab_size, BLOCK_SIZE)
-        self._num_tiles = triton.cdiv(self._vocab_size, TILE_SIZE)
+        self._padded_blocks = triton.next_power_of_2(self._num_blocks)
         self._padded_steps = triton.next_power_of_2(rows.num_steps + 1)
-        self._top_k = max(2, program.numbers.top_k)  # the gap needs two
-        self._needs_draft = rows.draft is not None and program.needs_draft
-        greedy = (self._num_rows, self._num_tiles) if rows.separate else (0, 0)
-        self._partials = (
-            *(self._floats(self._num_rows, self._num_blocks) for _ in range(4)),
-            self._floats(*greedy), self._integers(*greedy),
-            self._floats(self._num_rows, self._top_k + layout.TILE_SUMS.value, self._num_tiles),
-            self._integers(self._num_rows, layout.TILE_INTS.value, self._num_tiles),
-        )  # fmt: skip
-        self._row_ints = self._integers(self._num_rows, layout.ROW_INTS.value)
-        self._row_floats = self._floats(self._num_rows, layout.ROW_FLOATS.value)
-        self._draft_partials: Tensor | None = None
-        self.sampled = self._integers(self._num_requests, rows.num_steps + 1, dtype=torch.int64)
-        self.num_sampled = self._integers(self._num_requests)
+        self._extra = {"KIND": program.extra, "K": max(program.numbers.top_k, 1)}
+        self._draft = rows.draft if program.reads_draft else None
+        self.sampled = rows.raw.new_empty((self._num_requests, rows.num_steps + 1), dtype=torch.int64)
+        self.num_sampled = rows.raw.new_empty((self._num_requests,), dtype=torch.int32)
         self.trace: Trace | None = None
         if program.collect:
-            action = torch.full((self._num_rows,), -1, dtype=torch.int32, device=rows.raw.device)
-            self.trace = Trace(self._floats(self._num_rows, NUM_STATISTICS), action, self._floats(self._num_rows))
-
-    def _floats(self, *shape: int) -> Tensor:
-        return self._rows.raw.new_empty(shape, dtype=torch.float32)
-
-    def _integers(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return self._rows.raw.new_empty(shape, dtype=dtype)
+            self.trace = Trace(
+                rows.raw.new_empty((self._num_rows, NUM_STATISTICS), dtype=torch.float32),
+                torch.full((self._num_rows,), -1, dtype=torch.int32, device=rows.raw.device),
+                rows.raw.new_empty((self._num_rows,), dtype=torch.float32),
+            )
 
     def statistics(self, temperature: Tensor | None, strict_draft: Tensor | None) -> None:
         """Read every target row; for strict verification of sampled rows the draft's as well."""
         rows = self._rows
+        logits = [readable(part, self._vocab_size) for part in (rows.raw, rows.processed, strict_draft)]
         target.target_statistics_kernel[(self._num_rows, self._num_blocks)](
-            *self._partials, *_strided(rows.raw), *_strided(rows.processed), *_strided(strict_draft),
+            self._space.blocks, *logits[0], *logits[1], *(logits[2] if strict_draft is not None else (None, 0, 0, 0)),
             rows.drafted, rows.slot, rows.step, temperature, self._slots.arbitrated,
-            self._num_rows, self._vocab_size, self._num_blocks, self._num_tiles,
-            BLOCK_SIZE=BLOCK_SIZE, TILE_SIZE=TILE_SIZE, TOP_K=self._top_k,
+            self._num_rows, self._vocab_size, self._num_blocks,
+            BLOCK_SIZE=BLOCK_SIZE, TILE_SIZE=tuning.tile_size,
+            **vectors(self._vocab_size, *logits), **self._extra,
             HAS_DRAFT_LOGITS=strict_draft is not None, SEPARATE=rows.separate,
         )  # fmt: skip
 
-    def verdicts(self, sampling: Sampling | None, strict_draft: Tensor | None) -> None:
-        """Combine the tiles of every row and decide it as strict verification does."""
+    def verdicts(self, sampling: Sampling) -> None:
+        """Combine the blocks of every row and decide it as strict verification does."""
         rows, slots = self._rows, self._slots
-        temperature, seed = (sampling.temperature, sampling.seed) if sampling is not None else (None, None)
-        verdict.row_kernel[(self._num_rows,)](
-            self._row_ints, self._row_floats, *self._partials,
-            *_strided(rows.raw), *_strided(rows.processed), *_strided(strict_draft),
-            rows.drafted, rows.slot, rows.step, rows.position, temperature, seed,
+        verdict.verdict_kernel[(self._num_rows,)](
+            self._space.rows, self._space.blocks,
+            *_strided(rows.raw), *_strided(rows.processed), *_strided(rows.draft),
+            rows.drafted, rows.slot, rows.step, rows.position, sampling.temperature, sampling.seed,
             slots.arbitrated, slots.exact_tokens, slots.response_start,
-            self._num_rows, self._vocab_size, self._num_blocks, self._num_tiles,
-            PADDED_BLOCKS=triton.next_power_of_2(self._num_blocks),
-            PADDED_TILES=triton.next_power_of_2(self._num_tiles),
-            TOP_K=self._top_k, PADDED_TOP_K=triton.next_power_of_2(self._top_k),
-            ENTROPY_K=self._program.numbers.top_k,
-            HAS_DRAFT_LOGITS=strict_draft is not None, SEPARATE=rows.separate,
+            self._num_rows, self._vocab_size, self._num_blocks,
+            PADDED_BLOCKS=self._padded_blocks, **self._extra,
+            HAS_DRAFT_LOGITS=rows.draft is not None, SEPARATE=rows.separate,
             num_warps=1,
         )  # fmt: skip
 
     def given_verdicts(self, given: Verdict) -> None:
-        """Put a given verdict over the one that :meth:`verdicts` has reached."""
+        """Combine the blocks of every row and take the verdict that is given."""
+        rows, slots = self._rows, self._slots
         verdict.given_verdict_kernel[(given.draft_tokens.shape[0],)](
-            self._row_ints, self._row_floats, given.draft_tokens, given.request, given.accepted, given.tokens,
-            given.legal, given.ratio, given.uniform,
+            self._space.rows, self._space.blocks, *_strided(rows.raw), rows.request_slot, rows.position,
+            given.draft_tokens, given.request, given.accepted, given.tokens, given.legal, given.ratio, given.uniform,
+            slots.arbitrated, slots.exact_tokens, slots.response_start, self._vocab_size, self._num_blocks,
+            PADDED_BLOCKS=self._padded_blocks, **self._extra,
             num_warps=1,
         )  # fmt: skip
 
     def leave_out(self) -> None:
         """Close rows to the policy; drafts that cannot be delivered are, besides, as if none had been proposed."""
-        rows, status = self._rows, self._row_ints[:, layout.STATUS.value]
+        rows, fields = self._rows, layout.ROW_FIELDS.value
+        status = self._space.rows[: self._num_rows * fields].view(self._num_rows, fields)[:, layout.STATUS.value]
         if rows.closed is not None:
             status.masked_fill_(rows.closed & (status == layout.OPEN.value), layout.CLOSED.value)
         if rows.undeliverable is not None:
             status.masked_fill_(rows.undeliverable, layout.NO_DRAFT.value)
 
-    def draft_statistics(self) -> None:
-        """Read target and draft row of each request's first mismatch, where the policy looks at the draft."""
-        if not self._needs_draft:
+    def mismatches(self) -> None:
+        """Read the rejected rows the policy may come to, where it reads more than the first pass knows."""
+        if not self._program.rereads:
             return
         rows, slots = self._rows, self._slots
-        self._draft_partials = self._floats(self._num_requests, layout.DRAFT_FIELDS.value, self._num_tiles)
-        draft.draft_statistics_kernel[(self._num_requests, self._num_tiles)](
-            self._draft_partials, self._row_ints, self._row_floats, *_strided(rows.raw), *_strided(rows.draft),
-            rows.first, rows.request_slot, slots.max_overrides, slots.overrides_so_far,
-            self._vocab_size, self._num_tiles,
-            TILE_SIZE=TILE_SIZE, PADDED_STEPS=self._padded_steps,
+        raw, draft = readable(rows.raw, self._vocab_size), readable(self._draft, self._vocab_size)
+        mismatch.mismatch_kernel[(self._num_requests, self._num_blocks)](
+            self._space.partials, self._space.rows, *raw, *(draft if self._draft is not None else (None, 0, 0, 0)),
+            rows.drafted, rows.first, rows.request_slot,
+            slots.max_overrides, slots.overrides_so_far, slots.max_regret, slots.regret_so_far,
+            self._vocab_size, self._num_blocks,
+            BLOCK_SIZE=BLOCK_SIZE, TILE_SIZE=tuning.mismatch_tile_bytes // rows.raw.element_size(),
+            PADDED_STEPS=self._padded_steps, **vectors(self._vocab_size, raw, draft),
+            **tuning.mismatch,
         )  # fmt: skip
 
-    def scan(self, temperature: Tensor | None, seed: Tensor) -> tuple[Tensor, Tensor]:
-        """Walk every block; returns the log-sums of exponentials of target and draft at the rejected rows, [B]."""
-        rows, slots, program, trace = self._rows, self._slots, self._program, self.trace
-        target_lse, draft_lse = self._floats(self._num_requests), self._floats(self._num_requests)
+    def scan(self, temperature: Tensor | None, seed: Tensor) -> None:
+        """Walk every block."""
+        rows, slots, program, trace, space = self._rows, self._slots, self._program, self.trace, self._space
         numbers, (hidden_1, hidden_2) = program.numbers, program.hidden
-        logits = (*_strided(rows.raw), *_strided(rows.draft)) if self._needs_draft else (None, 0, None, 0, 0)
         scan.scan_kernel[(self._num_requests,)](
-            self.sampled, self.sampled.stride(0), self.num_sampled, target_lse, draft_lse, self._counters,
+            self.sampled, self.sampled.stride(0), self.num_sampled, space.target_lse, space.draft_lse,
+            self._memory.counters,
             *((trace.statistics, trace.action, trace.probability) if trace else (None, None, None)),
-            self._draft_partials, self._row_ints, self._row_floats, *logits,
+            space.rows, space.blocks, space.partials if program.rereads else None,
+            *(_strided(self._draft) if self._draft is not None else (None, 0, 0)),
             rows.drafted, rows.first, rows.request_slot, rows.position, temperature, seed,
             slots.arbitrated, slots.threshold, slots.max_overrides, slots.overrides_so_far, slots.max_regret,
             slots.regret_so_far, slots.response_start, slots.forced if program.collect else None,
-            program.weights, self._vocab_size, self._num_tiles, rows.num_steps,
+            program.weights, self._num_blocks, rows.num_steps,
             float(numbers.first), float(numbers.second), numbers.seed, numbers.window,
-            TILE_SIZE=TILE_SIZE, PADDED_TILES=triton.next_power_of_2(self._num_tiles),
-            PADDED_STEPS=self._padded_steps,
-            POLICY=program.code, NEEDS_DRAFT=self._needs_draft, COLLECT=program.collect,
+            BLOCK_SIZE=BLOCK_SIZE, PADDED_BLOCKS=self._padded_blocks, PADDED_STEPS=self._padded_steps,
+            POLICY=program.code, **self._extra, COLLECT=program.collect,
             SAMPLE_ACTIONS=program.sample_actions, HIDDEN_1=hidden_1, HIDDEN_2=hidden_2,
             PADDED_1=triton.next_power_of_2(hidden_1), PADDED_2=triton.next_power_of_2(max(hidden_2, 16)),
-            **SCAN_OPTIONS,
+            **tuning.scan,
         )  # fmt: skip
-        return target_lse, draft_lse
+
+    def resample(self, sampling: Sampling) -> None:
+        """Draw the bonus token, or the replacement of a sampled request's rejected draft, with vLLM's own kernels."""
+        rows, space = self._rows, self._space
+        num_blocks = triton.cdiv(self._vocab_size, RESAMPLE_BLOCK_SIZE)
+        draws = (space.draw_tokens, num_blocks, space.draw_values, num_blocks)
+        stock._resample_kernel[(self._num_requests, num_blocks)](
+            *draws, *_strided(rows.processed), space.target_lse, *_strided(rows.draft), space.draft_lse,
+            self.num_sampled, rows.first, rows.slot, rows.drafted, sampling.temperature, sampling.seed, rows.position,
+            None,  # block verification
+            None, 0, None, None, 0, 0,  # watermarking
+            self._vocab_size,
+            BLOCK_SIZE=RESAMPLE_BLOCK_SIZE, HAS_DRAFT_LOGITS=rows.draft is not None, USE_FP64=sampling.use_fp64,
+            USE_BLOCK_VERIFICATION=False, CONTEXT_WIDTH=1, WATERMARK=False, DEDUPLICATE_CONTEXTS=False,
+        )  # fmt: skip
+        stock._insert_resampled_kernel[(self._num_requests,)](
+            self.sampled, self.sampled.stride(0), self.num_sampled, *draws, num_blocks,
+            rows.first, rows.slot, sampling.temperature,
+            PADDED_RESAMPLE_NUM_BLOCKS=triton.next_power_of_2(num_blocks),
+        )  # fmt: skip
 
 
 def _strided(logits: Tensor | None) -> tuple[Any, ...]:
@@ -196,31 +217,29 @@ def _strided(logits: Tensor | None) -> tuple[Any, ...]:
     return (None, 0, 0) if logits is None else (logits, *logits.stride()[:-1])
 
 
-def _resample(
-    rows: Rows, sampling: Sampling, sampled: Tensor, num_sampled: Tensor, target_lse: Tensor, draft_lse: Tensor
-) -> None:
-    """Draw the bonus token, or the replacement of a sampled request's rejected draft, with vLLM's own kernels."""
-    num_requests = num_sampled.shape[0]
-    num_blocks = triton.cdiv(rows.vocab_size, RESAMPLE_BLOCK_SIZE)
-    argmax = sampled.new_empty(num_requests, num_blocks)
-    value = target_lse.new_empty(
-        num_requests, num_blocks, dtype=torch.float64 if sampling.use_fp64 else torch.float32
-    )  # fmt: skip
-    stock._resample_kernel[(num_requests, num_blocks)](
-        argmax, argmax.stride(0), value, value.stride(0), *_strided(rows.processed), target_lse,
-        *_strided(rows.draft), draft_lse, num_sampled, rows.first, rows.slot, rows.drafted, sampling.temperature,
-        sampling.seed, rows.position,
-        None,  # block verification
-        None, 0, None, None, 0, 0,  # watermarking
-        rows.vocab_size,
-        BLOCK_SIZE=RESAMPLE_BLOCK_SIZE, HAS_DRAFT_LOGITS=rows.draft is not None, USE_FP64=sampling.use_fp64,
-        USE_BLOCK_VERIFICATION=False, CONTEXT_WIDTH=1, WATERMARK=False, DEDUPLICATE_CONTEXTS=False,
-    )  # fmt: skip
-    stock._insert_resampled_kernel[(num_requests,)](
-        sampled, sampled.stride(0), num_sampled, argmax, argmax.stride(0), value, value.stride(0), num_blocks,
-        rows.first, rows.slot, sampling.temperature,
-        PADDED_RESAMPLE_NUM_BLOCKS=triton.next_power_of_2(num_blocks),
-    )  # fmt: skip
+def readable(logits: Tensor | None, vocab_size: int) -> tuple[Any, ...]:
+    """Return rows of logits with their strides and how many elements of a row may be read, at least ``vocab_size``.
+
+    The vocabulary is rounded up to a multiple of 16 where every row goes on for that long, the last one too: vLLM
+    pads rows to multiples of 64 and hands over the part that is the vocabulary.
+    """
+    if logits is None:
+        return (None,)
+    *strides, _ = logits.stride()
+    width = triton.cdiv(vocab_size, 16) * 16
+    if width > vocab_size:
+        last = logits.storage_offset() + sum(s * (n - 1) for s, n in zip(strides, logits.shape[:-1], strict=True))
+        room = logits.untyped_storage().nbytes() // logits.element_size() - last
+        if min(*strides, room) < width:
+            width = vocab_size
+    return (logits, *strides, width)
+
+
+def vectors(vocab_size: int, *logits: tuple[Any, ...]) -> dict[str, Any]:
+    """Return what the loads of these rows may count on: strides and widths in multiples of 8, or of nothing."""
+    given = [numbers for tensor, *numbers in logits if tensor is not None]
+    unit = 8 if all(number % 8 == 0 for numbers in given for number in numbers) else 1
+    return {"UNIT": unit, "PADDED": any(numbers[-1] > vocab_size for numbers in given)}
 
 
 @dataclass(frozen=True)
@@ -245,12 +264,22 @@ class Server:
         return torch.full((size,), value, dtype=of, device=self.device)
 
     def chunks(self) -> list[Tensor]:
-        """Return the logits of one request, [K + 1, V], in every alignment a chunk of rows can have."""
-        rows = self.num_steps + 1
-        logits = torch.zeros(rows, self.vocab_size, dtype=self.dtype, device=self.device)
-        if self.given_verdict or self.vocab_size * logits.element_size() % 16 == 0:
-            return [logits]  # Model Runner V1 verifies no chunks
-        return [logits, torch.zeros(rows + 1, self.vocab_size, dtype=self.dtype, device=self.device)[1:]]
+        """Return the logits of one request, [K + 1, V], in every form a model can hand them over.
+
+        vLLM's models pad rows to multiples of 64 and cut off the rest; a model may also leave its rows as they are,
+        and then the first row of a chunk need not be aligned.
+        """
+        rows, padded = self.num_steps + 1, triton.cdiv(self.vocab_size, 64) * 64
+
+        def logits(count: int, width: int) -> Tensor:
+            return torch.zeros(count, width, dtype=self.dtype, device=self.device)
+
+        chunks = [logits(rows, padded)[:, : self.vocab_size]]
+        if padded > self.vocab_size:
+            chunks.append(logits(rows, self.vocab_size))
+            if not self.given_verdict and self.vocab_size * self.dtype.itemsize % 16:  # V1 verifies no chunks
+                chunks.append(logits(rows + 1, self.vocab_size)[1:])
+        return chunks
 
     def rows(self, raw: Tensor, processed: Tensor) -> Rows:
         """Return a step of one request."""
@@ -293,10 +322,13 @@ def warm_up(server: Server, program: Program) -> None:
     """Compile every variant a server can launch, on a batch of one request.
 
     The variants differ in whether the processed logits are the raw ones, or, with a given verdict, in what was drawn;
-    and, where rows are not a multiple of 16 bytes long, in whether the first row of a chunk happens to be aligned.
-    Whether rows are greedy is decided at run time.
+    and in how the rows lie in memory. Whether rows are greedy is decided at run time.
     """
     slots, counters = server.slots(), server.constant(server.num_steps + 1, 0, torch.int64)
+    space = Workspace(
+        server.device, server.vocab_size, server.num_steps + 1, 1, program.numbers.top_k, server.use_fp64
+    )  # fmt: skip
+    memory = Memory(counters, space)
     sampling = Sampling(
         server.constant(server.num_slots, 1, torch.float32), server.constant(server.num_slots, 0, torch.int64),
         server.use_fp64,
@@ -304,7 +336,7 @@ def warm_up(server: Server, program: Program) -> None:
     for raw in server.chunks():
         if server.given_verdict:
             for given in server.verdicts():
-                arbitrate_given(server.rows(raw, raw), given, slots, program, counters)
+                arbitrate_given(server.rows(raw, raw), given, slots, program, memory)
             continue
-        for processed in (raw, raw.to(torch.float32, copy=True)):
-            arbitrate(server.rows(raw, processed), sampling, slots, program, counters)
+        for processed in (raw, torch.empty_like(raw, dtype=torch.float32).copy_(raw)):  # as vLLM's sampler copies
+            arbitrate(server.rows(raw, processed), sampling, slots, program, memory)

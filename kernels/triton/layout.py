@@ -1,6 +1,7 @@
 """What the stages leave to each other: the order and number of the fields of every buffer, stated here alone.
 
-A buffer is declared by naming its fields in order; the last name of a list is their number. Kernels import the names
+All of them hold float32; the integers among them, token ids and counts, are exact up to ``step.MAX_VOCAB_SIZE``. A
+buffer is declared by naming its fields in order, and the last name of a list is their number. Kernels import the names
 one by one: Triton's cache of compiled programs looks at the values of globals, not at those of a module's attributes.
 """
 
@@ -13,21 +14,28 @@ from vllm_cospec.kernels.statistics import INDEX, LOGPROB_FLOOR, NUM_STATISTICS
 FLOOR = tl.constexpr(LOGPROB_FLOOR)
 INFINITY = tl.constexpr(float("inf"))
 
-# Of a target row's tile, float32: TOP_K largest logits, then these two.
-SUM, WEIGHTED, TILE_SUMS = map(tl.constexpr, range(3))
-# Of a target row's tile, int32.
-TILE_ARGMAX, TILE_RANK, TILE_NAN, TILE_INTS = map(tl.constexpr, range(4))
-# Of a draft row's tile, float32.
-DRAFT_MAX, DRAFT_SECOND, DRAFT_SUM, DRAFT_WEIGHTED, DRAFT_CROSS, DRAFT_NAN, DRAFT_FIELDS = map(tl.constexpr, range(7))
-# Of a row whose tiles are combined, int32.
-ACCEPTED, MATCH, STATUS, STRICT_TOKEN, TOP, RANK, ROW_INTS = map(tl.constexpr, range(7))
+# A block of a row, stage 1: of the raw logits, of the processed ones for strict verification where the raw ones do not
+# serve, of the draft's at the request's temperature, and the one statistic that a rule reads and that is cheap enough
+# to be had in the same pass.
+(
+    RAW_MAX, RAW_ARGMAX, RAW_SUM, PROCESSED_MAX, PROCESSED_ARGMAX, PROCESSED_SUM, SCALED_DRAFT_MAX, SCALED_DRAFT_SUM,
+    EXTRA, BLOCK_FIELDS,
+) = map(tl.constexpr, range(10))  # fmt: skip
+# Which statistic that is. TOP_K takes as many fields from EXTRA on.
+NOTHING, ENTROPY, RANK, TOP_K = map(tl.constexpr, range(4))
+
+# A row, stage 2. LOG_SUM: log sum exp(z - max z); the log-sums of exponentials are those of the strict verdict.
+(
+    ACCEPTED, STRICT_TOKEN, STATUS, MATCH, TOP, LOGIT_TOP, LOGIT_DRAFT, LOG_SUM, EXTRA_STATISTIC, RATIO, UNIFORM,
+    TARGET_LSE, DRAFT_LSE, ROW_FIELDS,
+) = map(tl.constexpr, range(14))  # fmt: skip
 # Status of a row. OPEN: the policy may decide here, were the budget not spent; NO_DRAFT: nothing was proposed here.
 CLOSED, OPEN, NO_DRAFT = map(tl.constexpr, range(3))
-# Likewise, float32. The log-sums of exponentials are those of the raw row and of the strict verdict.
+
+# A block of target and draft row at a mismatch, stage 3.
 (
-    LOGPROB_DRAFT, LOGPROB_TOP, GAP, ENTROPY, TOP_K_ENTROPY, LOGIT_DRAFT, LOGIT_TOP, RATIO, UNIFORM, RAW_LSE,
-    TARGET_LSE, DRAFT_LSE, ROW_FLOATS,
-) = map(tl.constexpr, range(13))  # fmt: skip
+    MOMENT, RANK_IN_BLOCK, SECOND, DRAFT_MAX, DRAFT_SECOND, DRAFT_SUM, DRAFT_MOMENT, CROSS, MISMATCH_FIELDS,
+) = map(tl.constexpr, range(9))  # fmt: skip
 
 STATISTICS = tl.constexpr(NUM_STATISTICS)
 

@@ -10,7 +10,7 @@ Its weights lie in one float32 vector, layer after layer, so that new ones can b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from vllm.triton_utils import tl, triton
 from vllm_cospec.kernels import policies
 from vllm_cospec.kernels.policies import Numbers, Policy, Rule
 from vllm_cospec.kernels.statistics import DRAFT_STATISTICS
+from vllm_cospec.kernels.triton import layout
 from vllm_cospec.kernels.triton.layout import STATISTICS
 
 TYPICAL, RELAXED_TOPK, THRESHOLD, CASCADE, MARS, FLY, KL, RANDOM, LEARNED = (
@@ -43,7 +44,9 @@ class Program:
     numbers: Numbers = field(default_factory=Numbers)
     hidden: tuple[int, int] = (1, 0)  # widths of the learned network, 0 for no second layer
     weights: Tensor | None = None  # [number of weights] float32, on the device
-    needs_draft: bool = False  # whether the draft's distribution is looked at
+    extra: int = field(default_factory=lambda: layout.NOTHING.value)  # which statistic the first pass takes besides
+    rereads: bool = False  # whether rejected rows are read again
+    reads_draft: bool = False  # whether the draft's row is read beside them
     collect: bool = False  # return a trace
     sample_actions: bool = False  # training: keep with the score as probability, do not compare it with the threshold
 
@@ -55,19 +58,33 @@ def compile_policy(policy: Policy, device: torch.device, arbiter: Any = None, co
         policy: with everything settled that depends on K.
         device: where the weights go.
         arbiter: the network, where the policy has one.
-        collect: statistics are wanted whatever the policy reads, so the draft's are computed too.
+        collect: statistics are wanted whatever the policy reads, so all are computed.
     """
-    needs_draft = collect or not policy.reads.isdisjoint(DRAFT_STATISTICS)
-    if isinstance(policy, Rule):
-        return Program(policy.code, policy.numbers(), needs_draft=needs_draft, collect=collect)
+    numbers = policy.numbers() if isinstance(policy, Rule) else Numbers()
+    extra, rereads = _passes(policy.reads, numbers, collect)
+    program = Program(
+        policy.code, numbers, extra=extra, rereads=rereads, collect=collect,
+        reads_draft=collect or not policy.reads.isdisjoint(DRAFT_STATISTICS),
+    )  # fmt: skip
+    if policy.arbiter is None:
+        return program
     sizes = tuple(arbiter.hidden_sizes)
-    return Program(
-        policy.code,
+    return replace(
+        program,
         hidden=(sizes[0], sizes[1] if len(sizes) > 1 else 0),
         weights=flatten_weights(arbiter.state_dict()).to(device),
-        needs_draft=needs_draft,
-        collect=collect,
     )
+
+
+def _passes(reads: frozenset[str], numbers: Numbers, collect: bool) -> tuple[int, bool]:
+    """Return what the first pass takes besides, and whether rejected rows are read again for the rest."""
+    first_pass = {"target_entropy": layout.ENTROPY.value, "target_rank_draft": layout.RANK.value}
+    wanted = reads - {"target_logprob_draft", "target_logprob_top"}
+    if numbers.top_k:
+        return layout.TOP_K.value, collect or bool(wanted)
+    if collect or len(wanted) > 1 or not wanted <= first_pass.keys():
+        return layout.NOTHING.value, True
+    return next((first_pass[name] for name in wanted), layout.NOTHING.value), False
 
 
 def flatten_weights(state_dict: dict[str, Tensor]) -> Tensor:
@@ -137,7 +154,7 @@ def rule_keeps(
     logprob_draft,  # log p(d)
     logprob_top,  # log p(t*)
     entropy,
-    rank,  # of d, from 0
+    rank,  # of d, from 0, float32
     logit_draft,  # raw
     logit_top,  # raw
     top_k_entropy,
@@ -169,7 +186,7 @@ def rule_keeps(
     elif POLICY == CASCADE:
         keep = p_draft >= p_top * first
     elif POLICY == MARS:
-        keep = (rank == 1) & (logit_top > 0.0) & (logit_draft > first * logit_top)
+        keep = (rank == 1.0) & (logit_top > 0.0) & (logit_draft > first * logit_top)
     elif POLICY == FLY:
         keep = (top_k_entropy >= first) & (remaining >= window) & (native_run >= window)
     elif POLICY == KL:
@@ -177,5 +194,5 @@ def rule_keeps(
     elif POLICY == RANDOM:
         keep = coin(seed, output_position, draft_token, target_token) < first
     else:
-        keep = rank < 0  # strict: nothing
+        keep = rank < 0.0  # strict: nothing
     return keep

@@ -6,8 +6,15 @@ B requests, R rows of logits in all, S slots, K draft tokens at most.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from vllm_cospec.kernels.triton.workspace import Workspace
+
+MAX_VOCAB_SIZE = 2**24
+"""Token ids are kept as float32 between the stages, see :mod:`vllm_cospec.kernels.triton.layout`."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class Rows:
 
     def __post_init__(self) -> None:
         """Refuse what the kernels do not take, with a ValueError."""
+        if self.raw.shape[1] > MAX_VOCAB_SIZE:
+            raise ValueError(f"the kernels take vocabularies of up to {MAX_VOCAB_SIZE} tokens")
         if self.raw.shape != self.processed.shape or self.raw.stride(-1) != 1 or self.processed.stride(-1) != 1:
             raise ValueError("raw and processed logits must have one shape and contiguous rows")
         if self.draft is not None and (self.draft.ndim != 3 or self.draft.stride(-1) != 1):
@@ -43,6 +52,14 @@ class Rows:
     def vocab_size(self) -> int:
         """V. As stock: the target or the draft may be padded."""
         return self.raw.shape[1] if self.draft is None else min(self.raw.shape[1], self.draft.shape[2])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the kernels write to at every step, on the device."""
+
+    counters: Tensor  # [K + 1 or more] int64, added to: overrides per position, then mismatches
+    workspace: Workspace
 
 
 @dataclass(frozen=True)

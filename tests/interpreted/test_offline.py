@@ -17,12 +17,12 @@ WORST = (
     "target_statistics_kernel: bf16, processed fp32, draft logits, top 3",
     "target_statistics_kernel: fp32, draft logits",
     "target_statistics_kernel: fp32, processed fp32, draft logits",
-    "draft_statistics_kernel: fp32",
-    "row_kernel: fp32, processed fp32, draft logits, top 3",
+    "mismatch_kernel: ",
+    "verdict_kernel: fp32, processed fp32, draft logits, top 3",
     "scan_kernel: bf16, draft logits, typical, collect",
     "scan_kernel: fp16, draft logits, learned, 32x32, collect",
     "scan_kernel: fp32, draft logits, kl",
-    "given_verdict_kernel",
+    "given_verdict_kernel: bf16, sampled",
 )
 LIST = """
 from vllm_cospec.kernels.triton.stand_in import install
@@ -56,9 +56,33 @@ def test_the_committed_report_covers_every_variant_and_none_spills() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     launched = json.loads(done.stdout.splitlines()[-1])
+    assert len(set(launched)) == len(launched), "two variants share a name"
     for target in TARGETS:
         assert sorted(f"{r['kernel']}: {r['variant']}" for r in rows if r["target"] == target) == sorted(launched)
     assert [row for row in rows if row["spill_bytes"] and not row["kernel"].startswith("_")] == []
+
+
+@pytest.mark.slow  # checks a committed file
+def test_the_passes_over_the_vocabulary_load_128_bits_at_a_time() -> None:
+    rows = json.loads(REPORT.read_text())["offline"]
+    passes = [row for row in rows if row["kernel"] in ("target_statistics_kernel", "mismatch_kernel")]
+    assert {row["target"] for row in passes} == TARGETS
+    for row in passes:
+        loads = {int(width): int(count) for count, _, width in (part.partition("x") for part in row["loads"].split())}
+        assert loads[128] >= 1, row
+        # single logits, where a rank is asked for; nothing else is narrower than an integer
+        assert sum(count for width, count in loads.items() if width < 32) <= ("rank" in row["variant"]), row
+
+
+@pytest.mark.slow  # checks a committed file
+def test_the_first_pass_takes_few_enough_instructions_to_be_bound_by_memory() -> None:
+    """64 logits a thread of a greedy row in bfloat16; the sampled branch is not in this variant."""
+    wanted = ("target_statistics_kernel", "bf16, given verdict", "sm_90")
+    rows = json.loads(REPORT.read_text())["offline"]
+    (row,) = (row for row in rows if (row["kernel"], row["variant"], row["target"]) == wanted)
+    parts = 8_192 // 1_024  # of a block: its loop runs once for each
+    assert row["loop_instructions"] > 0
+    assert row["instructions"] + (parts - 1) * row["loop_instructions"] <= 1_100
 
 
 @pytest.mark.slow  # checks a committed file

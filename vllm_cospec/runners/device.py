@@ -14,7 +14,8 @@ from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.health import REASONS
 from vllm_cospec.kernels.policies import Policy
 from vllm_cospec.kernels.triton.policies import Program, compile_policy, flatten_weights
-from vllm_cospec.kernels.triton.step import Trace
+from vllm_cospec.kernels.triton.step import Memory, Trace
+from vllm_cospec.kernels.triton.workspace import Workspace
 from vllm_cospec.metrics import Counters, Totals
 from vllm_cospec.runners.trace import Decision
 
@@ -108,6 +109,12 @@ class DevicePolicy:
 
             arbiter, _ = load_artefact(Path(settings.policy.arbiter))
         self._program = compile_policy(settings.policy, device, arbiter, settings.collect)
+
+    def load_memory(self, counters: Tensor, vocab_size: int, num_rows: int, num_requests: int, use_fp64: bool) -> None:
+        """Allocate what the kernels work in, for the largest step; called once, when the sampler is built."""
+        top_k = self._program.numbers.top_k
+        space = Workspace(self._device, vocab_size, num_rows, num_requests, top_k, use_fp64)
+        self._memory = Memory(counters, space)
 
     @property
     def program(self) -> Program:

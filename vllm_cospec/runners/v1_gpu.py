@@ -62,6 +62,9 @@ class CoSpecRejectionSampler(DevicePolicy, V1Sampler):
         self._taken: list[tuple[bool, Reason | None]] = []
         self._known: tuple[Layout, Tensor] | None = None  # of the running step, see _find_lost
         self.load_policy(settings, runner.device)
+        size, vocab_size = self._table.size, runner.model_config.get_vocab_size()
+        num_rows = size * (settings.num_speculative_tokens + 1)
+        self.load_memory(self._counters.on_device, vocab_size, num_rows, size, use_fp64=False)
 
     def open_step(self, request_ids: Sequence[str]) -> None:
         """As the base's."""
@@ -136,7 +139,7 @@ class CoSpecRejectionSampler(DevicePolicy, V1Sampler):
         arbitrated = table.arbitrated[layout.draft_slot] != 0
         self._counters.unhealthy[REASONS.index(Reason.CONTEXT)] += (arbitrated & outgrown).sum()
         self._counters.unhealthy[REASONS.index(Reason.LOST)] += (arbitrated & lost & ~outgrown).sum()
-        result = arbitrate_given(rows, verdict, table, self.program, self._counters.on_device)
+        result = arbitrate_given(rows, verdict, table, self.program, self._memory)
         self._table.parts.follow(layout.first, layout.request_slot, result.num_kept)
         self._counters.export()
         if result.trace is not None:

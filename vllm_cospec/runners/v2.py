@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler, get_max_chunk_logits
 
 from vllm_cospec import compat
 from vllm_cospec.config import WHERE, Settings
@@ -49,6 +49,11 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
         finish = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests"
         self._finish_requests = compat.wrap(finish, runner, self.finish_requests)
         self.load_policy(settings, runner.device)
+        block = settings.num_speculative_tokens + 1
+        num_rows = min(runner.max_num_reqs * block, max(get_max_chunk_logits(runner.vocab_size), block))
+        self.load_memory(
+            self._counters.on_device, runner.vocab_size, num_rows, runner.max_num_reqs, self.sampler.use_fp64_gumbel
+        )
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """As the model state's, which this wraps."""
@@ -122,7 +127,7 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
             closed=closed,
         )  # fmt: skip
         sampling = Sampling(states.temperature.gpu, states.seeds.gpu, self.sampler.use_fp64_gumbel)
-        verified = arbitrate(rows, sampling, slots, self.program, self._counters.on_device)
+        verified = arbitrate(rows, sampling, slots, self.program, self._memory)
         parts.follow(cu_num_logits, idx_mapping, verified.num_sampled - 1)
         self._counters.export()
         if verified.trace is not None:

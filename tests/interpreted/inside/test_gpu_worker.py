@@ -19,7 +19,7 @@ from vllm_cospec import compat
 from vllm_cospec.config import Settings
 from vllm_cospec.health import REASONS
 from vllm_cospec.kernels.policies import Kl
-from vllm_cospec.kernels.triton import draft, launch, scan, target, verdict
+from vllm_cospec.kernels.triton import launch, mismatch, scan, target, verdict
 from vllm_cospec.kernels.triton.policies import compile_policy
 from vllm_cospec.kernels.triton.step import Slots
 from vllm_cospec.runners import v1, v1_gpu, v2
@@ -79,7 +79,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **kwargs: names.append(self.name)
 
-    for module in (target, verdict, draft, scan, launch.stock, gumbel):
+    for module in (target, verdict, mismatch, scan, launch.stock, gumbel):
         for name in list(vars(module)):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(name))
@@ -110,7 +110,8 @@ def test_verification_on_v2_waits_for_nothing(launched: list[str], tmp_path: Pat
     sampler._slots = SimpleNamespace(on_device=lambda arbitrated: replace(slots, arbitrated=arbitrated))
     sampler._counters = counters()
     sampler._arbitrated = Arbitrated(np.ones(99), slots.arbitrated)
-    sampler._program = compile_policy(sampler._settings.policy, META, collect=True)
+    sampler._program, sampler._device = compile_policy(sampler._settings.policy, META, collect=True), META
+    sampler.load_memory(torch.zeros(K + 1, dtype=torch.int64, device=META), VOCAB, 3 * (K + 1), 3, use_fp64=False)
     sampler._steps, sampler.sample_actions, sampler.num_speculative_steps = [], False, K
     sampler._runner = SimpleNamespace(req_states=SimpleNamespace(index_to_req_id={}))
     states = SimpleNamespace(
@@ -127,7 +128,7 @@ def test_verification_on_v2_waits_for_nothing(launched: list[str], tmp_path: Pat
     )  # fmt: skip
     assert sampled.device == num_sampled.device == processed.device == META
     assert launched == [
-        "target_statistics_kernel", "row_kernel", "draft_statistics_kernel", "scan_kernel", "_resample_kernel",
+        "target_statistics_kernel", "verdict_kernel", "mismatch_kernel", "scan_kernel", "_resample_kernel",
         "_insert_resampled_kernel",
     ]  # fmt: skip
 
@@ -177,6 +178,6 @@ def test_drafting_and_verification_on_v1_wait_for_nothing(
     assert output.shape == (3, K + 1)
     assert output.dtype == torch.int32
     assert launched == [
-        *["_gumbel_sample_kernel"] * K, "target_statistics_kernel", "row_kernel", "given_verdict_kernel",
-        "draft_statistics_kernel", "scan_kernel",
+        *["_gumbel_sample_kernel"] * K, "target_statistics_kernel", "given_verdict_kernel", "mismatch_kernel",
+        "scan_kernel",
     ]  # fmt: skip

@@ -22,7 +22,8 @@ from vllm_cospec.kernels.reference import Block, BlockResult, verify_block
 from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.kernels.triton.launch import arbitrate
 from vllm_cospec.kernels.triton.policies import compile_policy
-from vllm_cospec.kernels.triton.step import Rows, Sampling, Slots
+from vllm_cospec.kernels.triton.step import Memory, Rows, Sampling, Slots
+from vllm_cospec.kernels.triton.workspace import Workspace
 
 CPU = torch.device("cpu")
 POISON = -7777
@@ -90,21 +91,35 @@ class Case:
         )  # fmt: skip
 
     def prepared(
-        self, policy: Policy, arbiter: Arbiter | None = None, collect: bool = False, sample_actions: bool = False
+        self,
+        policy: Policy,
+        arbiter: Arbiter | None = None,
+        collect: bool = False,
+        sample_actions: bool = False,
+        space: Workspace | None = None,
     ) -> tuple[Callable[[], Any], Tensor, Slots]:
-        """Fused verification as a call, which returns a ``Verified``; beside it the counters and slots it adds to."""
+        """Fused verification as a call, which returns a ``Verified``; beside it the counters and slots it adds to.
+
+        In a workspace of its own unless one is given.
+        """
         device = self.raw.device
         slots = Slots(**{name: value.clone() for name, value in vars(self.slots).items()})
         counters = torch.zeros(self.num_speculative_steps + 1, dtype=torch.int64, device=device)
         program = replace(compile_policy(policy, device, arbiter, collect), sample_actions=sample_actions)
-        arguments = self.rows(), Sampling(self.temperature, self.seed), slots, program, counters
+        memory = Memory(counters, space or Workspace(device, self.raw.shape[1], 1, 1))
+        arguments = self.rows(), Sampling(self.temperature, self.seed), slots, program, memory
         return lambda: arbitrate(*arguments), counters, slots
 
     def ours(
-        self, policy: Policy, arbiter: Arbiter | None = None, collect: bool = False, sample_actions: bool = False
+        self,
+        policy: Policy,
+        arbiter: Arbiter | None = None,
+        collect: bool = False,
+        sample_actions: bool = False,
+        space: Workspace | None = None,
     ) -> tuple[Any, Tensor, Slots]:
         """Fused verification -> result (a ``Verified``, with a trace if collected), counters, slots afterwards."""
-        verify, counters, slots = self.prepared(policy, arbiter, collect, sample_actions)
+        verify, counters, slots = self.prepared(policy, arbiter, collect, sample_actions, space)
         return verify(), counters, slots
 
 

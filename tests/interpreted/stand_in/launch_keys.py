@@ -6,6 +6,7 @@ options, on an NVIDIA target. Nothing is compiled and nothing runs: launches are
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -24,31 +25,37 @@ from benchmarks import variants  # noqa: E402
 from benchmarks.offline import TARGETS, Launch, recorded_launches  # noqa: E402
 from vllm_cospec.kernels.triton.launch import Server, arbitrate, arbitrate_given, warm_up  # noqa: E402
 from vllm_cospec.kernels.triton.policies import Program, compile_policy  # noqa: E402
-from vllm_cospec.kernels.triton.step import Rows, Sampling, Slots, Verdict  # noqa: E402
+from vllm_cospec.kernels.triton.step import Memory, Rows, Sampling, Slots, Verdict  # noqa: E402
+from vllm_cospec.kernels.triton.workspace import Workspace  # noqa: E402
 
 CPU = torch.device("cpu")
 SLOTS = 9
 FLOATS = ("threshold", "max_regret", "regret_so_far")
 
 
-def key(one: Launch) -> str:
+def key(one: Launch, target: str) -> str:
     """What Triton looks a compiled program up by."""
-    binder = create_function_from_signature(one.kernel.signature, one.kernel.params, make_backend(TARGETS["sm_90"]))
-    options: dict[str, Any] = {"num_warps": one.num_warps, "maxnreg": one.maxnreg}
+    binder = create_function_from_signature(one.kernel.signature, one.kernel.params, make_backend(TARGETS[target]))
+    options: dict[str, Any] = {"num_warps": one.num_warps}
+    if target == "sm_90":  # the other compiler does not know it
+        options["maxnreg"] = one.maxnreg
     _, specialization, _ = binder(**one.arguments, **options)
-    return f"{one.name} {specialization} {options}"
+    return f"{target} {one.name} {specialization} {options}"
 
 
 def ours(launches: list[Launch]) -> set[str]:
     """Keys of the launches of our kernels; stock's are stock's affair."""
-    return {key(one) for one in launches if not one.name.startswith("_")}
+    return {key(one, target) for one in launches if not one.name.startswith("_") for target in ("sm_90", "gfx942")}
 
 
-def step(server: Server, program: Program, counts: list[int], first_row: int, separate: bool, form: int | None) -> None:
+def step(
+    server: Server, program: Program, counts: list[int], first_row: int, padded: bool, separate: bool, form: int | None
+) -> None:
     """Launch one step of a batch that is a chunk, from ``first_row`` on, of a larger one, as the runners do.
 
     Args:
         counts: rows of each request.
+        padded: rows of logits are cut out of rows of a multiple of 64, as vLLM's models hand them over.
         separate: processed logits are a copy.
         form: which form a given verdict has; None: strict verification is ours.
     """
@@ -57,7 +64,8 @@ def step(server: Server, program: Program, counts: list[int], first_row: int, se
     def chunk(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(total, *shape, dtype=dtype)[first_row:]
 
-    logits = chunk(server.vocab_size, dtype=server.dtype)
+    width = -(-server.vocab_size // 64) * 64 if padded else server.vocab_size
+    logits = chunk(width, dtype=server.dtype)[:, : server.vocab_size]
     rows = Rows(
         logits, torch.zeros(logits.shape) if separate else logits, server.draft_logits,
         drafted=chunk(dtype=torch.int32),
@@ -75,11 +83,12 @@ def step(server: Server, program: Program, counts: list[int], first_row: int, se
         }
     )
     counters = torch.zeros(server.num_steps + 1, dtype=torch.int64)
+    memory = Memory(counters, Workspace(CPU, server.vocab_size, total, batch))
     if form is None:
         sampling = Sampling(torch.zeros(SLOTS), torch.zeros(SLOTS, dtype=torch.int64))
-        arbitrate(rows, sampling, slots, program, counters)
+        arbitrate(rows, sampling, slots, program, memory)
     else:
-        arbitrate_given(rows, given(server, sum(counts) - batch, batch, form), slots, program, counters)
+        arbitrate_given(rows, given(server, sum(counts) - batch, batch, form), slots, program, memory)
 
 
 def given(server: Server, drafts: int, batch: int, form: int) -> Verdict:
@@ -112,10 +121,11 @@ def missed(vocab: int, k: int, dtype: torch.dtype, has_draft: bool, v1: bool) ->
             with recorded_launches(*variants.MODULES) as served:
                 for counts in ([1], [k + 1], [2, 1, k + 1], [k + 1] * 16):
                     for first_row in (0,) if v1 else (0, 1, 3, 8):
-                        for variant in range(2):
+                        for padded, variant in itertools.product((False, True), range(2)):
                             if v1 and sum(counts) == len(counts):
                                 continue  # without a draft the runner asks stock
-                            step(server, program, counts, first_row, not v1 and variant == 1, variant if v1 else None)
+                            form = variant if v1 else None
+                            step(server, program, counts, first_row, padded, not v1 and variant == 1, form)
             now = ours(served)
             reached |= now
             left_out |= now - ours(warm)

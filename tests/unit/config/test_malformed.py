@@ -140,7 +140,7 @@ POLICIES = {
     **wrong_parameter("mars", "ratio", {"negative": -0.1}),
     **wrong_parameter("strict", "alpha", {"unknown": 1}),
     **wrong_parameter("fly", "window", {"zero": 0, "as long as the block": 3, "too large": 128}),
-    **wrong_parameter("fly", "entropy_top_k", {"zero": 0, "too large": 65}),
+    **wrong_parameter("fly", "entropy_top_k", {"zero": 0, "too large": 5}),
     **wrong_parameter("fly", "entropy_threshold", {"negative": -1}),
 }
 

@@ -81,7 +81,7 @@ def test_every_registered_policy_is_covered_and_named_as_users_write_it() -> Non
         {"policy": "mars", "ratio": -0.1},
         {"policy": "mars", "ratio": 1.1},
         {"policy": "fly", "entropy_top_k": 0},
-        {"policy": "fly", "entropy_top_k": 65},
+        {"policy": "fly", "entropy_top_k": 5},
         {"policy": "fly", "entropy_threshold": -1},
         {"policy": "fly", "window": 0},
         {"policy": "fly", "window": 128},

@@ -198,7 +198,7 @@ def test_mars_by_hand() -> None:
 
 
 @quick
-@given(mismatch_rows(), st.integers(1, 10), st.floats(0, 2), st.integers(1, 6), st.integers(0, 7), st.integers(0, 7))
+@given(mismatch_rows(), st.integers(1, 4), st.floats(0, 2), st.integers(1, 6), st.integers(0, 7), st.integers(0, 7))
 def test_fly_keeps_where_unsure_and_the_next_drafts_are_accepted(
     rows: list[tuple[Any, ...]], top_k: int, threshold: float, window: int, run: int, remaining: int
 ) -> None:

@@ -1,0 +1,274 @@
+"""Target and draft row of a rejected position, read side by side: what the first pass has not kept of them.
+
+The mathematics stands in :mod:`vllm_cospec.kernels.triton.target`. Which positions a policy comes to depends on what it
+decides at those before; all that it may come to are read at once, so that the scan never waits for a row.
+"""
+
+from __future__ import annotations
+
+from vllm.triton_utils import tl, triton
+
+from vllm_cospec.kernels.regret import REGRET_UNIT
+from vllm_cospec.kernels.triton.layout import (
+    ACCEPTED,
+    CROSS,
+    DRAFT_MAX,
+    DRAFT_MOMENT,
+    DRAFT_SECOND,
+    DRAFT_SUM,
+    FLOOR,
+    INFINITY,
+    LOG_SUM,
+    LOGIT_DRAFT,
+    LOGIT_TOP,
+    MISMATCH_FIELDS,
+    MOMENT,
+    OPEN,
+    RANK_IN_BLOCK,
+    RAW_MAX,
+    ROW_FIELDS,
+    SECOND,
+    STATUS,
+    TOP,
+)
+from vllm_cospec.kernels.triton.target import place_of
+from vllm_cospec.kernels.triton.tiles import aligned, base_of, combine, combine_moments, exp, load_logits
+
+_REGRET_UNIT = tl.constexpr(REGRET_UNIT)
+
+
+@triton.jit
+def given_up(logit_top, logit_draft):
+    """Nats that keeping a draft gives up, rounded up to a unit."""
+    return tl.ceil((logit_top - logit_draft) / _REGRET_UNIT) * _REGRET_UNIT
+
+
+@triton.jit
+def affordable(regret, max_regret):
+    """Whether a budget has room for so many nats in all. Where it is 0 it has none, ties included."""
+    return (max_regret == INFINITY) | ((max_regret > 0) & (regret <= max_regret))
+
+
+@triton.jit
+def _two_largest(first, second, other_first, other_second):
+    """Merge two pairs of largest values."""
+    rest = tl.maximum(tl.minimum(first, other_first), tl.maximum(second, other_second))
+    return tl.maximum(first, other_first), rest
+
+
+@triton.jit
+def _candidates(
+    rows_ptr,  # [num_rows, ROW_FIELDS] float32
+    start,  # first row of the request
+    num_drafts,
+    budget,  # overrides that are left
+    regret,  # nats given up so far
+    max_regret,
+    PADDED_STEPS: tl.constexpr,
+):
+    """Positions of a request that the policy may come to, bool [PADDED_STEPS].
+
+    They are rejected and open, and so is every rejected position before them; the budgets let all of those be kept.
+    """
+    steps = tl.arange(0, PADDED_STEPS)
+    present = steps < num_drafts
+    fields = rows_ptr + (start + steps) * ROW_FIELDS
+    rejected = present & (tl.load(fields + ACCEPTED, mask=present, other=1.0) == 0.0)
+    is_open = tl.load(fields + STATUS, mask=present, other=0.0) == OPEN
+    end = tl.min(tl.where(rejected & (not is_open), steps, PADDED_STEPS), axis=0)
+    candidate = rejected & (steps < end)
+    before = tl.cumsum(candidate.to(tl.int32), axis=0) - 1
+    logit_top = tl.load(fields + LOGIT_TOP, mask=candidate, other=0.0)
+    cost = given_up(logit_top, tl.load(fields + LOGIT_DRAFT, mask=candidate, other=0.0))
+    return candidate & (before < budget) & affordable(regret + tl.cumsum(cost, axis=0), max_regret)
+
+
+@triton.jit
+def _store_draft_maxima(
+    partials,  # of this block, written
+    draft_row_ptr,  # [V]
+    block,
+    vocab_size,
+    width,
+    num_blocks,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """The two largest logits of a block of the draft's row -> the largest."""
+    lanes = tl.arange(0, TILE_SIZE)
+    first = tl.full((TILE_SIZE,), -INFINITY, tl.float32)
+    second = first
+    for tile in range(0, BLOCK_SIZE, TILE_SIZE):
+        draft = load_logits(draft_row_ptr, block * BLOCK_SIZE + tile + lanes, vocab_size, width, PADDED)
+        second = tl.maximum(second, tl.minimum(first, draft))
+        first = tl.maximum(first, draft)
+    largest, next_largest = tl.reduce((first, second), 0, _two_largest)
+    tl.store(partials + DRAFT_MAX * num_blocks, largest)
+    tl.store(partials + DRAFT_SECOND * num_blocks, next_largest)
+    return largest
+
+
+@triton.jit
+def _store_second_choice(
+    partials,  # of this block, written
+    raw_row_ptr,  # [V]
+    top,  # t*
+    block,
+    vocab_size,
+    width,
+    num_blocks,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """The largest logit of t*'s own block but for t* itself; of the other blocks it is known."""
+    lanes = tl.arange(0, TILE_SIZE)
+    second = tl.full((TILE_SIZE,), -INFINITY, tl.float32)
+    for tile in range(0, BLOCK_SIZE, TILE_SIZE):
+        offsets = block * BLOCK_SIZE + tile + lanes
+        logits = load_logits(raw_row_ptr, offsets, vocab_size, width, PADDED)
+        second = tl.maximum(second, tl.where(offsets == top, -INFINITY, logits))
+    tl.store(partials + SECOND * num_blocks, tl.max(second, axis=0))
+
+
+@triton.jit(
+    do_not_specialize=["num_blocks"],
+    do_not_specialize_on_alignment=["first_ptr", "request_slot_ptr", "drafted_ptr"],
+)
+def mismatch_kernel(
+    partials_ptr,  # [num_rows, MISMATCH_FIELDS, num_blocks] float32, written where the policy may come to
+    rows_ptr,  # [num_rows, ROW_FIELDS] float32
+    raw_ptr,  # [num_rows, V]
+    raw_stride,
+    raw_width,
+    draft_ptr,  # [slots, K, V], or None
+    draft_stride_0,
+    draft_stride_1,
+    draft_width,
+    drafted_ptr,  # [num_rows]
+    first_ptr,  # [num_requests + 1]
+    request_slot_ptr,  # [num_requests]
+    max_overrides_ptr,  # [slots] int32
+    overrides_so_far_ptr,  # [slots] int32
+    max_regret_ptr,  # [slots] float32
+    regret_so_far_ptr,  # [slots] float32
+    vocab_size,
+    num_blocks,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_SIZE: tl.constexpr,  # few enough logits at a time that their sums stay in registers
+    PADDED_STEPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    slot, start, num_drafts = place_of(request, request_slot_ptr, first_ptr)
+    budget = tl.load(max_overrides_ptr + slot) - tl.load(overrides_so_far_ptr + slot)
+    steps = tl.arange(0, PADDED_STEPS)
+    regret, max_regret = tl.load(regret_so_far_ptr + slot), tl.load(max_regret_ptr + slot)
+    candidates = _candidates(rows_ptr, start, num_drafts, budget, regret, max_regret, PADDED_STEPS)
+    position = tl.min(tl.where(candidates, steps, PADDED_STEPS), axis=0)
+    width = aligned(raw_width, UNIT)
+    lanes = tl.arange(0, TILE_SIZE)
+    while position < PADDED_STEPS:
+        row = start + position
+        fields = rows_ptr + row * ROW_FIELDS
+        partials = partials_ptr + row * MISMATCH_FIELDS * num_blocks + block
+        raw_row_ptr = raw_ptr + row * aligned(raw_stride, UNIT)
+        token = tl.load(drafted_ptr + row + 1).to(tl.int32)
+        logit_draft = tl.load(fields + LOGIT_DRAFT)
+        logit_top = tl.load(fields + LOGIT_TOP)
+        log_sum = tl.load(fields + LOG_SUM)
+        top = tl.load(fields + TOP).to(tl.int32)
+        moment = tl.zeros((TILE_SIZE,), tl.float32)
+        rank = tl.zeros((TILE_SIZE,), tl.int32)
+        if draft_ptr is not None:
+            draft_row_ptr = draft_ptr + slot * aligned(draft_stride_0, UNIT) + position * aligned(draft_stride_1, UNIT)
+            readable = aligned(draft_width, UNIT)
+            base = base_of(
+                _store_draft_maxima(
+                    partials, draft_row_ptr, block, vocab_size, readable, num_blocks, BLOCK_SIZE, TILE_SIZE, PADDED
+                )
+            )
+            total = tl.zeros((TILE_SIZE,), tl.float32)
+            draft_moment = tl.zeros((TILE_SIZE,), tl.float32)
+            cross = tl.zeros((TILE_SIZE,), tl.float32)
+        for tile in range(0, BLOCK_SIZE, TILE_SIZE):
+            offsets = block * BLOCK_SIZE + tile + lanes
+            logits = load_logits(raw_row_ptr, offsets, vocab_size, width, PADDED)
+            logprob = tl.maximum(logits - logit_top - log_sum, FLOOR)
+            moment += exp(logprob) * logprob
+            rank += ((logits > logit_draft) | ((logits == logit_draft) & (offsets < token))).to(tl.int32)
+            if draft_ptr is not None:  # the draft's logits have just been read: these loads find them in the cache
+                shifted = load_logits(draft_row_ptr, offsets, vocab_size, readable, PADDED) - base
+                weight = exp(shifted)
+                total += weight
+                # below the floor a term is nil, and 0 x -inf is not
+                draft_moment += weight * tl.maximum(shifted, FLOOR)
+                cross += weight * logprob
+        tl.store(partials + MOMENT * num_blocks, tl.sum(moment, axis=0))
+        tl.store(partials + RANK_IN_BLOCK * num_blocks, tl.sum(rank, axis=0).to(tl.float32))
+        if draft_ptr is not None:
+            tl.store(partials + DRAFT_SUM * num_blocks, tl.sum(total, axis=0))
+            tl.store(partials + DRAFT_MOMENT * num_blocks, tl.sum(draft_moment, axis=0))
+            tl.store(partials + CROSS * num_blocks, tl.sum(cross, axis=0))
+        if (top >= block * BLOCK_SIZE) & (top < (block + 1) * BLOCK_SIZE):
+            _store_second_choice(
+                partials, raw_row_ptr, top, block, vocab_size, width, num_blocks, BLOCK_SIZE, TILE_SIZE, PADDED
+            )
+        position = tl.min(tl.where(candidates & (steps > position), steps, PADDED_STEPS), axis=0)
+
+
+@triton.jit
+def target_choices(
+    partials_ptr,  # [MISMATCH_FIELDS, num_blocks] float32 of one row
+    blocks_ptr,  # [BLOCK_FIELDS, num_blocks] float32 of the row
+    top,  # t*
+    logit_top,  # z_{t*}
+    log_sum,
+    num_blocks,
+    BLOCK_SIZE: tl.constexpr,
+    PADDED_BLOCKS: tl.constexpr,
+):
+    """Combine the blocks of a target row -> entropy, rank of d, distance of the two first choices."""
+    block = tl.arange(0, PADDED_BLOCKS)
+    inside = block < num_blocks
+    entropy = -tl.sum(tl.load(partials_ptr + MOMENT * num_blocks + block, mask=inside, other=0.0), axis=0)
+    rank = tl.sum(tl.load(partials_ptr + RANK_IN_BLOCK * num_blocks + block, mask=inside, other=0.0), axis=0)
+    others = tl.load(blocks_ptr + RAW_MAX * num_blocks + block, mask=inside, other=-INFINITY)
+    own = top.to(tl.int32) // BLOCK_SIZE
+    others = tl.max(tl.where(block == own, -INFINITY, others), axis=0)
+    second = tl.maximum(others, tl.load(partials_ptr + SECOND * num_blocks + own))
+    gap = tl.minimum(-log_sum - tl.maximum(second - logit_top - log_sum, FLOOR), -FLOOR)
+    return entropy, rank, gap
+
+
+@triton.jit
+def draft_choices(
+    partials_ptr,  # [MISMATCH_FIELDS, num_blocks] float32 of one row
+    logit_draft,  # y_d
+    logit_top,  # y_{t*}
+    num_blocks,
+    PADDED_BLOCKS: tl.constexpr,
+):
+    """Combine the blocks of a draft row -> log q(d), log q(t*), gap, entropy, KL(q || p), whether it is sound."""
+    block = tl.arange(0, PADDED_BLOCKS)
+    inside = block < num_blocks
+    largest = tl.load(partials_ptr + DRAFT_MAX * num_blocks + block, mask=inside, other=-INFINITY)
+    seconds = tl.load(partials_ptr + DRAFT_SECOND * num_blocks + block, mask=inside, other=-INFINITY)
+    sums = tl.load(partials_ptr + DRAFT_SUM * num_blocks + block, mask=inside, other=0.0)
+    moments = tl.load(partials_ptr + DRAFT_MOMENT * num_blocks + block, mask=inside, other=0.0)
+    cross = tl.load(partials_ptr + CROSS * num_blocks + block, mask=inside, other=0.0)
+    highest, total, factor = combine(largest, sums)
+    moment = combine_moments(largest, sums, moments, highest, factor)
+    _, second = tl.reduce((largest, seconds), 0, _two_largest)
+    log_total = tl.log(total)
+    gap = tl.minimum(-log_total - tl.maximum(second - highest - log_total, FLOOR), -FLOOR)
+    entropy = log_total - moment / total
+    kl = moment / total - log_total - tl.sum(factor * cross, axis=0) / total
+    kl = tl.minimum(tl.maximum(kl, 0.0), -FLOOR)
+    finite = (total > 0.0) & (total < INFINITY)
+    q_draft = tl.maximum(logit_draft - highest - log_total, FLOOR)
+    q_top = tl.maximum(logit_top - highest - log_total, FLOOR)
+    return q_draft, q_top, gap, entropy, kl, finite
