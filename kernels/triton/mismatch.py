@@ -46,7 +46,7 @@ def given_up(logit_top, logit_draft):
 @triton.jit
 def affordable(regret, max_regret):
     """Whether a budget has room for so many nats in all. Where it is 0 it has none, ties included."""
-    return (max_regret == INFINITY) | ((max_regret > 0) & (regret <= max_regret))
+    return regret <= tl.where(max_regret > 0, max_regret, -1.0)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ def test_decisions_equal_the_reference(name: str, regime: str, tally: Counter[st
     compared = total = 0
     network = arbiter(32, 32)
     for repetition in range(REPETITIONS):
-        # one tile; now and then two tiles, or two of strict verification's blocks, with a ragged tail
+        # a part of a block; now and then several parts, or two blocks, with a ragged tail
         vocab = {4: 2_600, 9: 9_000}.get(repetition % 10, 111)
         for variant in range(2):
             seed = 1000 * repetition + 10 * variant + cases.REGIMES.index(regime)

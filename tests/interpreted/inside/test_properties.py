@@ -86,6 +86,19 @@ def test_a_request_does_not_depend_on_its_slot() -> None:
     assert emitted(moved, moved.ours(LEARNED, arbiter())[0]) == emitted(case, case.ours(LEARNED, arbiter())[0])
 
 
+def test_what_a_step_leaves_in_the_workspace_changes_nothing_in_the_next() -> None:
+    space = Workspace(cases.CPU, 111, 1, 1)
+    cases.make_case(61, requests=6, agreement=0.2).ours(LEARNED, arbiter(), collect=True, space=space)
+    case = cases.make_case(62, requests=5, agreement=0.2, arbitrated=1.0, full=True)
+    after, _, _ = case.ours(LEARNED, arbiter(), collect=True, space=space)
+    alone, _, _ = case.ours(LEARNED, arbiter(), collect=True)
+    assert emitted(case, after) == emitted(case, alone)
+    assert torch.equal(after.trace.action, alone.trace.action)
+    consulted = alone.trace.action >= 0
+    assert consulted.any()
+    assert torch.equal(after.trace.statistics[consulted], alone.trace.statistics[consulted])
+
+
 def test_rows_and_drafts_beyond_two_to_the_31_elements() -> None:
     """Strides, not allocations: the last row starts beyond what 32 bits can index, in memory never touched before."""
     case = next(
