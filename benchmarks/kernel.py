@@ -126,7 +126,7 @@ def main(
         raise ConfigError(f"--target: {unknown[0]!r} is unknown; choose from {', '.join(TARGETS)}")
     report = {
         "schema": 1,
-        "offline": in_fresh_process(_offline, target or list(TARGETS), only or [""]) if offline else [],
+        "offline": in_fresh_process(_offline, target or list(TARGETS), only or []) if offline else [],
         "floor": [entry for batch in (8, 32, 128) for entry in floors(batch)],
         "cpu": in_fresh_process(_measure, rounds) if cpu else [],
     }

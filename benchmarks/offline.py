@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from benchmarks import machine_code
+from benchmarks.machine_code import MachineCode
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -32,13 +31,6 @@ _POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
-
-_LOAD_BITS = {
-    "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8,
-    "dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "sshort": 16, "short_d16": 16,
-    "short_d16_hi": 16, "ubyte": 8, "sbyte": 8,
-}  # fmt: skip
-"""Width of a load by the last part of its name, NVIDIA's and AMD's."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +56,7 @@ class Resources:
     registers: int  # per thread: vector registers on AMD
     spill_bytes: int  # per thread, in memory; AMD's scalar registers overflow into vector registers, which is no spill
     shared_bytes: int
-    instructions: int  # of the program as it stands in memory
-    loop_instructions: int  # of those, in loops over parts of a block; they run once for every part
-    barriers: int
-    loads: dict[int, int]  # global loads by their width in bits, as they stand in memory
+    code: MachineCode
 
 
 @contextlib.contextmanager
@@ -132,43 +121,10 @@ def compile_launch(launch: Launch, target: str) -> Resources:
 
 
 def _nvidia(compiled: Any) -> Resources:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (_cuobjdump(option, file.name) for option in ("--dump-resource-usage", "-sass"))
+    usage = machine_code.cuobjdump("--dump-resource-usage", compiled.asm["cubin"])
     used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    # /*0a30*/  @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", code)
-    at = [int(address, 16) for address, _, _ in lines]
-    # nothing runs behind the last branch, which is to itself; what follows is padding
-    end = max(
-        (i for i, (_, name, to) in enumerate(lines) if name == "BRA" and _target(to) == at[i]), default=len(lines)
-    )
-    jumps = [(at[i], _target(to)) for i, (_, name, to) in enumerate(lines[:end]) if name.startswith("BRA")]
-    widths = [_LOAD_BITS.get(name.rpartition(".")[2], 32) for _, name, _ in lines[:end] if name.startswith("LDG")]
-    return Resources(
-        used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared,
-        instructions=end,
-        loop_instructions=_inside(at[:end], [(to, here) for here, to in jumps if to is not None and to < here]),
-        barriers=sum(name.startswith("BAR") for _, name, _ in lines[:end]),
-        loads=dict(sorted(Counter(widths).items())),
-    )  # fmt: skip
-
-
-def _cuobjdump(option: str, file: str) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, file], check=True, capture_output=True, text=True).stdout
-
-
-def _target(operands: str) -> int | None:
-    """Return where a branch goes."""
-    found = re.search(r"0x([0-9a-f]+)", operands)
-    return int(found[1], 16) if found else None
-
-
-def _inside(places: list[int], loops: list[tuple[int, int]]) -> int:
-    """Return how many of these places lie in one of these loops."""
-    return sum(any(first <= place <= last for first, last in loops) for place in places)
+    code = machine_code.parse_sass(machine_code.cuobjdump("-sass", compiled.asm["cubin"]))
+    return Resources(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, code)
 
 
 def _amd(compiled: Any) -> Resources:
@@ -179,20 +135,5 @@ def _amd(compiled: Any) -> Resources:
         assert found is not None, name
         return int(found[1])
 
-    lines = re.findall(r"^(?:\t([a-z]\w*)([^\n]*)|(\.LBB\w+):)", text.partition("s_endpgm")[0], re.MULTILINE)
-    label_at = {label: i for i, (_, _, label) in enumerate(lines) if label}
-    jumps = [
-        (i, label_at.get(operands.strip(), i)) for i, (name, operands, _) in enumerate(lines) if "branch" in name
-    ]  # fmt: skip
-    code = [i for i, (name, _, _) in enumerate(lines) if name]
-    widths = [
-        _LOAD_BITS.get(m[1], 32) for name, _, _ in lines if (m := re.match(r"(?:global|buffer)_load_(\w+)", name))
-    ]
-    return Resources(
-        field("vgpr_count"), max(4 * field("vgpr_spill_count"), field("private_segment_fixed_size")),
-        compiled.metadata.shared,
-        instructions=len(code),
-        loop_instructions=_inside(code, [(to, here) for here, to in jumps if to < here]),
-        barriers=sum(name == "s_barrier" for name, _, _ in lines),
-        loads=dict(sorted(Counter(widths).items())),
-    )  # fmt: skip
+    spilled = max(4 * field("vgpr_spill_count"), field("private_segment_fixed_size"))
+    return Resources(field("vgpr_count"), spilled, compiled.metadata.shared, machine_code.parse_amdgcn(text))

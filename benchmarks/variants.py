@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
 MODULES = (target, verdict, mismatch, scan, stock)
 """Where the kernels of a step are found."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+REPORTED = ("bf16",)
+"""Logits of the whole report, which models are served with; other types take ``only``."""
 
 
 def policies(num_draft_tokens: int) -> Iterator[tuple[Policy, Arbiter | None]]:
@@ -37,11 +39,14 @@ def policies(num_draft_tokens: int) -> Iterator[tuple[Policy, Arbiter | None]]:
             yield from ((policy, network) for network in networks)
 
 
-def launches(vocab_size: int, num_draft_tokens: int) -> Iterator[tuple[str, Launch]]:
-    """Yield (variant, launch) of everything that can be launched, each compiled program once."""
+def launches(
+    vocab_size: int, num_draft_tokens: int, dtypes: Collection[str] = tuple(DTYPES)
+) -> Iterator[tuple[str, Launch]]:
+    """Yield (variant, launch) of everything that can be launched on such logits, each compiled program once."""
     seen: set[tuple[Any, ...]] = set()
     cpu = torch.device("cpu")
-    for dtype_name, dtype in DTYPES.items():
+    for dtype_name in dtypes:
+        dtype = DTYPES[dtype_name]
         for has_draft in (True, False):
             logits = torch.empty(1, num_draft_tokens, vocab_size, dtype=dtype) if has_draft else None
             for policy, arbiter in policies(num_draft_tokens):
@@ -136,6 +141,11 @@ def bytes_per_row(one: Launch, vocab_size: int) -> int:
     return 0
 
 
+def _trips(arguments: dict[str, Any]) -> int:
+    """Return how often an innermost loop runs: over the parts of a block; other loops once."""
+    return int(arguments["BLOCK_SIZE"] // arguments["TILE_SIZE"]) if "TILE_SIZE" in arguments else 1
+
+
 @contextlib.contextmanager
 def tuned(target: str) -> Iterator[None]:
     """Launch as on a machine with such a GPU."""
@@ -148,14 +158,21 @@ def tuned(target: str) -> Iterator[None]:
 
 
 def report(targets: list[str], vocab_size: int, num_draft_tokens: int, only: list[str]) -> list[dict[str, Any]]:
-    """Compile every variant for every target; ``only`` keeps those whose "kernel: variant" contains one of these."""
+    """Compile every variant for every target.
+
+    Args:
+        targets: some of ``offline.TARGETS``.
+        vocab_size: of the logits.
+        num_draft_tokens: K.
+        only: keeps those whose "kernel: variant" contains one of these; nothing: all on ``REPORTED`` logits.
+    """
     rows = []
     for gpu in targets:
         with tuned(gpu):
             found = [
                 (variant, one, compile_launch(one, gpu))
-                for variant, one in launches(vocab_size, num_draft_tokens)
-                if any(text in f"{one.name}: {variant}" for text in only)
+                for variant, one in launches(vocab_size, num_draft_tokens, DTYPES if only else REPORTED)
+                if not only or any(text in f"{one.name}: {variant}" for text in only)
             ]
         rows += [
             {
@@ -166,10 +183,11 @@ def report(targets: list[str], vocab_size: int, num_draft_tokens: int, only: lis
                 "spill_bytes": compiled.spill_bytes,
                 "shared_bytes": compiled.shared_bytes,
                 "bytes_per_row": bytes_per_row(one, vocab_size),
-                "instructions": compiled.instructions,
-                "loop_instructions": compiled.loop_instructions,
-                "barriers": compiled.barriers,
-                "loads": " ".join(f"{count}x{bits}" for bits, count in compiled.loads.items()),
+                "warps": one.num_warps,
+                "instructions": compiled.code.instructions,
+                "executed": compiled.code.executed(_trips(one.arguments)),
+                "barriers": compiled.code.barriers,
+                "loads": " ".join(f"{count}x{bits}" for bits, count in sorted(compiled.code.loads.items())),
             }
             for variant, one, compiled in found
         ]

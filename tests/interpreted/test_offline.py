@@ -29,7 +29,7 @@ from vllm_cospec.kernels.triton.stand_in import install
 install()
 import json
 from benchmarks import kernel, variants
-launches = variants.launches(kernel.VOCAB_SIZE, kernel.NUM_DRAFT_TOKENS)
+launches = variants.launches(kernel.VOCAB_SIZE, kernel.NUM_DRAFT_TOKENS, variants.REPORTED)
 print(json.dumps([f"{one.name}: {variant}" for variant, one in launches]))
 """
 
@@ -80,9 +80,7 @@ def test_the_first_pass_takes_few_enough_instructions_to_be_bound_by_memory() ->
     wanted = ("target_statistics_kernel", "bf16, given verdict", "sm_90")
     rows = json.loads(REPORT.read_text())["offline"]
     (row,) = (row for row in rows if (row["kernel"], row["variant"], row["target"]) == wanted)
-    parts = 8_192 // 1_024  # of a block: its loop runs once for each
-    assert row["loop_instructions"] > 0
-    assert row["instructions"] + (parts - 1) * row["loop_instructions"] <= 1_100
+    assert row["instructions"] < row["executed"] <= 1_100
 
 
 @pytest.mark.slow  # checks a committed file
