@@ -116,6 +116,8 @@ HOOKS: tuple[Hook, ...] = (
          ("self", "load_dummy_weights"), "cpu"),
     Hook("install before warm-up", "vllm.v1.worker.gpu_worker:Worker.load_model",
          ("self", "load_dummy_weights"), "gpu"),
+    Hook("count no request of the warm-up", "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",
+         ("self",), "gpu"),
     Hook("draw seeded drafts on the device", f"{V2}.sample.gumbel:gumbel_sample",
          ("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature", "is_drafting"), "gpu"),
     Hook("replace verification", f"{V2_SAMPLER}.__init__", ("self", "sampler", "spec_config", "device"), "v2"),

@@ -28,3 +28,13 @@ class ArbitratingSampler(Protocol):
 
     def warm_up(self) -> None:
         """Compile whatever serving would have to compile."""
+
+
+class DeviceSampler(ArbitratingSampler, Protocol):
+    """One that counts on the device."""
+
+    def hold_counts(self) -> None:
+        """Count nothing that comes until :meth:`start_counts`."""
+
+    def start_counts(self) -> None:
+        """Count from here on, and forget what was decided before."""

@@ -36,10 +36,20 @@ class DeviceCounters:
         self._copied = None if device.type == "cpu" else torch.Event(device)
         self._in_flight = False
         self._exported = np.zeros(length, np.int64)
+        self._held = False
+
+    def hold(self) -> None:
+        """Hand nothing over until :meth:`start`."""
+        self._held = True
+
+    def start(self) -> None:
+        """Count from 0 on."""
+        self.on_device.zero_()
+        self._held = False
 
     def export(self) -> None:
         """Hand over what has arrived and send the next copy; never waits."""
-        if self._counters is None:
+        if self._counters is None or self._held:
             return
         if self._copied is None:
             self._on_host.copy_(self.on_device)
@@ -92,6 +102,8 @@ class TracedStep:
 class DevicePolicy:
     """Mixed into the samplers: the policy as the kernels take it, and what it decided, until somebody asks."""
 
+    _counters: DeviceCounters
+
     def load_policy(self, settings: Settings, device: torch.device) -> None:
         """Compile the settings' policy; called once, when the sampler is built.
 
@@ -115,6 +127,15 @@ class DevicePolicy:
         top_k = self._program.numbers.top_k
         space = Workspace(self._device, vocab_size, num_rows, num_requests, top_k, use_fp64)
         self._memory = Memory(counters, space)
+
+    def hold_counts(self) -> None:
+        """Count nothing that comes until :meth:`start_counts`: vLLM warms up with requests of its own."""
+        self._counters.hold()
+
+    def start_counts(self) -> None:
+        """Count from here on, and forget what was decided before."""
+        self._counters.start()
+        self._steps = []
 
     @property
     def program(self) -> Program:

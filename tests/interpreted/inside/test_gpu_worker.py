@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +20,12 @@ from vllm_cospec import compat
 from vllm_cospec.config import Settings
 from vllm_cospec.health import REASONS
 from vllm_cospec.kernels.policies import Kl
+from vllm_cospec.kernels.reach import STOPS
 from vllm_cospec.kernels.triton import launch, mismatch, scan, target, verdict
 from vllm_cospec.kernels.triton.policies import compile_policy
 from vllm_cospec.kernels.triton.step import Slots
 from vllm_cospec.runners import v1, v1_gpu, v2
+from vllm_cospec.runners.parts import Parts
 from vllm_cospec.runners.v2_drafter import Arbitrated
 from vllm_cospec.workers.gpu import CoSpecGPUWorker
 
@@ -38,7 +41,8 @@ def test_the_worker_installs_and_warms_up_for_the_runner_vllm_chose(
 
     def install(runner: Any, settings: Any, engine: int) -> Any:
         calls.append((runner, settings, engine))
-        return SimpleNamespace(warm_up=lambda: calls.append("warm-up"))
+        names = ("warm_up", "hold_counts", "start_counts")
+        return SimpleNamespace(**{name: functools.partial(calls.append, name) for name in names})
 
     monkeypatch.setattr(Worker, "load_model", lambda self, load_dummy_weights=False: calls.append("load"))
     monkeypatch.setattr(module, "install", install)
@@ -49,7 +53,10 @@ def test_the_worker_installs_and_warms_up_for_the_runner_vllm_chose(
         speculative_config=SimpleNamespace(cospec="settings"), parallel_config=SimpleNamespace(data_parallel_index=3)
     )
     worker.load_model()
-    assert calls == ["load", ("runner", "settings", 3), "warm-up"]
+    assert calls == ["load", ("runner", "settings", 3), "warm_up", "hold_counts"]
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: calls.append("vLLM's warm-up"))
+    worker.compile_or_warm_up_model()
+    assert calls[4:] == ["vLLM's warm-up", "start_counts"]
 
 
 @pytest.mark.parametrize("wanted", [None, True, False])
@@ -107,7 +114,11 @@ def test_verification_on_v2_waits_for_nothing(launched: list[str], tmp_path: Pat
     slots = Slots(**{name: value.to(META) for name, value in vars(case.slots).items()})
     sampler: Any = object.__new__(v2.CoSpecRejectionSampler)
     sampler._settings = settings_of(tmp_path)
-    sampler._slots = SimpleNamespace(on_device=lambda arbitrated: replace(slots, arbitrated=arbitrated))
+    sampler._slots = SimpleNamespace(
+        on_device=lambda arbitrated: replace(slots, arbitrated=arbitrated),
+        ends=torch.zeros(99, 1 + STOPS, dtype=torch.int32, device=META),
+        parts=Parts(99, sampler._settings, META),
+    )  # fmt: skip
     sampler._counters = counters()
     sampler._arbitrated = Arbitrated(np.ones(99), slots.arbitrated)
     sampler._program, sampler._device = compile_policy(sampler._settings.policy, META, collect=True), META

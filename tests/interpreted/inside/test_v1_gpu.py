@@ -161,6 +161,23 @@ def test_dummy_batches_and_steps_without_drafts_go_to_stock(tmp_path: Path) -> N
     assert int(sampler._counters.on_device.sum()) == 0
 
 
+def test_what_is_decided_before_counting_starts_is_forgotten(tmp_path: Path) -> None:
+    runner, sampler = installed(v1_gpu, Random(rate=1.0), tmp_path, IDS)
+    again, counted = installed(v1_gpu, Random(rate=1.0), tmp_path / "again", IDS)
+    sampler.hold_counts()
+    for seed in range(4):
+        runner.run(sampler, Step(seed, IDS))
+    assert sampler._counters.on_device[:K].sum() > 0
+    sampler.start_counts()
+    step = Step(9, IDS, sampled=0.0)
+    assert torch.equal(runner.run(sampler, step), again.run(counted, step))
+    totals, expected = sampler._counters._counters.totals(), counted._counters._counters.totals()
+    assert totals.overrides.tolist() == expected.overrides.tolist()
+    assert totals.overrides.sum() > 0
+    assert totals.mismatches == expected.mismatches
+    assert len(sampler.take_decisions()) == len(counted.take_decisions())
+
+
 def test_other_rejection_methods_are_refused(tmp_path: Path) -> None:
     settings = Settings(
         policy=NEVER, threshold=0.5, max_overrides=None, exact_tokens=0, collect=False, draft_logits=False,
