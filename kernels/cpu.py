@@ -241,9 +241,11 @@ def _top2_gap(logp: Tensor, top: Tensor) -> Tensor:
 
 def _rank(logits: Tensor, index: Tensor) -> Tensor:
     """Tokens that stand before ``index`` [M, 1] when logits are sorted downwards, lower index first in a tie."""
-    values = logits.gather(1, index).numpy()
-    rows = zip(logits.numpy(), values, index[:, 0].tolist(), strict=True)
-    return torch.tensor([np.count_nonzero(row > value) + np.count_nonzero(row[:i] == value) for row, value, i in rows])
+    rows, values = logits.numpy(), logits.gather(1, index).numpy()
+    rank = np.count_nonzero(rows > values, axis=1)
+    for i in np.flatnonzero(np.count_nonzero(rows == values, axis=1) > 1):
+        rank[i] += np.count_nonzero(rows[i, : index[i, 0]] == values[i])
+    return torch.from_numpy(rank)
 
 
 def _runs(flags: np.ndarray) -> np.ndarray:

@@ -97,9 +97,10 @@ class Arbiter(nn.Module):
     def logit(self, statistics: Tensor) -> Tensor:
         """Map statistics, float32 [M, 16], to logits, float32 [M]."""
         x = (statistics - self.mean) / self.scale
-        for layer in self.layers[:-1]:
+        *hidden, last = self.layers  # a slice would be a module of its own, which takes longer than the network
+        for layer in hidden:
             x = torch.relu(layer(x))
-        return self.layers[-1](x).squeeze(-1)
+        return last(x).squeeze(-1)
 
     def forward(self, statistics: Tensor) -> Tensor:
         """Map statistics, float32 [M, 16], to scores in (0, 1), float32 [M]."""

@@ -103,9 +103,11 @@ class CoSpecRejectionSampler(V1Sampler):
 
     def find_reasons(self, metadata: SpecDecodeMetadata) -> list[Reason | None]:
         """As the base's."""
-        ends = np.cumsum(metadata.num_draft_tokens)[:-1]
-        drafts = np.split(metadata.draft_token_ids.numpy(), ends)
-        return [_reason(block, own) for block, own in zip(self._blocks, drafts, strict=True)]
+        drafts, reasons, start = metadata.draft_token_ids.tolist(), [], 0
+        for block, count in zip(self._blocks, metadata.num_draft_tokens, strict=True):
+            reasons.append(_reason(block, drafts[start : start + count]))
+            start += count
+        return reasons
 
     def count_unhealthy(self, positions: np.ndarray) -> None:
         """As the base's."""
@@ -296,11 +298,11 @@ class CoSpecRejectionSampler(V1Sampler):
                 )
 
 
-def _reason(block: Block | None, drafts: np.ndarray) -> Reason | None:
-    """Return why these drafts of a request are not whole, or None; int [n]."""
+def _reason(block: Block | None, drafts: list[int]) -> Reason | None:
+    """Return why these drafts of a request are not whole, or None."""
     if block is None:
-        return Reason.SKIPPED if len(drafts) else None
-    if block.reason is None and not np.array_equal(block.tokens[: len(drafts)], drafts):
+        return Reason.SKIPPED if drafts else None
+    if block.reason is None and block.tokens[: len(drafts)].tolist() != drafts:
         return Reason.LOST
     return block.reason
 
