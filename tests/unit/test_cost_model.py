@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from scripts import benchmark
@@ -107,3 +109,8 @@ def test_a_branch_that_is_not_taken_does_not_count() -> None:
     works = {False: {name: cost.Work(1_300)}, True: {name: cost.Work(2_200)}}  # 400 greedy, 900 sampled, 900 drafts
     cost.without_the_other_branch(works)
     assert (works[False][name].instructions, works[True][name].instructions) == (400, 1_800)
+
+
+def test_the_table_of_the_documentation_is_that_of_the_committed_report() -> None:
+    rows = cost.estimates(cost.counts_of(json.loads(cost.REPORT.read_text())["offline"]))
+    assert cost.markdown(rows) in (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
