@@ -120,6 +120,11 @@ class RolloutConfig(Frozen):
     """Tokens a prompt must leave for its response, of the engine's max_model_len."""
     temperature: float = Field(0.0, ge=0, le=2)
     """Of the token sampling; 0 is greedy. The arbiter's actions are sampled in any case."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Of the token sampling."""
+    continuations_per_action: int = Field(1, ge=1, le=64)
+    """Branches of sampled responses: answers that are drawn for each of the two actions, of which the mean counts. One
+    is unbiased as well, and noisier."""
     max_staleness: int = Field(1, ge=0, le=4)
     """Updates the weights of a rollout may lie behind, so that actors need not wait for the learner."""
     unit_timeout_s: float = Field(900.0, gt=0)
@@ -224,17 +229,16 @@ class TrainConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.learner.advantage == "branch" or self.learner.warm_start_iterations:
-            if self.rollout.temperature > 0:
-                raise ValueError(
-                    f"rollout.temperature: {self.rollout.temperature} cannot be combined with branches, which compare "
-                    f'continuations that differ in one decision alone; use 0, or learner.advantage = "group" with '
-                    f"learner.warm_start_iterations = 0"
-                )
-            if self.rollout.branches_per_response == 0:
-                raise ValueError(
-                    "rollout.branches_per_response: 0 leaves branch advantages and the warm start nothing to learn from"
-                )
+        branching = self.learner.advantage == "branch" or self.learner.warm_start_iterations
+        if branching and self.rollout.branches_per_response == 0:
+            raise ValueError(
+                "rollout.branches_per_response: 0 leaves branch advantages and the warm start nothing to learn from"
+            )
+        if self.rollout.continuations_per_action > 1 and self.rollout.temperature == 0:
+            raise ValueError(
+                f"rollout.continuations_per_action: {self.rollout.continuations_per_action} greedy continuations are "
+                f"all the same; use 1, or a rollout.temperature above 0"
+            )
         if self.learner.advantage == "group" and self.rollout.responses_per_prompt < 2:
             raise ValueError(
                 f"rollout.responses_per_prompt: {self.rollout.responses_per_prompt} is too few for group advantages; "

@@ -74,7 +74,7 @@ class Tally:
             "keep_was_worse": float((difference < 0).mean()) if branches else math.nan,
             "grader_failures": float(len(episodes.failures)),
             "generated_tokens": self["generated_tokens"],
-            "rollouts_per_s": (responses + branches) / max(episodes.busy_s, 1e-9) * self._actors,
+            "rollouts_per_s": episodes.graded / max(episodes.busy_s, 1e-9) * self._actors,
             "seconds": self["seconds"],
             "idle_share": self.idle_share,
         }

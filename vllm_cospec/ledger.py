@@ -194,6 +194,14 @@ PATCHES: tuple[Patch, ...] = (
         level="instance",
     ),
     Patch(
+        f"{RUNNER}._sample",
+        why="training compares what follows the two decisions at a mismatch, from the same random numbers on",
+        how="calls the original; before it sets the generator of a branch, and after it puts a branch's first token in",
+        remove_when="a request may begin with tokens of its response, and with a generator's state",
+        when="cospec runs on Model Runner V1 with collect, on a CPU",
+        level="instance",
+    ),
+    Patch(
         f"{RUNNER}._get_spec_decode_draft_probs",
         why="the runner keeps the last step's alone, and gives up the whole batch for one request that waited",
         how="keeps them per request until they are verified",

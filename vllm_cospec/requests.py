@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from vllm_cospec.calibration import sampled_otherwise
 from vllm_cospec.config import REQUEST_SETTINGS, Scope, Settings
@@ -40,6 +40,24 @@ class Branch(Frozen):
     """Index in the response of the mismatch that is decided by ``keep``."""
     keep: bool
     """Whether its draft token is kept."""
+    first_token: int | None = Field(None, ge=0, lt=2**31)
+    """Of a sampled response: the token that stands before the first block."""
+    generator: bytes | None = None
+    """Of a sampled response: state of the request's generator before the first block; on the CPU."""
+    reseed: int | None = Field(None, ge=0, lt=2**31)
+    """Draw what follows the first block with other random numbers than the response did."""
+
+    @field_validator("generator")
+    @classmethod
+    def _is_a_state(cls, value: bytes | None) -> bytes | None:
+        if value is not None:
+            import torch
+
+            try:
+                torch.Generator().set_state(torch.frombuffer(bytearray(value), dtype=torch.uint8))
+            except (RuntimeError, ValueError, TypeError):
+                raise ValueError("is no state of a generator on the CPU; leave it out") from None
+        return value
 
 
 class RequestKeys(Frozen):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vllm_cospec.arbiter import Arbiter
-from vllm_cospec.training.config import RolloutConfig, TaskConfig, load_train_config
+from vllm_cospec.training.config import RolloutConfig, TaskConfig, TrainConfig, load_train_config
 from vllm_cospec.training.learning.advantages import group_advantages
 from vllm_cospec.training.learning.learner import initial_arbiter
 from vllm_cospec.training.rollout.branches import branch_request, joined
@@ -46,16 +46,17 @@ def hangs_at_some(problem: Problem, text: str) -> float:
     return load_task("demo").score(problem, text)
 
 
-def roads(engine: Engine, unit: Unit) -> dict[str, int]:
+def roads(engine: Engine, unit: Unit, temperature: float) -> dict[str, int]:
     """Take every branch with the decision that was taken anyway: it has to be the same road."""
-    requests = [Request(engine.encode(p.prompt), 60, seed=100 + i) for i, p in enumerate(unit.problems)]
+    requests = [
+        Request(engine.encode(p.prompt), 60, seed=100 + i, temperature=temperature, top_p=0.95 if temperature else 1.0)
+        for i, p in enumerate(unit.problems)
+    ]
     responses = engine.run(requests)
     at = [(e, d) for e, r in enumerate(responses) for d in r.decisions if d.output_position > d.block_position]
     again = []
     for e, decision in at:
-        request = branch_request(requests[e], responses[e], decision)
-        forced = request.extra["cospec_branch"] | {"keep": decision.kept}
-        again.append(dataclasses.replace(request, extra={"cospec_branch": forced}))
+        again.append(branch_request(requests[e], responses[e], decision, decision.kept))
     wholes = [
         joined(engine, responses[e], decision, branch)
         for (e, decision), branch in zip(at, engine.run(again), strict=True)
@@ -68,6 +69,21 @@ def roads(engine: Engine, unit: Unit) -> dict[str, int]:
         "same_tokens": sum(whole.tokens == own.tokens for whole, own in pairs),
         "same_steps": sum(whole.emitted == own.emitted for whole, own in pairs),
         "same_text": sum(whole.text == own.text for whole, own in pairs),
+    }
+
+
+def several_continuations(engine: Engine, unit: Unit, config: TrainConfig, graders: Graders) -> dict[str, Any]:
+    """Branch sampled responses with three continuations of each action."""
+    episodes = roll_out(engine, unit, config, graders)
+    again = roll_out(engine, unit, config, graders)
+    outcomes = np.concatenate([episodes.branch_keep, episodes.branch_drop])
+    return {
+        "repeatable": same(episodes, again),
+        "branches": len(episodes.branch_decision),
+        "continuations": episodes.continuations,
+        "discarded": episodes.discarded,
+        "thirds": bool(np.allclose(np.round(6 * outcomes), 6 * outcomes)),
+        "between": int(((outcomes > 0) & (outcomes < 1)).sum()),
     }
 
 
@@ -103,7 +119,8 @@ def main() -> None:
     found["decisions"], found["kept"] = len(once.kept), int(once.kept.sum())
     found["probability_error"] = float(np.abs(probability - once.probability).max())
     found["expected_kept"] = float(probability.sum())
-    found["roads"] = roads(engine, first)
+    found["roads"] = roads(engine, first, 0.0)
+    found["sampled_roads"] = roads(engine, first, 1.0)
 
     hanging = TaskConfig(reward="run_rollouts:hangs_at_some", reward_timeout_s=2.0)
     with Graders(hanging) as slow:
@@ -137,6 +154,8 @@ def main() -> None:
         "samples": len(samples.keep),
         "nonzero": int((samples.advantage != 0).sum()),
     }
+    several = config.rollout.model_copy(update={"temperature": 0.8, "top_p": 0.9, "continuations_per_action": 3})
+    found["several"] = several_continuations(engine, first, config.model_copy(update={"rollout": several}), graders)
     graders.close()
     with os.fdopen(results_to, "w") as out:
         json.dump(found, out)

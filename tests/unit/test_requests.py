@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -396,3 +397,18 @@ def test_keys_of_others_and_servers_without_cospec_are_left_alone() -> None:
     assert handled({"mine": True}, read={"mine": 1}) == "answered"
     assert handled(None, read={}) == "answered"
     assert handled({"cospec_policy": "bogus"}, cospec=None) == "answered"
+
+
+def test_the_state_of_a_branchs_generator_is_one_or_is_refused() -> None:
+    collecting = server(Learned(artefact="arbiter"), collect=True)
+    branch: dict[str, Any] = {"written": 3, "overrides": 0, "decided_at": 5, "keep": True, "first_token": 7}
+    state = torch.Generator().manual_seed(5).get_state().numpy().tobytes()
+    found = asked(collecting, cospec_branch=branch | {"generator": state, "reseed": 9}).branch
+    assert found is not None
+    assert (found.generator, found.first_token, found.reseed) == (state, 7, 9)
+    for damaged in (b"", state[:-1], b"\xff" * len(state)):
+        with pytest.raises(
+            ConfigError, match="cospec_branch.generator: is no state of a generator on the CPU"
+        ) as error:
+            asked(collecting, cospec_branch=branch | {"generator": damaged})
+        assert_one_sentence(str(error.value))

@@ -106,7 +106,7 @@ def sweep(
         asked = [
             Request(
                 requests[i].prompt, requests[i].max_tokens, requests[i].seed, requests[i].temperature,
-                requests[i].extra | {"cospec_threshold": float(thresholds[place])},
+                requests[i].extra | {"cospec_threshold": float(thresholds[place])}, requests[i].top_p,
             )
             for i, place in zip(part, places, strict=True)
         ]  # fmt: skip

@@ -1,8 +1,9 @@
 """The road not taken at one mismatch of a response.
 
-The target has greedily written the response up to the last token it emitted before the mismatch's block, so a request
-whose prompt ends just before that token finds itself in the same block again, and the decision there is forced the
-other way. What follows uses the same random numbers.
+A request whose prompt ends just before the last token that was emitted before the mismatch's block finds itself in the
+same block again: the target writes that token greedily, and where tokens are drawn it is put in its place, as the state
+of the request's generator is. The decision at the mismatch is forced the other way. What follows uses the same random
+numbers, unless the branch is one of several continuations of the same action.
 """
 
 from __future__ import annotations
@@ -30,21 +31,42 @@ def written_before(decision: Any) -> int:
     return decision.output_position - decision.block_position - 1
 
 
-def branch_request(request: Request, response: Response, decision: Any) -> Request:
-    """Return the request that takes the other road at ``decision``."""
+def branch_request(
+    request: Request, response: Response, decision: Any, keep: bool, reseed: int | None = None
+) -> Request:
+    """Return the request that takes a road at ``decision``.
+
+    Args:
+        request: the response's.
+        response: the one that was written.
+        decision: one of its mismatches.
+        keep: whether the draft's token is kept there.
+        reseed: draw what follows the block with random numbers of its own, where the request draws any.
+    """
     written = written_before(decision)
+    drawn = (
+        {}
+        if request.temperature == 0
+        else {
+            "first_token": response.tokens[written],
+            "generator": decision.generator,
+            "reseed": reseed,
+        }
+    )
     return Request(
         prompt=request.prompt + response.tokens[:written],
         max_tokens=request.max_tokens - written,
         seed=request.seed,
         temperature=request.temperature,
+        top_p=request.top_p,
         extra=request.extra
         | {
             "cospec_branch": {
                 "written": written,
                 "overrides": sum(d.kept for d in response.decisions if d.output_position <= written),
                 "decided_at": decision.output_position,
-                "keep": not decision.kept,
+                "keep": keep,
+                **drawn,
             }
         },
     )

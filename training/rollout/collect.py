@@ -35,10 +35,12 @@ def roll_out(engine: Engine, unit: Unit, config: TrainConfig, graders: Graders) 
 
 @dataclass
 class _Branch:
-    """The other road at a decision, and what became of it."""
+    """A road from a decision, and what became of it."""
 
     response: int
     decision: Any
+    keep: bool
+    reseed: int | None = None
     whole: Response | None = None
     grade: Future[Grade] | None = None
 
@@ -64,7 +66,7 @@ class _Rollout:
         self._requests = [
             Request(
                 prompts[i], min(rollout.max_tokens, self._engine.max_model_len - len(prompts[i])),
-                self._rng.getrandbits(31), rollout.temperature, extra,
+                self._rng.getrandbits(31), rollout.temperature, extra, rollout.top_p,
             )
             for i in self._which
         ]  # fmt: skip
@@ -85,13 +87,25 @@ class _Rollout:
                 return []
             rng = random.Random(f"{self._requests[number].seed}/branches")
             chosen = choose(response, self._config.rollout.branches_per_response, rng)
-            self._branches += [_Branch(number, decision) for decision in chosen]
-            return [branch_request(self._requests[number], response, decision) for decision in chosen]
+            roads = [road for decision in chosen for road in self._roads(number, decision, rng)]
+            self._branches += roads
+            return [
+                branch_request(self._requests[number], response, road.decision, road.keep, road.reseed)
+                for road in roads
+            ]
         branch = self._branches[number - len(self._requests)]
         branch.whole = joined(self._engine, self._responses[branch.response], branch.decision, response)
         if branch.whole is not None:
             branch.grade = self._grade(branch.response, branch.whole.text)
         return []
+
+    def _roads(self, number: int, decision: Any, rng: random.Random) -> list[_Branch]:
+        """Return the other road at a decision and, where that is asked for, more continuations of both."""
+        more = range(self._config.rollout.continuations_per_action - 1)
+        return [
+            _Branch(number, decision, not decision.kept),
+            *(_Branch(number, decision, keep, rng.getrandbits(31)) for keep in (False, True) for _ in more),
+        ]
 
     def _grade(self, number: int, text: str) -> Future[Grade]:
         return self._graders.submit(self._unit.problems[self._which[number]], text)
@@ -118,25 +132,33 @@ class _Rollout:
             episodes.probability = np.array([d.probability for _, d in decisions], np.float64)
             episodes.output_position = np.array([d.output_position for _, d in decisions], np.int64)
         whole = [branch for branch in self._branches if branch.grade is not None]
-        whole.sort(key=lambda branch: place[id(branch.decision)])
+        episodes.continuations = len(whole)
         episodes.discarded = len(self._branches) - len(whole)
-        if whole:
-            self._add_branches(episodes, whole, place)
+        roads: dict[int, list[_Branch]] = {}  # by decision
+        for branch in whole:
+            roads.setdefault(place[id(branch.decision)], []).append(branch)
+        # without one of the other road there is nothing to compare
+        roads = {m: own for m, own in sorted(roads.items()) if any(b.keep != b.decision.kept for b in own)}
+        if roads:
+            self._add_branches(episodes, roads)
         return episodes
 
-    def _add_branches(self, episodes: Episodes, branches: list[_Branch], place: dict[int, int]) -> None:
-        outcomes = []  # (reward, saved, capped) when the draft token is kept, and when it is not
-        for branch in branches:
-            assert branch.grade is not None
-            assert branch.whole is not None
-            e, grade = branch.response, branch.grade.result()
+    def _add_branches(self, episodes: Episodes, roads: dict[int, list[_Branch]]) -> None:
+        table = np.zeros((len(roads), 2, 3))  # [B, drop or keep, reward and saved and capped], means of continuations
+        for row, branches in zip(table, roads.values(), strict=True):
+            e, decision = branches[0].response, branches[0].decision
             own = episodes.reward[e], saved(episodes.steps[e], episodes.tokens[e]), episodes.capped[e]
-            other = grade.score, saved(len(branch.whole.emitted), len(branch.whole.tokens)), branch.whole.capped
-            outcomes.append((own, other) if branch.decision.kept else (other, own))
-            if grade.failure:
-                episodes.failures.append(grade.failure)
-        table = np.array(outcomes, np.float64)  # [B, keep or drop, reward or saved or capped]
-        episodes.branch_decision = np.array([place[id(branch.decision)] for branch in branches], np.int64)
-        episodes.branch_keep, episodes.branch_drop = table[:, 0, 0], table[:, 1, 0]
-        episodes.branch_keep_saved, episodes.branch_drop_saved = table[:, 0, 1], table[:, 1, 1]
-        episodes.branch_keep_capped, episodes.branch_drop_capped = table[:, 0, 2] > 0, table[:, 1, 2] > 0
+            found: tuple[list[Any], list[Any]] = [], []
+            found[decision.kept].append(own)
+            for branch in branches:
+                assert branch.grade is not None
+                assert branch.whole is not None
+                grade, whole = branch.grade.result(), branch.whole
+                found[branch.keep].append((grade.score, saved(len(whole.emitted), len(whole.tokens)), whole.capped))
+                if grade.failure:
+                    episodes.failures.append(grade.failure)
+            row[:] = [np.mean(outcomes, axis=0, dtype=np.float64) for outcomes in found]
+        episodes.branch_decision = np.array(list(roads), np.int64)
+        episodes.branch_drop, episodes.branch_keep = table[:, 0, 0], table[:, 1, 0]
+        episodes.branch_drop_saved, episodes.branch_keep_saved = table[:, 0, 1], table[:, 1, 1]
+        episodes.branch_drop_capped, episodes.branch_keep_capped = table[:, 0, 2] > 0, table[:, 1, 2] > 0

@@ -35,6 +35,7 @@ class Request:
     seed: int
     temperature: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)  # cospec_* keys
+    top_p: float = 1.0
 
 
 @dataclass
@@ -169,6 +170,7 @@ class Engine:
         params = SamplingParams(
             max_tokens=request.max_tokens,
             temperature=request.temperature,
+            top_p=request.top_p,
             seed=request.seed,
             output_kind=RequestOutputKind.DELTA,
             extra_args=request.extra,

@@ -42,13 +42,14 @@ class Episodes:
     probability: np.ndarray = field(default_factory=_floats)  # [M], of keeping, when it was decided
     output_position: np.ndarray = field(default_factory=_integers)  # [M] int64
     branch_decision: np.ndarray = field(default_factory=_integers)  # [B] int64, which decision
-    branch_keep: np.ndarray = field(default_factory=_floats)  # [B], the task's reward when its draft token is kept
+    branch_keep: np.ndarray = field(default_factory=_floats)  # [B], mean reward when its draft token is kept
     branch_drop: np.ndarray = field(default_factory=_floats)  # [B], and when it is not
     branch_keep_saved: np.ndarray = field(default_factory=_floats)  # [B], share of target steps saved when it is kept
     branch_drop_saved: np.ndarray = field(default_factory=_floats)  # [B], and when it is not
     branch_keep_capped: np.ndarray = field(default_factory=_flags)  # [B], whether max_tokens ended it when it is kept
     branch_drop_capped: np.ndarray = field(default_factory=_flags)  # [B], and when it is not
-    discarded: int = 0  # branches that left the road before their mismatch
+    continuations: int = 0  # graded answers beside the responses': what followed on the roads of the branches
+    discarded: int = 0  # continuations that left the road before their mismatch
     failures: list[str] = field(default_factory=list)  # a sentence about each answer that could not be graded
     generated_tokens: int = 0  # branches included
     generating_s: float = 0.0
@@ -75,14 +76,14 @@ class Episodes:
             failures=[text for part in parts for text in part.failures],
             **{
                 name: sum(getattr(part, name) for part in parts)
-                for name in ("discarded", "generated_tokens", "generating_s", "busy_s")
+                for name in ("continuations", "discarded", "generated_tokens", "generating_s", "busy_s")
             },
         )
 
     @property
     def graded(self) -> int:
-        """How many answers were graded: responses, and the other road of each branch."""
-        return len(self.reward) + len(self.branch_decision)
+        """How many answers were graded."""
+        return len(self.reward) + self.continuations
 
     @property
     def acceptance_length(self) -> float:

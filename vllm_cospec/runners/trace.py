@@ -17,3 +17,4 @@ class Decision:
     statistics: Tensor  # [16] float32
     kept: bool
     probability: float | None  # of keeping, where the policy has one
+    generator: bytes | None = None  # state of a sampled request's generator before the block, on V1 and the CPU

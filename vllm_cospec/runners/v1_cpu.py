@@ -30,6 +30,7 @@ from vllm_cospec.requests import (
     stop_tokens,
 )
 from vllm_cospec.runners.recorder import Block, Recorder, draft_probabilities
+from vllm_cospec.runners.replay import Replay
 from vllm_cospec.runners.trace import Decision
 from vllm_cospec.runners.v1 import V1Sampler, V1Step
 from vllm_cospec.watch import Watch
@@ -66,6 +67,7 @@ class CoSpecRejectionSampler(V1Sampler):
         self._counters = counters
         self.recorder = Recorder(runner, settings)
         self._blocks: list[Block | None] = []  # of the requests of the running step
+        self._replay = Replay(runner, lambda cached: self._state(cached).settings.branch) if settings.collect else None
         self.decisions: list[Decision] = []
         self.sample_actions = False
         """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
@@ -294,6 +296,7 @@ class CoSpecRejectionSampler(V1Sampler):
                         statistics=consulted.statistics[i],
                         kept=bool(consulted.kept[i]),
                         probability=None if consulted.probability is None else float(consulted.probability[i]),
+                        generator=None if self._replay is None else self._replay.state_of(int(request)),
                     )
                 )
 

@@ -91,8 +91,8 @@ def test_merging_moves_indices_along() -> None:
     assert both.texts == ["a", "b", "c", "d"] * 2
     assert len(Episodes.merge([]).reward) == 0
     assert len(Episodes.merge([Episodes(), episodes(), Episodes()]).kept) == 5
-    counted = Episodes.merge([episodes(failures=["x"], discarded=2), episodes(discarded=1)])
-    assert (counted.failures, counted.discarded, counted.graded) == (["x"], 3, 12)
+    counted = Episodes.merge([episodes(failures=["x"], discarded=2, continuations=3), episodes(discarded=1)])
+    assert (counted.failures, counted.discarded, counted.graded) == (["x"], 3, 8 + 3)
 
 
 def test_no_episode_gives_no_sample() -> None:

@@ -46,13 +46,13 @@ BAD = {
     "not a number": (PAIR + "[learner]\nlearning_rate=nan\n", "learner.learning_rate: .*got nan"),
     "negative": (PAIR + "[learner]\nlearning_rate=-1.0\n", "learner.learning_rate: .*got -1.0"),
     "no draft": ('[pair]\ntarget="a/b"\nnum_speculative_tokens=3\n', "draft: missing"),
-    "branch while sampling": (PAIR + "[rollout]\ntemperature=1.0\n", "rollout.temperature: 1.0 cannot be combined"),
+    "several greedy continuations": (
+        PAIR + "[rollout]\ncontinuations_per_action=3\n",
+        "rollout.continuations_per_action: 3 greedy continuations are all the same; use 1",
+    ),
+    "no tokens at all": (PAIR + "[rollout]\ntop_p=0.0\n", "rollout.top_p: .*got 0.0"),
     "branch without branches": (PAIR + "[rollout]\nbranches_per_response=0\n", "branches_per_response: 0 leaves"),
     "group of one": (PAIR + '[learner]\nadvantage="group"\n', "responses_per_prompt: 1 is too few"),
-    "warm start while sampling": (
-        PAIR + '[learner]\nadvantage="group"\n[rollout]\ntemperature=1.0\nresponses_per_prompt=4\n',
-        "rollout.temperature: 1.0 cannot be combined with branches",
-    ),
     "only warm start": ("iterations=4\n" + PAIR, "warm_start_iterations: 4 must be less than iterations=4"),
     "three layers": (PAIR + "[learner]\nhidden_sizes=[8,8,8]\n", "learner.hidden_sizes: "),
 }
