@@ -63,7 +63,7 @@ def episodes(learner: Learner, x: np.ndarray, difference: np.ndarray) -> Episode
         probability = learner.arbiter(torch.from_numpy(x)).double().numpy()
     nothing = np.zeros(len(x))
     return Episodes(
-        statistics=x, probability=probability, branch_decision=np.arange(len(x)),
+        statistics=x, probability=probability, branch_decision=np.arange(len(x)), branch_weight=np.ones(len(x)),
         branch_keep=(difference > 0) * 1.0, branch_drop=(difference < 0) * 1.0,
         branch_keep_saved=nothing, branch_drop_saved=nothing,
     )  # fmt: skip

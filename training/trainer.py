@@ -246,9 +246,11 @@ class Trainer:
         learner = self.config.learner
         if learner.objective == "labels":
             kept, dropped = branch_returns(episodes, learner.speed_weight)
-            self._branches.append((episodes.statistics[episodes.branch_decision], kept - dropped))
+            worth = (kept - dropped) * episodes.branch_weight
+            self._branches.append((episodes.statistics[episodes.branch_decision], worth))
         if iteration < self._warm:
-            self._labels.append((episodes.statistics[episodes.branch_decision], episodes.difference()))
+            worth = episodes.difference() * episodes.branch_weight
+            self._labels.append((episodes.statistics[episodes.branch_decision], worth))
             if iteration == self._warm - 1:
                 statistics, difference = (np.concatenate(parts) for parts in zip(*self._labels, strict=True))
                 metrics = self.learner.warm_start(statistics, difference)

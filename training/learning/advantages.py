@@ -85,7 +85,8 @@ def group_advantages(episodes: Episodes, speed_weight: float) -> Samples:
 def branch_advantages(episodes: Episodes, speed_weight: float) -> Samples:
     """Two samples per branch, one for each action, weighted with the probability the policy gave it.
 
-    The weighted sum is the exact policy gradient at this mismatch, not one drawn action's estimate of it.
+    The weighted sum is the exact policy gradient at this mismatch, not one drawn action's estimate of it. It counts as
+    often as there are mismatches that the branch stands for.
     """
     at = episodes.branch_decision
     keep = episodes.probability[at]
@@ -98,5 +99,5 @@ def branch_advantages(episodes: Episodes, speed_weight: float) -> Samples:
         actions,
         probability,
         np.concatenate([kept - mean, dropped - mean]),
-        probability,
+        probability * np.concatenate([episodes.branch_weight] * 2),
     )

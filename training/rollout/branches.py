@@ -15,15 +15,53 @@ import numpy as np
 
 from vllm_cospec.training.rollout.engine import Engine, Request, Response
 
+LEAST_DOUBT = 0.1  # a mismatch the policy is sure of is chosen a tenth as often as one it is in two minds about
 
-def choose(response: Response, count: int, rng: random.Random) -> list[Any]:
-    """Choose mismatches of a response to branch at, each with the same chance.
+
+def choose(response: Response, count: int, rng: random.Random) -> list[tuple[Any, float]]:
+    """Choose mismatches of a response to branch at, rather those the policy is unsure of.
 
     One whose block began with the response's very first token cannot be: no token stands before the block that a prompt
     could end with.
+
+    Args:
+        response: with its decisions.
+        count: how many; all of them where there are fewer.
+        rng: draws them.
+
+    Returns:
+        Decisions, and how many mismatches each stands for: one over the chance it had. Sums so weighted are on average
+        those over all mismatches, however long a response is.
     """
     possible = [d for d in response.decisions if d.output_position > d.block_position]
-    return rng.sample(possible, min(count, len(possible)))
+    chances = _chances([_doubt(d.probability) for d in possible], count)
+    chosen, passed, mark = [], 0.0, rng.random()
+    for decision, chance in zip(
+        possible, chances, strict=True
+    ):  # systematic sampling: as many as the chances add up to
+        passed += chance
+        if passed > mark:
+            chosen.append((decision, 1 / chance))
+            mark += 1
+    return chosen
+
+
+def _doubt(probability: float | None) -> float:
+    """Return how unsure a policy is that keeps with a probability: 1 at one half; 1 for a rule, which says nothing."""
+    return 1.0 if probability is None else max(LEAST_DOUBT, 4 * probability * (1 - probability))
+
+
+def _chances(doubts: list[float], count: int) -> list[float]:
+    """Return chances in proportion to doubts that add up to ``count``, none above 1."""
+    chances = [1.0] * len(doubts)
+    open_, left = set(range(len(doubts))), count
+    while len(open_) > left:
+        scale = left / sum(doubts[i] for i in open_)
+        full = {i for i in open_ if doubts[i] * scale >= 1}
+        if not full:
+            return [doubts[i] * scale if i in open_ else 1.0 for i in range(len(doubts))]
+        open_, left = open_ - full, left - len(full)
+    return chances
 
 
 def written_before(decision: Any) -> int:

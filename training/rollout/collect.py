@@ -39,6 +39,7 @@ class _Branch:
 
     response: int
     decision: Any
+    weight: float  # mismatches the decision stands for
     keep: bool
     reseed: int | None = None
     whole: Response | None = None
@@ -87,7 +88,7 @@ class _Rollout:
                 return []
             rng = random.Random(f"{self._requests[number].seed}/branches")
             chosen = choose(response, self._config.rollout.branches_per_response, rng)
-            roads = [road for decision in chosen for road in self._roads(number, decision, rng)]
+            roads = [road for decision, weight in chosen for road in self._roads(number, decision, weight, rng)]
             self._branches += roads
             return [
                 branch_request(self._requests[number], response, road.decision, road.keep, road.reseed)
@@ -99,12 +100,12 @@ class _Rollout:
             branch.grade = self._grade(branch.response, branch.whole.text)
         return []
 
-    def _roads(self, number: int, decision: Any, rng: random.Random) -> list[_Branch]:
+    def _roads(self, number: int, decision: Any, weight: float, rng: random.Random) -> list[_Branch]:
         """Return the other road at a decision and, where that is asked for, more continuations of both."""
         more = range(self._config.rollout.continuations_per_action - 1)
         return [
-            _Branch(number, decision, not decision.kept),
-            *(_Branch(number, decision, keep, rng.getrandbits(31)) for keep in (False, True) for _ in more),
+            _Branch(number, decision, weight, not decision.kept),
+            *(_Branch(number, decision, weight, keep, rng.getrandbits(31)) for keep in (False, True) for _ in more),
         ]
 
     def _grade(self, number: int, text: str) -> Future[Grade]:
@@ -159,6 +160,7 @@ class _Rollout:
                     episodes.failures.append(grade.failure)
             row[:] = [np.mean(outcomes, axis=0, dtype=np.float64) for outcomes in found]
         episodes.branch_decision = np.array(list(roads), np.int64)
+        episodes.branch_weight = np.array([branches[0].weight for branches in roads.values()], np.float64)
         episodes.branch_drop, episodes.branch_keep = table[:, 0, 0], table[:, 1, 0]
         episodes.branch_drop_saved, episodes.branch_keep_saved = table[:, 0, 1], table[:, 1, 1]
         episodes.branch_drop_capped, episodes.branch_keep_capped = table[:, 0, 2] > 0, table[:, 1, 2] > 0

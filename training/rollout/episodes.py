@@ -42,6 +42,7 @@ class Episodes:
     probability: np.ndarray = field(default_factory=_floats)  # [M], of keeping, when it was decided
     output_position: np.ndarray = field(default_factory=_integers)  # [M] int64
     branch_decision: np.ndarray = field(default_factory=_integers)  # [B] int64, which decision
+    branch_weight: np.ndarray = field(default_factory=_floats)  # [B], how many mismatches of its response it stands for
     branch_keep: np.ndarray = field(default_factory=_floats)  # [B], mean reward when its draft token is kept
     branch_drop: np.ndarray = field(default_factory=_floats)  # [B], and when it is not
     branch_keep_saved: np.ndarray = field(default_factory=_floats)  # [B], share of target steps saved when it is kept

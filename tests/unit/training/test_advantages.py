@@ -32,6 +32,7 @@ def episodes(**changes: object) -> Episodes:
         "probability": np.array([0.25, 0.25, 0.5, 0.75, 0.9]),
         "output_position": np.array([3, 6, 2, 4, 5]),
         "branch_decision": np.array([1, 3]),
+        "branch_weight": np.array([1.0, 1.0]),
         "branch_keep": np.array([1.0, 0.0]),
         "branch_drop": np.array([0.0, 1.0]),
         "branch_keep_saved": np.array([0.5, 0.25]),
@@ -137,3 +138,11 @@ def test_a_branch_stays_with_its_decision_when_others_are_left_out() -> None:
     assert list(masked.branch_decision) == [1]
     assert (branch_advantages(masked, 0.0).statistics == episodes().statistics[[3, 3]]).all()
     assert list(masked.difference()) == [-1.0]
+
+
+def test_a_branch_counts_as_often_as_the_mismatches_it_stands_for() -> None:
+    once, weighted = (
+        branch_advantages(episodes(branch_weight=np.array(weights)), 0.0) for weights in ([1.0, 1.0], [1.0, 3.0])
+    )
+    assert list(weighted.advantage) == list(once.advantage)
+    assert weighted.weight == pytest.approx(once.weight * [1, 3, 1, 3])

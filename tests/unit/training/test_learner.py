@@ -85,7 +85,8 @@ def play(learner: Learner, generator: np.random.Generator, count: int) -> Episod
     steps = np.full(2 * count, 5)
     return Episodes(
         every // 2, np.where(kept, right, 1 - right), 2 * steps, steps, np.zeros(2 * count, bool), [""] * (2 * count),
-        every, x, kept, probability, every, every, right, 1 - right, np.zeros(2 * count), np.zeros(2 * count),
+        every, x, kept, probability, every, every, np.ones(2 * count), right,
+        1 - right, np.zeros(2 * count), np.zeros(2 * count),
     )  # fmt: skip
 
 

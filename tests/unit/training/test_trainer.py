@@ -50,8 +50,8 @@ def episodes(iteration: int, count: int = 40) -> Episodes:
     return Episodes(
         every, better, 2 * steps, steps, np.zeros(count, bool), [""] * count, every,
         generator.normal(size=(count, 16)).astype(np.float32), better > 0, np.full(count, 0.3), every, every,
-        better, 1 - better, np.full(count, 0.5), np.full(count, 0.4), generated_tokens=400, generating_s=1.0,
-        busy_s=1.1,
+        np.ones(count), better, 1 - better, np.full(count, 0.5), np.full(count, 0.4), generated_tokens=400,
+        generating_s=1.0, busy_s=1.1,
     )  # fmt: skip
 
 
