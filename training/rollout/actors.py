@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import ray
 
 from vllm_cospec.errors import ConfigError, CoSpecError, one_line
-from vllm_cospec.training.config import TrainConfig
+from vllm_cospec.training.config import PairConfig, TrainConfig, require_models
 from vllm_cospec.training.rollout.episodes import Episodes
 from vllm_cospec.training.rollout.units import Unit
 
@@ -28,6 +29,7 @@ class RolloutActor:
         self._config = config
         self._failure: Exception | None = None
         try:
+            require_models_here(config.pair)
             self._graders = Graders(config.task)
             arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
             self._engine = Engine(config.pair, arbiter, task=config.task)
@@ -47,6 +49,21 @@ class RolloutActor:
         raise_plainly(self._failure)
         self._engine.set_arbiter(weights, sample_actions=unit.threshold is None)
         return roll_out(self._engine, unit, self._config, self._graders)
+
+
+def require_models_here(pair: PairConfig) -> None:
+    """Refuse a node that lacks a model which the driver's has.
+
+    Raises:
+        ConfigError: names the node, the directory and the way out.
+    """
+    try:
+        require_models(pair)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{str(error).partition(';')[0]} on the node {socket.gethostname()}; put models at the same path on every "
+            f"node or on a file system they share, or name them by hub id"
+        ) from None
 
 
 def raise_plainly(failure: Exception | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 import ray
 
 from vllm_cospec.errors import ConfigError, TrainingError
+from vllm_cospec.training.config import PairConfig, TaskConfig, TrainConfig
 from vllm_cospec.training.rollout import session
+from vllm_cospec.training.rollout.actors import RolloutActor
 from vllm_cospec.training.rollout.session import START_ATTEMPTS, ray_session, require_room
 
 
@@ -113,6 +116,16 @@ def test_what_engines_need_is_compared_with_what_the_nodes_offer(monkeypatch: py
         require_room(1, 1.0, 4.0)
     with pytest.raises(ConfigError, match=r"rollout.cpus_per_actor: an engine needs 32 CPUs and 0 GPUs, and no node"):
         require_room(1, 32.0, 0.0)
+
+
+def test_a_node_without_the_models_is_named(tmp_path: Path) -> None:
+    """As an actor finds it there: the driver's look at its own disk says nothing about another one's."""
+    pair = PairConfig(target=str(tmp_path / "target"), draft="org/draft", num_speculative_tokens=3)
+    config = TrainConfig(pair=pair, task=TaskConfig(name="demo"))
+    with pytest.raises(ConfigError) as error:
+        RolloutActor(config, {}).ready()
+    assert str(error.value).startswith(f"pair.target: no model at '{tmp_path}/target' (config.json is missing) on the ")
+    assert f"node {socket.gethostname()}; put models at the same path on every node" in str(error.value)
 
 
 def test_a_session_works_off_the_main_thread_and_its_logs_outlive_an_error(tmp_path: Path) -> None:
