@@ -53,7 +53,7 @@ def test_rewards_are_the_tasks_of_the_texts(found: dict[str, Any]) -> None:
 def test_a_branch_that_decides_as_before_is_the_response_itself(which: str, found: dict[str, Any]) -> None:
     """Prefix, block, overrides before the mismatch, random numbers and steps: all of it is rebuilt from the cache."""
     roads = found[which]
-    assert roads["branches"] > 30
+    assert roads["branches"] > 20
     assert 0 < roads["kept"] < roads["branches"]
     # a near-tie may go the other way in a batch of another shape; such a branch is given up
     assert roads["compared"] >= 0.97 * roads["branches"]
@@ -67,7 +67,7 @@ def test_a_branch_that_decides_as_before_is_the_response_itself(which: str, foun
 def test_sampled_branches_may_have_several_continuations_of_each_action(found: dict[str, Any]) -> None:
     several = found["several"]
     assert several["repeatable"]
-    assert several["branches"] > 20
+    assert several["branches"] > 10
     assert several["discarded"] <= 0.05 * (several["continuations"] + several["discarded"])
     # the other action three times, the response's own twice more
     assert 5 * several["branches"] * 0.95 <= several["continuations"] <= 5 * several["branches"]
