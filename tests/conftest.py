@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
+# Several processes run engines of tiny models beside each other: one thread each, on whichever core is free. vLLM would
+# bind them all to the same one, and numba, which it drafts n-grams with, give OpenMP a thread for each core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts engines and what interprets; a file's tests share a process."""
+    """Mark what starts engines and what interprets; a file's tests share a process, but for those that start one."""
     for item in items:
         folder = item.path.relative_to(HERE).parts[0] if item.path.is_relative_to(HERE) else ""
         if folder in ("engine", "interpreted"):
             item.add_marker(folder)
-        item.add_marker(pytest.mark.xdist_group(str(item.path)))
+        item.add_marker(
+            pytest.mark.xdist_group(item.nodeid if item.path.name == "test_in_the_interpreter.py" else str(item.path))
+        )
 
 
 @pytest.hookimpl(wrapper=True)
