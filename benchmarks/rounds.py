@@ -26,15 +26,19 @@ def finished(rounds: Rounds) -> int:
     return min(len(own) for own in rounds.values())
 
 
+def quotients(rounds: Rounds, mode: str, base: str) -> list[float]:
+    """Return how many times as many tokens per second as ``base`` a mode made, in each round that both finished."""
+    pairs = zip(rounds[mode], rounds.get(base, ()), strict=False)
+    return [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
+
+
 def ratios(rounds: Rounds) -> list[str]:
     """Return how much faster each mode is than ``target`` and ``standard``: medians of ratios within rounds."""
     lines = []
     for base in BASES:
-        for mode, own in rounds.items():
-            pairs = list(zip(own, rounds.get(base, ()), strict=False))
-            if mode in (base, "target") or not pairs:
-                continue
-            quotients = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
-            spread = f" ({min(quotients):.2f} to {max(quotients):.2f} in {len(quotients)} rounds)"
-            lines.append(f"{mode} / {base}: {statistics.median(quotients):.2f}{spread} tokens per second")
+        for mode in rounds:
+            found = [] if mode in (base, "target") else quotients(rounds, mode, base)
+            if found:
+                spread = f" ({min(found):.2f} to {max(found):.2f} in {len(found)} rounds)"
+                lines.append(f"{mode} / {base}: {statistics.median(found):.2f}{spread} tokens per second")
     return lines

@@ -61,7 +61,8 @@ def test_strict_is_stock(name: str, pair: Path, prompts: list[str], run_engine: 
         {"method": "cospec", "draft_method": name, **keys, "arbiter": {"policy": "cascade", "alpha": 1.0}},
     )
     expected = tokens(stock)
-    assert {len(run) for run in expected.values()} == {ALONE, len(prompts)} and len(prompts) >= 200
+    assert {len(run) for run in expected.values()} == {ALONE, len(prompts)}
+    assert len(prompts) >= 200
     assert len({tuple(t) for t in expected["sampled-16"]}) > 150  # the sampled run really sampled
     assert tokens(by_server) == expected
     assert tokens(by_request) == expected

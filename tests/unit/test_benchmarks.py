@@ -13,12 +13,13 @@ import typer.main
 from scripts import ROOT, benchmark
 from typer.testing import CliRunner
 
+from vllm_cospec.errors import ConfigError
 from vllm_cospec.kernels.policies import policy_names
 from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.modes import parse_mode
 from vllm_cospec.training.measure.outcome import Outcome
 
-pareto, rounds, setup, throughput = map(benchmark, ("pareto", "rounds", "setup", "throughput"))
+pareto, rounds, setup, sweep, throughput = map(benchmark, ("pareto", "rounds", "setup", "sweep", "throughput"))
 
 
 def row(accuracy: float, acceptance_length: float) -> dict[str, Any]:
@@ -95,8 +96,36 @@ def test_rounds_that_share_the_problems_and_rounds_that_repeat_them_add_up() -> 
     assert rounds.finished(own) == 0
 
 
+def test_a_sweep_names_the_fastest_k_of_each_load_and_mode() -> None:
+    rows = [
+        row
+        for in_flight, k, seconds in ((1, 4, (2.0, 2.0)), (1, 8, (1.0, 4.0)), (4, 4, (1.0, 1.0)), (4, 8, (2.0, 8.0)))
+        for row in sweep.rows_of(
+            {
+                "target": [outcome([0], [1.0], 4.0), outcome([0], [1.0], 8.0)],  # the machine became slower
+                "learned": [outcome([0], [1.0], seconds[0]), outcome([0], [1.0], seconds[1])],
+            },
+            k, in_flight,
+        )
+    ]  # fmt: skip
+    assert [row["times_target"] for row in rows] == [1, 3.0, 1, 3.0, 1, 6.0, 1, 1.5]
+    assert rows[3]["rounds_times_target"] == [4.0, 2.0]
+    found = [(row["concurrency"], row["mode"], row["num_speculative_tokens"]) for row in sweep.best(rows)]
+    assert found == [(1, "learned", 4), (4, "learned", 4)]  # of two that are alike the smaller
+    shown = sweep.table(rows)
+    assert shown.row_count == len(rows)
+    assert sum("*" in str(cell) for cell in shown.columns[3].cells) == 2
+
+
+@pytest.mark.parametrize("text", ["", "4,", "0", "4;8", "-1", "many"])
+def test_what_is_no_list_of_numbers_is_named(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^--k: {text!r} is no list of whole numbers from 1 on"):
+        sweep.numbers(text, "--k")
+    assert sweep.numbers("8, 4,8", "--k") == [4, 8]
+
+
 @pytest.mark.parametrize(
-    "name", ["throughput", "pareto", "agreement", "strict_cost", "learning_curves", "kernel", "sparse"]
+    "name", ["throughput", "pareto", "agreement", "strict_cost", "learning_curves", "kernel", "sparse", "sweep"]
 )
 def test_help_names_every_option_whole_at_80_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
