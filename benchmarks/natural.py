@@ -28,7 +28,7 @@ from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.kernels.policies import Learned
 from vllm_cospec.training.artefact import portable
-from vllm_cospec.training.config import TrainConfig, load_train_config
+from vllm_cospec.training.config import PairConfig, TrainConfig, load_train_config
 from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.evaluate import prepare
 from vllm_cospec.training.measure.modes import Mode, parse_mode
@@ -106,6 +106,34 @@ def entry(name: str, number: int, problem: Problem, response: Any) -> dict[str, 
     }
 
 
+def ask(
+    engine: Any, contestant: Contestant, prompts: Sequence[list[int]], most: int, temperature: float,
+    seeds: Sequence[int] | None = None,
+) -> list[Any]:  # fmt: skip
+    """Ask a contestant; returns a response for each prompt.
+
+    Args:
+        engine: of the contestant's kind.
+        contestant: whose mode and arbiter the engine is set to.
+        prompts: token ids.
+        most: tokens of an answer.
+        temperature: 0 is greedy.
+        seeds: of each; their numbers if left out.
+    """
+    from vllm_cospec.training.rollout.engine import Request
+
+    extra = prepare(engine, contestant.mode)
+    if contestant.arbiter is not None:
+        engine.set_policy(Learned(artefact=str(contestant.arbiter)))
+        engine.set_arbiter(load_artefact(contestant.arbiter)[0].state_dict(), False)
+    return engine.run(
+        [
+            Request(prompt, min(most, engine.max_model_len - len(prompt)), seed, temperature, extra)
+            for prompt, seed in zip(prompts, seeds or range(len(prompts)), strict=True)
+        ]
+    )
+
+
 class Answering:
     """Asks contestants, one engine after another, and appends what they answer."""
 
@@ -136,20 +164,9 @@ class Answering:
                 yield contestant.name, len(open_)
 
     def _answer(self, engine: Any, contestant: Contestant, numbers: Sequence[int]) -> None:
-        from vllm_cospec.training.rollout.engine import Request
-
-        mode = contestant.mode
-        extra = prepare(engine, mode)
-        if contestant.arbiter is not None:
-            engine.set_policy(Learned(artefact=str(contestant.arbiter)))
-            engine.set_arbiter(load_artefact(contestant.arbiter)[0].state_dict(), False)
         prompts = [engine.encode(self._problems[number].prompt) for number in numbers]
         most = self._config.rollout.max_tokens
-        requests = [
-            Request(p, min(most, engine.max_model_len - len(p)), number, self._temperature, extra)
-            for p, number in zip(prompts, numbers, strict=True)
-        ]
-        responses = engine.run(requests)
+        responses = ask(engine, contestant, prompts, most, self._temperature, numbers)
         lines = [
             json.dumps(entry(contestant.name, number, self._problems[number], response))
             for number, response in zip(numbers, responses, strict=True)
@@ -169,15 +186,30 @@ def read_answers(work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def build_engine(config: TrainConfig, kind: str, arbiter: Path | None) -> Any:
+def build_engine(pair: PairConfig, kind: str, arbiter: Path | None) -> Any:
     """Start an engine: of the target, the draft, or the pair with an arbiter if one is given."""
     from vllm_cospec.training.rollout.engine import Engine
 
     if kind != "pair":
-        return Engine(config.pair, None, role=kind)
+        return Engine(pair, None, role=kind)
     if arbiter is None:
-        return Engine(config.pair, {"policy": "strict"})
-    return Engine(config.pair, {"policy": "learned", "artefact": str(arbiter)})
+        return Engine(pair, {"policy": "strict"})
+    return Engine(pair, {"policy": "learned", "artefact": str(arbiter)})
+
+
+def named_arbiters(texts: Sequence[str] | None) -> dict[str, Path]:
+    """Read NAME=DIRECTORY.
+
+    Raises:
+        ConfigError: something else was written.
+    """
+    found = {}
+    for text in texts or ():
+        name, equals, directory = text.partition("=")
+        if not (name and equals and directory):
+            raise ConfigError(f"--arbiter: {text!r} names no directory; write NAME=DIRECTORY")
+        found[name] = Path(directory)
+    return found
 
 
 @app.command()
@@ -191,15 +223,18 @@ def answers(
         list[str] | None, typer.Option(help="A mode to ask; NAME: learned(...) for a named arbiter.")
     ] = None,
     arbiter: Annotated[list[str] | None, typer.Option(help="NAME=DIRECTORY of a trained arbiter.")] = None,
+    package: Annotated[str | None, typer.Option(help="Another installed package whose lines are asked for.")] = None,
+    half: Annotated[str | None, typer.Option(help="first or second: of the package's directories alone.")] = None,
     rules: Annotated[bool, typer.Option("--rules", help="Ask every rule over its grid as well.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
 ) -> None:
     """Ask modes the same lines, and keep what they answer."""
     run = load_train_config(config)
-    named = dict(text.partition("=")[::2] for text in arbiter or ())
-    arbiters = {name: Path(directory) for name, directory in named.items()}
+    places = {key: value for key, value in (("package", package), ("half", half)) if value is not None}
+    task = run.task.model_copy(update={"options": run.task.options | places})
+    run = run.model_copy(update={"task": task})
     settings = itertools.chain.from_iterable(grid(run.pair.num_speculative_tokens).values()) if rules else ()
-    wanted = contestants([*(mode or [BASELINE]), *settings], arbiters)
+    wanted = contestants([*(mode or [BASELINE]), *settings], named_arbiters(arbiter))
     drawn = load_task(run.task.name, **run.task.options).problems(seed, problems, cast(Split, split))
     dumped = portable(run)
     about = {
@@ -220,7 +255,7 @@ def answers(
     with progress_bar("answering", sum(answering.left(one) for one in wanted)) as tick:
         for kind in dict.fromkeys(one.engine for one in wanted):
             own = [one for one in wanted if one.engine == kind]
-            engine = build_engine(run, kind, next((one.arbiter for one in own if one.arbiter is not None), None))
+            engine = build_engine(run.pair, kind, next((one.arbiter for one in own if one.arbiter is not None), None))
             for name, count in answering.ask(engine, own):
                 tick(count, name)
             del engine
