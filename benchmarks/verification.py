@@ -23,7 +23,7 @@ from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_sch
 from vllm_cospec.config import Settings
 from vllm_cospec.kernels.policies import Learned
 from vllm_cospec.runners import v1_cpu
-from vllm_cospec.runners.recorder import Block, Proposals
+from vllm_cospec.runners.recorder import Proposals, ProposedBlock
 
 BATCHES = (8, 32)
 OVERRIDE_RATE = 0.3  # that of the bundled arbiter
@@ -104,7 +104,9 @@ def compare(vocab_size: int, batch: int, k: int, agreement: float, rounds: int) 
 
         def run_ours() -> Any:
             proposed = Proposals(drafts, draft_logits)
-            ours.recorder._blocks = {name: Block(proposed, row) for row, name in enumerate(ours._runner.requests)}
+            ours.recorder._blocks = {
+                name: ProposedBlock(proposed, row) for row, name in enumerate(ours._runner.requests)
+            }
             return ours(metadata, None, logits, sampling)
 
         ours._settings = replace(ours._settings, collect=True)

@@ -13,7 +13,7 @@ from vllm_cospec.training.tasks import Split
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What the settings of a run add up to."""
 
     splits: dict[str, int]  # problems of each; empty where the task makes them up
@@ -30,7 +30,7 @@ class Work:
         return self.responses + self.held_out_answers + self.calibration_answers
 
 
-def work_of(config: TrainConfig, problems: Problems) -> Work:
+def work_of(config: TrainConfig, problems: Problems) -> Workload:
     """Count what a run will do."""
     rollout, learner, selection = config.rollout, config.learner, config.selection
     warm, updates = learner.warm_start_iterations, config.iterations
@@ -41,7 +41,7 @@ def work_of(config: TrainConfig, problems: Problems) -> Work:
         if selection.every and (update % selection.every == 0 or update == updates)
     ]  # fmt: skip
     known = {split: len(problems.known(split)) for split in get_args(Split)}
-    return Work(
+    return Workload(
         splits=known if any(known.values()) else {},
         updates=updates,
         units=updates * -(-rollout.prompts_per_iteration // rollout.prompts_per_unit),
@@ -52,7 +52,7 @@ def work_of(config: TrainConfig, problems: Problems) -> Work:
     )
 
 
-def table(config: TrainConfig, work: Work) -> Table:
+def table(config: TrainConfig, work: Workload) -> Table:
     """Show a plan."""
     found = Table(show_header=False, title=f"{config.task.name}: what the run will do")
     splits = ", ".join(f"{count:,} {split}" for split, count in work.splits.items()) or "made up as they are needed"

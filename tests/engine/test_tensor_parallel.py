@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_cospec.training.pairs.demo import RECIPES, build_model, build_tokenizer
+from vllm_cospec.training.pairs.demo import PLANS, build_model, build_tokenizer
 
 RunEngine = Callable[..., dict[str, Any]]
 
@@ -19,7 +19,7 @@ def write_model(directory: Path, seed: int) -> Path:
     """A random model whose heads two ranks can share; its own output matrix keeps it from repeating its last token."""
     tokenizer = build_tokenizer()
     shape = dataclasses.replace(
-        RECIPES["draft"], seed=seed, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=2
+        PLANS["draft"], seed=seed, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=2
     )
     model = build_model(shape, len(tokenizer))
     model.config.tie_word_embeddings = False

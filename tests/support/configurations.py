@@ -22,7 +22,7 @@ from vllm_cospec.config import Settings
 from vllm_cospec.errors import CoSpecError
 from vllm_cospec.fingerprint import template_hash, weights_hash
 from vllm_cospec.kernels.policies import Learned, policy_names
-from vllm_cospec.training.pairs.demo import RECIPES, build_model, build_tokenizer
+from vllm_cospec.training.pairs.demo import PLANS, build_model, build_tokenizer
 from vllm_cospec.translate import resolve
 
 NAN, INF = float("nan"), float("inf")
@@ -67,7 +67,7 @@ class Pair:
 
 def write_model(directory: Path, extra_tokens: int = 0) -> Path:
     tokenizer = build_tokenizer()
-    shape = dataclasses.replace(RECIPES["draft"], hidden_size=16, intermediate_size=32, num_layers=1, num_heads=1)
+    shape = dataclasses.replace(PLANS["draft"], hidden_size=16, intermediate_size=32, num_layers=1, num_heads=1)
     build_model(shape, len(tokenizer) + extra_tokens).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

@@ -48,9 +48,9 @@ def test_splits_do_not_overlap() -> None:
 
 
 def test_models_are_trained_on_their_own_split_only() -> None:
-    from vllm_cospec.training.pairs.demo import RECIPES, draw_examples
+    from vllm_cospec.training.pairs.demo import PLANS, draw_examples
 
-    for recipe in RECIPES.values():
+    for recipe in PLANS.values():
         for phase in recipe.phases:
             assert {split_of(prompt) for prompt, _ in draw_examples(phase, 1, 300)} == {"pretrain"}
 

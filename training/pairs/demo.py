@@ -46,7 +46,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelPlan:
     """Architecture and schooling of one model of the pair.
 
     Both models first go to a school of their own, then both see problems like those of the task, so that both know how
@@ -62,8 +62,8 @@ class Recipe:
     phases: tuple[Phase, ...]
 
 
-RECIPES = {
-    "target": Recipe(
+PLANS = {
+    "target": ModelPlan(
         160, 448, 4, 5, batch_size=128, seed=1,
         phases=(
             Phase(5000, 2.5e-3, product_share=0.02, sum_share=0.55),
@@ -71,7 +71,7 @@ RECIPES = {
                   learnt=(0.03, 1.0)),
         ),
     ),
-    "draft": Recipe(
+    "draft": ModelPlan(
         64, 192, 2, 2, batch_size=192, seed=2,
         phases=(
             Phase(4000, 4e-3, product_share=0.85, sum_share=0.5),
@@ -102,17 +102,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(recipe: Recipe, vocab_size: int) -> LlamaForCausalLM:
-    """A randomly initialised model of the recipe's shape, seeded."""
-    torch.manual_seed(recipe.seed)
+def build_model(plan: ModelPlan, vocab_size: int) -> LlamaForCausalLM:
+    """A randomly initialised model of the plan's shape, seeded."""
+    torch.manual_seed(plan.seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
-            hidden_size=recipe.hidden_size,
-            intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=recipe.num_layers,
-            num_attention_heads=recipe.num_heads,
-            num_key_value_heads=recipe.num_heads,
+            hidden_size=plan.hidden_size,
+            intermediate_size=plan.intermediate_size,
+            num_hidden_layers=plan.num_layers,
+            num_attention_heads=plan.num_heads,
+            num_key_value_heads=plan.num_heads,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
             pad_token_id=0,
@@ -161,22 +161,22 @@ def tokenise(
 
 
 def train_model(
-    role: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, work: Path, resume: bool
+    role: str, plan: ModelPlan, tokenizer: PreTrainedTokenizerFast, work: Path, resume: bool
 ) -> LlamaForCausalLM:
     """Train one model of the pair; its checkpoint is ``work/ROLE.safetensors``."""
 
     def stretch(number: int, phase: Phase) -> Stretch:
         def lessons() -> tuple[torch.Tensor, torch.Tensor]:
-            seed = recipe.seed + 10 * number
-            examples = draw_examples(phase, seed, min(phase.steps * recipe.batch_size, 400_000))
+            seed = plan.seed + 10 * number
+            examples = draw_examples(phase, seed, min(phase.steps * plan.batch_size, 400_000))
             return tokenise(examples, tokenizer, phase.learnt, seed)
 
         return Stretch(phase.steps, phase.learning_rate, lessons, phase.horizon)
 
-    model = build_model(recipe, len(tokenizer))
+    model = build_model(plan, len(tokenizer))
     train(
-        role, model, [stretch(number, phase) for number, phase in enumerate(recipe.phases)], recipe.batch_size,
-        recipe.seed, work / f"{role}.safetensors", resume, checkpoint_every=250, pad=tokenizer.pad_token_id,
+        role, model, [stretch(number, phase) for number, phase in enumerate(plan.phases)], plan.batch_size,
+        plan.seed, work / f"{role}.safetensors", resume, checkpoint_every=250, pad=tokenizer.pad_token_id,
     )  # fmt: skip
     return model
 
@@ -201,14 +201,14 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     """Train the bundled pair from scratch and write both models."""
-    if only and only not in RECIPES:
+    if only and only not in PLANS:
         raise typer.BadParameter(f"--only: {only!r} is neither 'target' nor 'draft'")
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    for role, recipe in RECIPES.items():
+    for role, plan in PLANS.items():
         if only in ("", role):
-            export(train_model(role, recipe, tokenizer, work, resume), tokenizer, output / role)
+            export(train_model(role, plan, tokenizer, work, resume), tokenizer, output / role)
 
 
 if __name__ == "__main__":

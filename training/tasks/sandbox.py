@@ -36,14 +36,14 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Ending:
     """How a program ended."""
 
     passed: bool  # it ran to its end
     reason: str = ""  # why it did not
 
 
-def run(program: str, limits: Limits) -> Outcome:
+def run(program: str, limits: Limits) -> Ending:
     """Run a Python program and say whether it came to its end without an exception.
 
     A program that leaves early, with whatever exit code, has not come to its end.
@@ -67,7 +67,7 @@ def run(program: str, limits: Limits) -> Outcome:
         try:
             said, _ = process.communicate(f"{word}\n{program}".encode(errors="replace"), limits.seconds + START_S)
         except subprocess.TimeoutExpired:
-            return Outcome(False, f"took longer than {limits.seconds:g} s")
+            return Ending(False, f"took longer than {limits.seconds:g} s")
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -75,17 +75,17 @@ def run(program: str, limits: Limits) -> Outcome:
             process.communicate()
     last = said.decode(errors="replace").rstrip().rpartition("\n")[2]
     if last == word:
-        return Outcome(True)
+        return Ending(True)
     if last.startswith("cannot confine: "):
         raise ConfigError(
             f"task.options.sandbox: this machine cannot confine a process ({last.partition(': ')[2]}); use a Linux "
             f'kernel with Landlock and seccomp, or set it to "limits"'
         )
     if process.returncode == -signal.SIGALRM:
-        return Outcome(False, f"took longer than {limits.seconds:g} s")
+        return Ending(False, f"took longer than {limits.seconds:g} s")
     if process.returncode < 0:
-        return Outcome(False, f"ended by signal {signal.Signals(-process.returncode).name}")
-    return Outcome(False, last[:SHOWN] if last.startswith("raised ") else "left before its end")
+        return Ending(False, f"ended by signal {signal.Signals(-process.returncode).name}")
+    return Ending(False, last[:SHOWN] if last.startswith("raised ") else "left before its end")
 
 
 @cache

@@ -34,7 +34,7 @@ class Proposals:
 
 
 @dataclass
-class Block:
+class ProposedBlock:
     """What was proposed for one request."""
 
     proposals: Proposals
@@ -74,7 +74,7 @@ class Recorder(V1Drafter):
         if hasattr(runner.drafter, "_sample_from_logits"):
             SeededDrafts(runner)
         super().__init__(runner, settings)
-        self._blocks: dict[str, Block] = {}
+        self._blocks: dict[str, ProposedBlock] = {}
         self._current: Proposals | None = None
         self._whole: list[bool] = []
         # suffix decoding drafts from the responses to other requests, and forgets a request that waits
@@ -84,7 +84,7 @@ class Recorder(V1Drafter):
         if settings.draft_logits:
             compat.wrap(f"{PROPOSER}._sample_draft_tokens", self._drafter, self.sample_draft_tokens)
 
-    def take(self, request_ids: Sequence[str]) -> list[Block | None]:
+    def take(self, request_ids: Sequence[str]) -> list[ProposedBlock | None]:
         """Return what was proposed for each of these requests, and forget it."""
         return [self._blocks.pop(request_id, None) for request_id in request_ids]
 
@@ -106,11 +106,13 @@ class Recorder(V1Drafter):
         if take_probabilities is not None:
             current.probabilities = take_probabilities()
         for row, request_id in enumerate(self._runner.input_batch.req_ids):
-            self._blocks[request_id] = Block(current, row, self._of_others if self._whole[row] else Reason.CACHE)
+            self._blocks[request_id] = ProposedBlock(
+                current, row, self._of_others if self._whole[row] else Reason.CACHE
+            )
 
     def withdraw(self, request_id: str, reason: Reason) -> None:
         """As the base's."""
-        self._blocks[request_id] = Block(Proposals([[]]), 0, reason)
+        self._blocks[request_id] = ProposedBlock(Proposals([[]]), 0, reason)
 
     def sample_draft_tokens(self, hidden_states: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
         """As the stock ``_sample_draft_tokens``: [R, H] -> (tokens [R], probabilities [R, V] or None)."""
@@ -122,7 +124,7 @@ class Recorder(V1Drafter):
 
 
 def draft_probabilities(
-    blocks: Sequence[Block | None], num_draft_tokens: Sequence[int], draft_tokens: Tensor
+    blocks: Sequence[ProposedBlock | None], num_draft_tokens: Sequence[int], draft_tokens: Tensor
 ) -> Tensor | None:
     """Return what the N drafts of a batch were drawn from, float32 [N, V]; None where none of them was drawn.
 

@@ -29,7 +29,7 @@ from vllm_cospec.requests import (
     served_settings,
     stop_tokens,
 )
-from vllm_cospec.runners.recorder import Block, Recorder, draft_probabilities
+from vllm_cospec.runners.recorder import ProposedBlock, Recorder, draft_probabilities
 from vllm_cospec.runners.replay import Replay
 from vllm_cospec.runners.trace import Decision
 from vllm_cospec.runners.v1 import V1Sampler, V1Step
@@ -66,7 +66,7 @@ class CoSpecRejectionSampler(V1Sampler):
         self._settings = settings
         self._counters = counters
         self.recorder = Recorder(runner, settings)
-        self._blocks: list[Block | None] = []  # of the requests of the running step
+        self._blocks: list[ProposedBlock | None] = []  # of the requests of the running step
         self._replay = Replay(runner, lambda cached: self._state(cached).settings.branch) if settings.collect else None
         self.decisions: list[Decision] = []
         self.sample_actions = False
@@ -301,7 +301,7 @@ class CoSpecRejectionSampler(V1Sampler):
                 )
 
 
-def _reason(block: Block | None, drafts: list[int]) -> Reason | None:
+def _reason(block: ProposedBlock | None, drafts: list[int]) -> Reason | None:
     """Return why these drafts of a request are not whole, or None."""
     if block is None:
         return Reason.SKIPPED if drafts else None

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from vllm_cospec.training.config import TaskConfig, TrainConfig, load_train_config
-from vllm_cospec.training.plan import Work, table, work_of
+from vllm_cospec.training.plan import Workload, table, work_of
 from vllm_cospec.training.preflight import check_training
 from vllm_cospec.training.problems import Problems
 from vllm_cospec.training.tasks import split_of
@@ -27,7 +27,7 @@ def changed(config: TrainConfig, **parts: object) -> TrainConfig:
 def test_the_work_of_the_demo_is_counted() -> None:
     # 60 updates of 4 units of 128; the best is chosen from update 6 on: 10, 20, ..., 60
     found = work_of(DEMO, check_training(DEMO))
-    assert found == Work(
+    assert found == Workload(
         splits={}, updates=60, units=240, responses=30_720, branches=61_440, held_out_answers=6 * 200,
         calibration_answers=1000 * 8,
     )  # fmt: skip
@@ -63,7 +63,7 @@ def test_splits_of_a_file_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_plan_shows_its_counts() -> None:
-    work = Work({"train": 1234}, 10, 20, 1000, 2000, 100, 400)
+    work = Workload({"train": 1234}, 10, 20, 1000, 2000, 100, 400)
     console = Console(width=200, record=True)
     console.print(table(DEMO, work))
     text = console.export_text()

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from vllm_cospec.training.tasks.sandbox import Limits, Outcome, require, run
+from vllm_cospec.training.tasks.sandbox import Ending, Limits, require, run
 
 QUICK = Limits(seconds=10.0, memory_gb=0.5, file_mb=1.0)
 
 
 def test_a_program_that_comes_to_its_end_has_passed() -> None:
     require(confined=True)
-    assert run("assert sum(range(4)) == 6", QUICK) == Outcome(True)
+    assert run("assert sum(range(4)) == 6", QUICK) == Ending(True)
     everyday = """
 import collections, datetime, heapq, itertools, json, math, random, re, string, typing, threading, asyncio
 found = []
@@ -34,7 +34,7 @@ with open("own.txt", "w") as file:
 assert open("own.txt").read() == "mine"
 print("to nobody")
 """
-    assert run(everyday, QUICK) == Outcome(True)
+    assert run(everyday, QUICK) == Ending(True)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_every_other_end_is_named(program: str, reason: str) -> None:
 @pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(100)"])
 def test_time_is_limited_by_the_clock(program: str) -> None:
     began = time.monotonic()
-    assert run(program, Limits(seconds=1.0)) == Outcome(False, "took longer than 1 s")
+    assert run(program, Limits(seconds=1.0)) == Ending(False, "took longer than 1 s")
     assert time.monotonic() - began < 30
 
 
