@@ -39,6 +39,7 @@ class Part:
     problems: tuple[Problem, ...]
     thresholds: tuple[float, ...]
     temperature: float
+    top_p: float
 
     @property
     def key(self) -> int:
@@ -87,7 +88,7 @@ class SweepActor:
         requests = [
             Request(
                 prompt, min(self._max_tokens, engine.max_model_len - len(prompt)),
-                seed=part.index * CHUNK + i, temperature=part.temperature,
+                seed=part.index * CHUNK + i, temperature=part.temperature, top_p=part.top_p,
             )
             for i, prompt in enumerate(prompts)
         ]  # fmt: skip
@@ -192,7 +193,7 @@ def _answers(
     thresholds = threshold_sequence(calibration.thresholds)
     size = max(1, min(CHUNK, -(-len(problems) // rollout.actors)))
     parts = [
-        Part(i, tuple(problems[first : first + size]), thresholds, temperature)
+        Part(i, tuple(problems[first : first + size]), thresholds, temperature, rollout.top_p)
         for i, first in enumerate(range(0, len(problems), size))
     ]
     actor = remote(SweepActor, rollout.cpus_per_actor, rollout.gpus_per_actor)
@@ -243,7 +244,7 @@ def _conditions(config: TrainConfig, dtype: str) -> Conditions:
         dtype=dtype,
         chat_template=template_hash(getattr(target_tokenizer(config.pair), "chat_template", None)),
         temperature=(temperature, temperature),
-        top_p=(1.0, 1.0),
+        top_p=(rollout.top_p, rollout.top_p),
     )
 
 
