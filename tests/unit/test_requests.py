@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -15,7 +14,7 @@ from vllm_cospec import patches
 from vllm_cospec.config import Settings
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.kernels.policies import Learned, Policy, Strict, Typical
-from vllm_cospec.requests import Branch, RequestSettings, action_coin, request_settings
+from vllm_cospec.requests import RequestSettings, action_coin, request_settings
 
 NAN, INF = float("nan"), float("inf")
 MAX_INT64 = 2**63 - 1
@@ -59,19 +58,6 @@ def test_a_request_that_asks_for_nothing_gets_the_servers_settings(params: Any) 
     assert request_settings(params, LEARNED) == RequestSettings(
         arbitrated=True, threshold=0.6, max_overrides=7, exact_tokens=2
     )
-
-
-BRANCH = {"written": 4, "overrides": 1, "decided_at": 6, "keep": True}
-
-
-def test_a_branch_is_taken_where_decisions_are_collected_and_refused_elsewhere() -> None:
-    collecting = server(Learned(artefact="arbiter"), collect=True)
-    assert asked(collecting, cospec_branch=BRANCH).branch == Branch(written=4, overrides=1, decided_at=6, keep=True)
-    with pytest.raises(ConfigError, match="cospec_branch: is for training"):
-        asked(cospec_branch=BRANCH)
-    for bad in ({"written": -1}, {"keep": 1}, {"decided_at": 2**31}, {"more": 1}):
-        with pytest.raises(ConfigError, match=r"vllm_xargs\.cospec_branch\."):
-            asked(collecting, cospec_branch={**BRANCH, **bad})
 
 
 def test_the_coin_of_an_action_depends_on_seed_and_place_alone_and_is_uniform() -> None:
@@ -397,16 +383,3 @@ def test_keys_of_others_and_servers_without_cospec_are_left_alone() -> None:
     assert handled({"mine": True}, read={"mine": 1}) == "answered"
     assert handled(None, read={}) == "answered"
     assert handled({"cospec_policy": "bogus"}, cospec=None) == "answered"
-
-
-def test_the_state_of_a_branchs_generator_is_one_or_is_refused() -> None:
-    collecting = server(Learned(artefact="arbiter"), collect=True)
-    branch: dict[str, Any] = {"written": 3, "overrides": 0, "decided_at": 5, "keep": True, "first_token": 7}
-    state = torch.Generator().manual_seed(5).get_state().numpy().tobytes()
-    found = asked(collecting, cospec_branch=branch | {"generator": state, "reseed": 9}).branch
-    assert found is not None
-    assert (found.generator, found.first_token, found.reseed) == (state, 7, 9)
-    for damaged in (b"", state[:-1], b"\xff" * len(state)):
-        with pytest.raises(ConfigError, match=r"branch\.generator: is no state of a generator on the CPU") as error:
-            asked(collecting, cospec_branch=branch | {"generator": damaged})
-        assert_one_sentence(str(error.value))
