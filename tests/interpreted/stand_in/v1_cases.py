@@ -183,6 +183,9 @@ class Runner:
     def _update_states(self, scheduler_output: Any) -> None:
         pass
 
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        raise NotImplementedError("cases call the sampler itself")
+
     def take_draft_token_ids(self) -> None:
         return None
 
