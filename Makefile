@@ -43,7 +43,7 @@ serve: $(STAMP) ## serve the bundled pair on PORT (8000) until stopped
 	@$(BIN)/cospec demo --serve --port $(PORT)
 
 # Two processes share the tests; those of a file stay together, and files are begun in their order: engines first.
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/pytest -n 2 --no-loadscope-reorder
 
 test-fast: $(STAMP) ## run what starts no engine, server, Ray or interpreter
 	$(PYTEST) -m 'not engine and not interpreted and not slow'

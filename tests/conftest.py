@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 HERE = Path(__file__).parent
 # Several processes run engines of tiny models beside each other: one thread each, on whichever core is free. vLLM would
@@ -16,16 +18,27 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
+class FilesTogether(LoadScopeScheduling):
+    """Keeps a file's tests in one process, but for those that start one each."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        """Return what must stay together with a test."""
+        file = nodeid.partition("::")[0]
+        return nodeid if file.endswith("test_in_the_interpreter.py") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether:
+    """Share the tests among processes."""
+    return FilesTogether(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts engines and what interprets; a file's tests share a process, but for those that start one."""
+    """Mark what starts engines and what interprets."""
     for item in items:
         folder = item.path.relative_to(HERE).parts[0] if item.path.is_relative_to(HERE) else ""
         if folder in ("engine", "interpreted"):
             item.add_marker(folder)
-        item.add_marker(
-            pytest.mark.xdist_group(item.nodeid if item.path.name == "test_in_the_interpreter.py" else str(item.path))
-        )
 
 
 @pytest.hookimpl(wrapper=True)
