@@ -42,17 +42,14 @@ demo: $(STAMP) ## start a server with the bundled pair, ask it held-out problems
 serve: $(STAMP) ## serve the bundled pair on PORT (8000) until stopped
 	@$(BIN)/cospec demo --serve --port $(PORT)
 
-# Two processes share the tests; those of a file stay together, and files are begun in their order: engines first.
-PYTEST := $(BIN)/pytest -n 2 --no-loadscope-reorder
-
-test-fast: $(STAMP) ## run what starts no engine, server, Ray or interpreter
-	$(PYTEST) -m 'not engine and not interpreted and not slow'
+test-fast: $(STAMP) ## run what starts no engine, server, Ray or interpreter, in two processes
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not engine and not interpreted and not slow'
 
 test: $(STAMP) ## run the tests but the slow ones
-	$(PYTEST) -m 'not slow'
+	$(BIN)/pytest -m 'not slow'
 
 test-all: $(STAMP) ## run every test
-	$(PYTEST)
+	$(BIN)/pytest
 
 # That version exists for GPUs alone: its Python code runs here over the compiled modules of the CPU build.
 compat: $(STAMP) ## run the engine tests, V1 and interpreted V2, on vLLM $(COMPAT) (fetched by name, 340 MB)

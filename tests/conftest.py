@@ -1,14 +1,12 @@
-"""Markers by folder, and what stays together when several processes share the tests."""
+"""Markers by folder, and one thread for each engine."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 HERE = Path(__file__).parent
 # Several processes run engines of tiny models beside each other: one thread each, on whichever core is free. vLLM would
@@ -16,21 +14,6 @@ HERE = Path(__file__).parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-
-class FilesTogether(LoadScopeScheduling):
-    """Keeps a file's tests in one process, but for those that start one each."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        """Return what must stay together with a test."""
-        file = nodeid.partition("::")[0]
-        return nodeid if file.endswith("test_in_the_interpreter.py") else file
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether:
-    """Share the tests among processes."""
-    return FilesTogether(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
