@@ -99,9 +99,8 @@ class BatchResult:
     """What verification makes of a batch."""
 
     output: Tensor  # [B, max_draft_tokens + 1] int32, PLACEHOLDER where nothing is emitted
-    num_mismatches: (
-        int  # drafts of arbitrated requests that can be delivered, whether the policy could be consulted or not
-    )
+    num_mismatches: int
+    """Drafts of arbitrated requests that can be delivered, whether the policy could be consulted or not."""
     overrides: np.ndarray  # [B] int64
     regret: np.ndarray  # [B] float64, nats, of the overrides
     overrides_per_position: np.ndarray  # [max_draft_tokens] int64

@@ -13,6 +13,7 @@ from vllm_cospec.calibration import sampled_otherwise
 from vllm_cospec.config import REQUEST_SETTINGS, Scope, Settings
 from vllm_cospec.errors import ConfigError, first_sentence
 from vllm_cospec.kernels.frozen import Frozen
+from vllm_cospec.kernels.reach import ends_of
 from vllm_cospec.kernels.regret import MAX_REGRET
 from vllm_cospec.scope import UNKNOWN as NO_MARKERS
 
@@ -230,18 +231,20 @@ def served_settings(params: SamplingParams | None, settings: Settings) -> Reques
         return RequestSettings(arbitrated=False, threshold=1.0, max_overrides=0, exact_tokens=0)
 
 
-def response_limit(params: SamplingParams | None, room: int) -> int:
-    """Return how many tokens a response has at most, where the model's length leaves it ``room``."""
-    wanted = params.max_tokens if params is not None else None
-    return room if wanted is None else min(room, wanted)
+def response_ends(params: SamplingParams | None, branch: Branch | None, room: int) -> list[int]:
+    """Return what ends a response, as :func:`vllm_cospec.kernels.reach.ends_of` puts it.
 
-
-def stop_tokens(params: SamplingParams | None) -> list[int]:
-    """Return the tokens that end a response."""
+    Args:
+        params: of the request.
+        branch: what the request goes on with, if anything.
+        room: tokens that the model's length leaves it.
+    """
+    written = branch.written if branch is not None else 0
     if params is None:
-        return []
+        return ends_of(room + written, [])
+    length = room if params.max_tokens is None else min(room, params.max_tokens)
     own = set(params.stop_token_ids or ())
-    return sorted(own if params.eos_token_id is None else own | {params.eos_token_id})
+    return ends_of(length + written, sorted(own if params.eos_token_id is None else own | {params.eos_token_id}))
 
 
 def action_coin(seed: int, output_position: int) -> float:

@@ -19,10 +19,10 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from vllm_cospec.config import Settings
 from vllm_cospec.kernels import UNLIMITED
-from vllm_cospec.kernels.reach import STOPS, ends_of
+from vllm_cospec.kernels.reach import STOPS
 from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.kernels.triton.step import Slots
-from vllm_cospec.requests import response_limit, served_settings, stop_tokens
+from vllm_cospec.requests import response_ends, served_settings
 from vllm_cospec.runners.parts import Parts
 
 SLOT, SPENT = "cospec_slot", "cospec_spent"  # attributes of vLLM's CachedRequestState, on V1
@@ -52,7 +52,7 @@ def slot_entry(sampling_params: Any, settings: Settings, room: int) -> SlotEntry
     Args:
         sampling_params: of the request.
         settings: of the server.
-        room: tokens its response can have at most.
+        room: tokens that the model's length leaves its response.
     """
     own = served_settings(sampling_params, settings)
     branch = own.branch
@@ -65,7 +65,7 @@ def slot_entry(sampling_params: Any, settings: Settings, room: int) -> SlotEntry
         written=branch.written if branch else 0,
         forced=2 * branch.decided_at + branch.keep if branch else -1,
         overrides=branch.overrides if branch else 0,
-        ends=ends_of(room + (branch.written if branch else 0), stop_tokens(sampling_params)),
+        ends=response_ends(sampling_params, branch, room),
         scope=own.scope,
     )
 
@@ -113,8 +113,7 @@ class StagedSlots:
     def add_request(self, slot: int, request: Any) -> None:
         """Take up a request, vLLM's NewRequestData; slots are recycled, so everything is overwritten."""
         length = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
-        limit = response_limit(request.sampling_params, self._runner.max_model_len - length)
-        entry = slot_entry(request.sampling_params, self._settings, limit)
+        entry = slot_entry(request.sampling_params, self._settings, self._runner.max_model_len - length)
         self.arbitrated.np[slot] = entry.arbitrated
         self._threshold.np[slot] = entry.threshold
         self._max_overrides.np[slot] = entry.max_overrides
@@ -244,7 +243,7 @@ class PlacedSlots:
         if before is not None:
             self.leave(before)
         room = self._runner.max_model_len - request.num_prompt_tokens
-        entry = slot_entry(request.sampling_params, self._settings, response_limit(request.sampling_params, room))
+        entry = slot_entry(request.sampling_params, self._settings, room)
         self._integers[:, slot] = (
             entry.arbitrated, entry.max_overrides, entry.exact_tokens, request.num_prompt_tokens - entry.written,
             entry.forced,

@@ -18,17 +18,10 @@ from vllm_cospec.health import Reason
 from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.cpu import Batch, BatchResult, Requests, argmax, verify_batch
 from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
-from vllm_cospec.kernels.reach import ANSWERING, SCOPES, ends_of, out_of_scope, part_after, parts, undeliverable
+from vllm_cospec.kernels.reach import ANSWERING, SCOPES, out_of_scope, part_after, parts, undeliverable
 from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.metrics import Counters, counters_of_this_rank
-from vllm_cospec.requests import (
-    RequestSettings,
-    action_coin,
-    request_settings,
-    response_limit,
-    served_settings,
-    stop_tokens,
-)
+from vllm_cospec.requests import RequestSettings, action_coin, request_settings, response_ends, served_settings
 from vllm_cospec.runners.recorder import ProposedBlock, Recorder, draft_probabilities
 from vllm_cospec.runners.replay import Replay
 from vllm_cospec.runners.trace import Decision
@@ -170,8 +163,7 @@ class CoSpecRejectionSampler(V1Sampler):
         if state is None:
             settings = served_settings(cached.sampling_params, self._settings)
             room = self._runner.max_model_len - cached.num_prompt_tokens
-            length = response_limit(cached.sampling_params, room) + (settings.branch.written if settings.branch else 0)
-            ends = ends_of(length, stop_tokens(cached.sampling_params))
+            ends = response_ends(cached.sampling_params, settings.branch, room)
             state = RequestState(settings, getattr(cached.sampling_params, "seed", None), ends)
             if settings.branch is not None:
                 state.overrides = settings.branch.overrides
