@@ -29,6 +29,7 @@ from benchmarks.command import wide_console
 from benchmarks.natural import BASELINE, CONFIG, Contestant, ask, build_engine, contestants, named_arbiters
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.config import load_train_config
+from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.intervals import accuracy_interval, bootstrap_interval, mcnemar
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.progress import progress_bar
@@ -142,17 +143,23 @@ def judge(function: Function, response: Any, tokenizer: Any) -> Body:
     return Body(tokens, text, parses(function, text), not ended)
 
 
-def log_likelihoods(target: str, prompts: Sequence[Sequence[int]], bodies: Sequence[Sequence[int]]) -> list[float]:
-    """Return the target's mean log-probability of the tokens of each body, in nats, by transformers in bfloat16."""
+def load_judge(target: str) -> Any:
+    """Return the target, by transformers in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval()
+
+
+def log_likelihoods(judge: Any, prompts: Sequence[Sequence[int]], bodies: Sequence[Sequence[int]]) -> list[float]:
+    """Return the judge's mean log-probability of the tokens of each body, in nats."""
+    import torch
+
     found = []
     with torch.inference_mode():
         for prompt, body in zip(prompts, bodies, strict=True):
             ids = torch.tensor([[*prompt, *body]])
-            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+            logits = judge(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
             chosen = torch.log_softmax(logits, -1)[torch.arange(len(body)), ids[0, len(prompt) :]]
             found.append(float(chosen.mean()))
     return found
@@ -163,7 +170,7 @@ def row(
 ) -> dict[str, Any]:
     """Return the figures of a mode."""
     right = np.array([float(body.parses) for body in bodies])
-    steps = sum(len(response.emitted) - 1 for response in responses)
+    tokens, steps = (np.array([len(getattr(r, name)) for r in responses], np.int64) for name in ("tokens", "emitted"))
     decisions = [decision for response in responses for decision in response.decisions]
     return {
         "mode": name,
@@ -174,7 +181,7 @@ def row(
         "edit_similarity": float(np.mean([similarity(f.body, b.text) for f, b in zip(functions, bodies, strict=True)])),
         "mean_tokens": float(np.mean([len(body.tokens) for body in bodies])),
         "unfinished": sum(body.capped for body in bodies),
-        "acceptance_length": (sum(len(r.tokens) - 1 for r in responses) / steps) if steps else 1.0,
+        "acceptance_length": Counts.of_responses(tokens, steps).acceptance_length,
         "num_mismatches": len(decisions),
         "num_overrides": sum(decision.kept for decision in decisions),
         "each": [
@@ -231,12 +238,12 @@ def main(
     functions = draw(cast(Split, split), seed, problems, tokenizer)
     prompts = [tokenizer(function.prompt)["input_ids"] for function in functions]
     rows = []
-    engine = build_engine(pair, "pair", next((one.arbiter for one in wanted if one.arbiter is not None), None))
+    engine, target = build_engine(pair, wanted), load_judge(pair.target)
     with progress_bar("writing", len(wanted)) as tick:
         for contestant in wanted:
             responses = ask(engine, contestant, prompts, MAX_TOKENS, 0.0)
             bodies = [judge(f, response, tokenizer) for f, response in zip(functions, responses, strict=True)]
-            nats = log_likelihoods(pair.target, prompts, [body.tokens for body in bodies])
+            nats = log_likelihoods(target, prompts, [body.tokens for body in bodies])
             rows.append(row(contestant.name, functions, bodies, responses, nats))
             tick(1, contestant.name)
     paired = {one["mode"]: against(one, rows[0]) for one in rows[1:]}

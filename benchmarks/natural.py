@@ -186,12 +186,14 @@ def read_answers(work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def build_engine(pair: PairConfig, kind: str, arbiter: Path | None) -> Any:
-    """Start an engine: of the target, the draft, or the pair with an arbiter if one is given."""
+def build_engine(pair: PairConfig, asked: Sequence[Contestant]) -> Any:
+    """Start the engine of contestants of one kind: of the target, the draft, or the pair with an arbiter if one has."""
     from vllm_cospec.training.rollout.engine import Engine
 
+    kind = asked[0].engine
     if kind != "pair":
         return Engine(pair, None, role=kind)
+    arbiter = next((one.arbiter for one in asked if one.arbiter is not None), None)
     if arbiter is None:
         return Engine(pair, {"policy": "strict"})
     return Engine(pair, {"policy": "learned", "artefact": str(arbiter)})
@@ -255,7 +257,7 @@ def answers(
     with progress_bar("answering", sum(answering.left(one) for one in wanted)) as tick:
         for kind in dict.fromkeys(one.engine for one in wanted):
             own = [one for one in wanted if one.engine == kind]
-            engine = build_engine(run.pair, kind, next((one.arbiter for one in own if one.arbiter is not None), None))
+            engine = build_engine(run.pair, own)
             for name, count in answering.ask(engine, own):
                 tick(count, name)
             del engine
@@ -281,11 +283,8 @@ def outcomes(work: Path) -> tuple[dict[str, Outcome], dict[str, list[dict[str, A
             np.array([float(row["right"]) for row in rows]),
             tokens,
             np.array([row["capped"] for row in rows], bool),
-            Counts(
-                drafts=int((steps - 1).sum()),
-                accepted=int((tokens - steps).sum()),
-                mismatches=sum(row["mismatches"] for row in rows),
-                overrides=sum(len(row["overrides_at"]) for row in rows),
+            Counts.of_responses(
+                tokens, steps, sum(row["mismatches"] for row in rows), sum(len(row["overrides_at"]) for row in rows)
             ),
             0.0,
         )

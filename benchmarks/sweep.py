@@ -27,7 +27,7 @@ from benchmarks import rounds as results
 from benchmarks.command import run, wide_console
 from benchmarks.load import Load
 from benchmarks.setup import served, set_up
-from benchmarks.throughput import BUNDLED_ARBITER, run_rounds
+from benchmarks.throughput import BUNDLED_ARBITER, require_shares, run_rounds
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.measure.modes import parse_mode, split_modes
 from vllm_cospec.training.measure.outcome import Outcome
@@ -123,8 +123,7 @@ def main(
     parsed = [parse_mode(text, where="--modes") for text in dict.fromkeys([BASE, *split_modes(modes)])]
     if len(parsed) == 1:
         raise ConfigError("--modes: names no mode beside target; write for example standard,learned")
-    if partition and num_prompts < rounds:
-        raise ConfigError(f"--partition: {num_prompts} problems are too few for {rounds} rounds; raise --num-prompts")
+    require_shares(partition, num_prompts, rounds)
     setup = set_up(config, {}, None, None, num_prompts, seed, None)
     rows: list[dict[str, Any]] = []
     for in_flight, length in itertools.product(loads, lengths):

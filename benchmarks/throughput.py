@@ -78,6 +78,16 @@ def share(count: int, number: int, parts: int) -> range:
     return range(number % parts, count, parts)
 
 
+def require_shares(partition: bool, num_prompts: int, rounds: int) -> None:
+    """Refuse fewer problems than rounds that are to share them.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if partition and num_prompts < rounds:
+        raise ConfigError(f"--partition: {num_prompts} problems are too few for {rounds} rounds; raise --num-prompts")
+
+
 def run_rounds(
     setup: Setup, modes: dict[str, Served], outcomes: dict[str, list[Outcome]], rounds: int, load: Load,
     partition: bool, one_server_at_a_time: bool,
@@ -153,8 +163,7 @@ def main(
     except ValueError as error:
         raise ConfigError(f"--engine: not valid JSON ({error})") from None
     given = {"target": target, "draft": draft, "num_speculative_tokens": num_speculative_tokens, "engine": options}
-    if partition and num_prompts < rounds:
-        raise ConfigError(f"--partition: {num_prompts} problems are too few for {rounds} rounds; raise --num-prompts")
+    require_shares(partition, num_prompts, rounds)
     parsed = [parse_mode(text, where="--modes") for text in split_modes(modes)]
     if not parsed:
         raise ConfigError("--modes: names no mode; write for example target,standard,learned")

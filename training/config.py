@@ -227,6 +227,12 @@ class TrainConfig(Frozen):
     ray_address: str | None = None
     """Address of a running Ray cluster; left out: one is started on this machine and stopped afterwards."""
 
+    @property
+    def served_temperature(self) -> float:
+        """Of the token sampling where thresholds are tried: as it will be served."""
+        given = self.calibration.temperature
+        return self.rollout.temperature if given is None else given
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         branching = self.learner.advantage == "branch" or self.learner.warm_start_iterations

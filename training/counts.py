@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 _DRAFTS, _ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"
 _PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 _MISMATCHES, _OVERRIDES = "vllm:cospec_num_mismatches", "vllm:cospec_num_overrides"
@@ -41,6 +43,18 @@ class Counts:
             int(values.get(_MISMATCHES, 0)),
             int(values.get(_OVERRIDES, 0)),
         )
+
+    @classmethod
+    def of_responses(cls, tokens: np.ndarray, steps: np.ndarray, mismatches: int = 0, overrides: int = 0) -> Counts:
+        """Count what responses were given, whatever their last block held beyond their ends.
+
+        Args:
+            tokens: int [n], of each response; the first one is the prompt's own and belongs to no block.
+            steps: int [n], target steps that gave it any.
+            mismatches, overrides: of all of them.
+        """
+        drafts, accepted = np.maximum(steps - 1, 0).sum(), (tokens - steps).sum()
+        return cls(int(drafts), int(accepted), mismatches=mismatches, overrides=overrides)
 
     def __add__(self, other: Counts) -> Counts:
         pairs = itertools.zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0)

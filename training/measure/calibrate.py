@@ -22,11 +22,11 @@ from vllm_cospec.training.measure.outcome import table_of
 from vllm_cospec.training.measure.thresholds import Sweep, sweep
 from vllm_cospec.training.measure.traffic import traffic_of
 from vllm_cospec.training.prompts import target_tokenizer
-from vllm_cospec.training.rollout.actors import raise_plainly, remote
-from vllm_cospec.training.rollout.engine import Engine, Request
+from vllm_cospec.training.rollout.actors import EngineActor, remote
+from vllm_cospec.training.rollout.engine import Request
 from vllm_cospec.training.rollout.pool import Pool
 from vllm_cospec.training.tasks import Problem, digest
-from vllm_cospec.training.tasks.grading import FailureWatch, Graders
+from vllm_cospec.training.tasks.grading import FailureWatch
 
 CHUNK = 250
 
@@ -60,28 +60,16 @@ class Answered:
     failures: tuple[str, ...]  # of the grader, a sentence each
 
 
-class SweepActor:
+class SweepActor(EngineActor):
     """An engine that answers problems at every threshold of its arbiter."""
 
     def __init__(self, pair: PairConfig, task: TaskConfig, rollout: RolloutConfig, artefact: str):
-        """Start the engine; what keeps it from starting is raised by the first call."""
+        super().__init__(pair, task, {"policy": "learned", "artefact": artefact})
         self._max_tokens = rollout.max_tokens
-        self._failure: Exception | None = None
-        try:
-            self._graders = Graders(task)
-            self._engine = Engine(pair, {"policy": "learned", "artefact": artefact}, task=task)
-            self._graders.wait_until_ready()
-        except Exception as error:
-            self._failure = error
-
-    def ready(self) -> bool:
-        """Resolve once the engine is there; raises what kept it from starting."""
-        raise_plainly(self._failure)
-        return True
 
     def work(self, part: Part, payload: None) -> Answered:
         """Answer some problems."""
-        raise_plainly(self._failure)
+        self.ready()
         engine = self._engine
         engine.start_afresh()
         prompts = [engine.encode(problem.prompt) for problem in part.problems]
@@ -188,12 +176,11 @@ def conclusion(rows: Sequence[dict[str, Any]], margin: float, level: float) -> s
 def _answers(
     directory: Path, config: TrainConfig, problems: Sequence[Problem], tick: Callable[[int], None]
 ) -> tuple[Sweep, str]:
-    rollout, calibration = config.rollout, config.calibration
-    temperature = rollout.temperature if calibration.temperature is None else calibration.temperature
-    thresholds = threshold_sequence(calibration.thresholds)
+    rollout = config.rollout
+    thresholds = threshold_sequence(config.calibration.thresholds)
     size = max(1, min(CHUNK, -(-len(problems) // rollout.actors)))
     parts = [
-        Part(i, tuple(problems[first : first + size]), thresholds, temperature, rollout.top_p)
+        Part(i, tuple(problems[first : first + size]), thresholds, config.served_temperature, rollout.top_p)
         for i, first in enumerate(range(0, len(problems), size))
     ]
     actor = remote(SweepActor, rollout.cpus_per_actor, rollout.gpus_per_actor)
@@ -236,15 +223,13 @@ def _point(row: dict[str, Any]) -> CurvePoint:
 
 
 def _conditions(config: TrainConfig, dtype: str) -> Conditions:
-    rollout, calibration = config.rollout, config.calibration
-    temperature = rollout.temperature if calibration.temperature is None else calibration.temperature
     return Conditions(
         draft=weights_hash(config.pair.draft),
         num_speculative_tokens=config.pair.num_speculative_tokens,
         dtype=dtype,
         chat_template=template_hash(getattr(target_tokenizer(config.pair), "chat_template", None)),
-        temperature=(temperature, temperature),
-        top_p=(rollout.top_p, rollout.top_p),
+        temperature=(config.served_temperature,) * 2,
+        top_p=(config.rollout.top_p,) * 2,
     )
 
 

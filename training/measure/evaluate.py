@@ -19,7 +19,7 @@ from vllm_cospec.training.config import PairConfig, RolloutConfig, TaskConfig
 from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.modes import BASELINES, Mode
 from vllm_cospec.training.measure.outcome import Outcome, table_of
-from vllm_cospec.training.rollout.actors import raise_plainly, remote
+from vllm_cospec.training.rollout.actors import EngineActor, remote
 from vllm_cospec.training.rollout.engine import Engine, Request, Response
 from vllm_cospec.training.rollout.pool import Pool
 from vllm_cospec.training.tasks import Problem
@@ -78,11 +78,11 @@ class Answers:
             }  # fmt: skip
 
 
-class EvaluationActor:
+class EvaluationActor(EngineActor):
     """An engine that answers without sampling actions."""
 
     def __init__(self, pair: PairConfig, task: TaskConfig, kind: str, artefact: str | None, max_tokens: int):
-        """Start the engine; what keeps it from starting is raised by the first call.
+        """Start the engine.
 
         Args:
             pair, task: what is evaluated, on what.
@@ -90,29 +90,18 @@ class EvaluationActor:
             artefact: the trained arbiter, for ``learned``.
             max_tokens: longest answer.
         """
-        self._max_tokens = max_tokens
-        self._failure: Exception | None = None
         arbiter: dict[str, Any] | None = None
         if kind == "rule":
             arbiter = {"policy": "strict"}
         elif kind == "learned":
             arbiter = {"policy": "learned", "artefact": artefact}
-        try:
-            self._graders = Graders(task)
-            role = "draft" if kind == "draft" else "target"
-            self._engine = Engine(pair, arbiter, role, stock=kind == "standard", task=task)
-            self._graders.wait_until_ready()
-        except Exception as error:
-            self._failure = error
-
-    def ready(self) -> bool:
-        """Resolve once the engine is there; raises what kept it from starting."""
-        raise_plainly(self._failure)
-        return True
+        role = "draft" if kind == "draft" else "target"
+        super().__init__(pair, task, arbiter, role=role, stock=kind == "standard")
+        self._max_tokens = max_tokens
 
     def work(self, chunk: Chunk, payload: None) -> Answers:
         """Answer a chunk of problems in one mode."""
-        raise_plainly(self._failure)
+        self.ready()
         return answer(self._engine, chunk, self._graders, self._max_tokens)
 
 
@@ -164,10 +153,7 @@ def answer(engine: Engine, chunk: Chunk, graders: Graders, max_tokens: int) -> A
     overrides = np.array([sum(d.kept for d in r.decisions) for r in responses], np.int64)
     steps = np.array([len(r.emitted) for r in responses], np.int64)
     tokens = np.array([len(r.tokens) for r in responses], np.int64)
-    counts = Counts(  # of what was delivered; a response's first token is the prompt's own and belongs to no block
-        drafts=int(np.maximum(steps - 1, 0).sum()), accepted=int((tokens - steps).sum()),
-        mismatches=int(mismatches.sum()), overrides=int(overrides.sum()),
-    )  # fmt: skip
+    counts = Counts.of_responses(tokens, steps, int(mismatches.sum()), int(overrides.sum()))
     outcome = Outcome(
         np.arange(first, first + len(responses)),
         np.array([grade.score for grade in grades], np.float64),

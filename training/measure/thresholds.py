@@ -51,8 +51,7 @@ class Sweep:
         """
         own = self.response[index]
         mismatches, overrides = self.counts(index)
-        blocks, tokens = int((self.steps[own] - 1).sum()), int((self.tokens[own] - 1).sum())
-        counts = Counts(blocks, tokens - blocks, mismatches=int(mismatches.sum()), overrides=int(overrides.sum()))
+        counts = Counts.of_responses(self.tokens[own], self.steps[own], int(mismatches.sum()), int(overrides.sum()))
         return Outcome(np.arange(len(own)), self.score[own], self.tokens[own], self.capped[own], counts, seconds=0.0)
 
     def counts(self, index: int) -> tuple[np.ndarray, np.ndarray]:

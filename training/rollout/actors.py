@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from vllm_cospec.errors import ConfigError, CoSpecError, one_line
-from vllm_cospec.training.config import PairConfig, TrainConfig, require_models
+from vllm_cospec.training.config import PairConfig, TaskConfig, TrainConfig, require_models
 from vllm_cospec.training.rollout.episodes import Episodes
 from vllm_cospec.training.rollout.units import Unit
 
@@ -19,20 +19,24 @@ ACTOR_ENVIRONMENT = {
 }
 
 
-class RolloutActor:
-    """An engine that collects, for training."""
+class EngineActor:
+    """An engine and graders in a process of their own; what keeps them from starting is raised by the first call."""
 
-    def __init__(self, config: TrainConfig, weights: dict[str, Any]):
+    def __init__(self, pair: PairConfig, task: TaskConfig, arbiter: dict[str, Any] | None, **options: Any):
+        """Start them.
+
+        Args:
+            pair, task: what is answered, by which models.
+            arbiter, options: of :class:`vllm_cospec.training.rollout.engine.Engine`.
+        """
         from vllm_cospec.training.rollout.engine import Engine
         from vllm_cospec.training.tasks.grading import Graders
 
-        self._config = config
         self._failure: Exception | None = None
         try:
-            require_models_here(config.pair)
-            self._graders = Graders(config.task)
-            arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
-            self._engine = Engine(config.pair, arbiter, task=config.task)
+            require_models_here(pair)
+            self._graders = Graders(task)
+            self._engine = Engine(pair, arbiter, task=task, **options)
             self._graders.wait_until_ready()
         except Exception as error:
             self._failure = error
@@ -42,11 +46,21 @@ class RolloutActor:
         raise_plainly(self._failure)
         return True
 
+
+class RolloutActor(EngineActor):
+    """An engine that collects, for training."""
+
+    def __init__(self, config: TrainConfig, weights: dict[str, Any]):
+        super().__init__(
+            config.pair, config.task, {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
+        )
+        self._config = config
+
     def work(self, unit: Unit, weights: dict[str, Any]) -> Episodes:
         """Roll out a unit with these weights."""
         from vllm_cospec.training.rollout.collect import roll_out
 
-        raise_plainly(self._failure)
+        self.ready()
         self._engine.set_arbiter(weights, sample_actions=unit.threshold is None)
         return roll_out(self._engine, unit, self._config, self._graders)
 

@@ -35,10 +35,9 @@ def choose(response: Response, count: int, rng: random.Random) -> list[tuple[Any
     """
     possible = [d for d in response.decisions if d.output_position > d.block_position]
     chances = _chances([_doubt(d.probability) for d in possible], count)
+    # systematic sampling: as many are chosen as the chances add up to
     chosen, passed, mark = [], 0.0, rng.random()
-    for decision, chance in zip(
-        possible, chances, strict=True
-    ):  # systematic sampling: as many as the chances add up to
+    for decision, chance in zip(possible, chances, strict=True):
         passed += chance
         if passed > mark:
             chosen.append((decision, 1 / chance))
@@ -82,15 +81,9 @@ def branch_request(
         reseed: draw what follows the block with random numbers of its own, where the request draws any.
     """
     written = written_before(decision)
-    drawn = (
-        {}
-        if request.temperature == 0
-        else {
-            "first_token": response.tokens[written],
-            "generator": decision.generator,
-            "reseed": reseed,
-        }
-    )
+    drawn: dict[str, Any] = {}
+    if request.temperature > 0:
+        drawn = {"first_token": response.tokens[written], "generator": decision.generator, "reseed": reseed}
     return Request(
         prompt=request.prompt + response.tokens[:written],
         max_tokens=request.max_tokens - written,
