@@ -5,15 +5,13 @@ float32 throughout: in bfloat16 near-ties flip with the composition of a batch, 
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from company import SHARED, differing, mixed_requests
+from company import SHARED, differing, mixed_requests, short_draft
 
 RunEngine = Callable[..., dict[str, Any]]
 GREEDY = {"temperature": 0, "max_tokens": 60}
@@ -74,17 +72,15 @@ def test_no_text_depends_on_the_company(
 
 
 @pytest.fixture
-def short_draft(pair: Path, tmp_path: Path) -> dict[str, Any]:
-    """The bundled draft with half its context, a table of positions as long."""
-    shutil.copytree(pair / "draft", tmp_path / "draft")
-    config = json.loads((tmp_path / "draft" / "config.json").read_text()) | {"max_position_embeddings": 64}
-    (tmp_path / "draft" / "config.json").write_text(json.dumps(config))
-    return {"method": "cospec", "model": str(tmp_path / "draft"), "num_speculative_tokens": 7}
+def short_of_context(pair: Path, tmp_path: Path) -> dict[str, Any]:
+    """The bundled pair with a draft of half the context."""
+    draft = short_draft(pair, tmp_path / "draft")
+    return {"method": "cospec", "model": str(draft), "num_speculative_tokens": 7}
 
 
 @pytest.mark.engine
 def test_one_sequence_beyond_the_drafters_context_costs_the_others_nothing(
-    prompts: list[str], run_engine: RunEngine, short_draft: dict[str, Any]
+    prompts: list[str], run_engine: RunEngine, short_of_context: dict[str, Any]
 ) -> None:
     """vLLM would stop drafting for all of them, and go on from a cache with a hole."""
     others = [(prompt, GREEDY) for prompt in prompts[:20]]
@@ -96,7 +92,7 @@ def test_one_sequence_beyond_the_drafters_context_costs_the_others_nothing(
             job("beside", [long, *others]),
             job("strict", [(prompt, GREEDY | STRICT) for prompt, _ in others]),
         ],
-        short_draft,
+        short_of_context,
         **ROOMY,
     )
     alone, beside = token_ids(result["runs"]["alone"]), token_ids(result["runs"]["beside"])
@@ -111,10 +107,10 @@ def test_one_sequence_beyond_the_drafters_context_costs_the_others_nothing(
 
 @pytest.mark.engine
 def test_a_sequence_that_outgrows_the_drafter_leaves_what_it_shares_with_others_alone(
-    run_engine: RunEngine, short_draft: dict[str, Any]
+    run_engine: RunEngine, short_of_context: dict[str, Any]
 ) -> None:
     """From a position beyond its end, vLLM's drafter goes on at the first one, in blocks that others stand on."""
-    keep_all = short_draft | {"arbiter": {"policy": "random", "rate": 1.0}}
+    keep_all = short_of_context | {"arbiter": {"policy": "random", "rate": 1.0}}
     long = (SHARED[:60], GREEDY | {"max_tokens": 30, "ignore_eos": True})
     others = [(f"{SHARED[:33]}{i}+{i + 3}?", GREEDY | {"max_tokens": 15}) for i in range(10, 30)]
     alone = run_engine([job("alone", others, one_at_a_time=True)], keep_all, **ROOMY)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from company import is_thinking
 
 from vllm_cospec.training.pairs.demo import build_tokenizer
 
@@ -238,9 +239,7 @@ def test_drafts_are_kept_in_their_scope_only(pair: Path, prompts: list[str], run
     for decision in result["decisions"]:
         run, place = divmod(int(decision["request_id"].split("-")[0]), n)
         text = token_ids(result["runs"][scopes[run]])[place]
-        thinking = prompts[place].rfind("1") > prompts[place].rfind("2")
-        for token in text[: decision["output_position"]]:
-            thinking = token == begin or (thinking and token != end)
+        thinking = is_thinking(prompts[place], text[: decision["output_position"]], begin, end)
         kept[scopes[run], thinking] += decision["kept"]
     assert kept["thinking", True] > 10
     assert kept["answer", False] > 10

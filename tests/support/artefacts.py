@@ -35,21 +35,20 @@ def point(threshold: float, bound: float | None, length: float, **changes: Any) 
     return CurvePoint(**{**fields, **changes})
 
 
+def statement(conditions: Conditions) -> Statement:
+    return Statement(
+        level=0.95, test="exact", max_accuracy_loss=0.01, speed_weight=0.05, task="demo", task_hash="00ff",
+        conditions=conditions,
+    )  # fmt: skip
+
+
 def make_config(hidden_sizes: tuple[int, ...] = (32, 32), draft_logits: bool = True, **changes: Any) -> ArtefactConfig:
     fields = {
         "schema": current_schema(draft_logits),
         "hidden_sizes": hidden_sizes,
         "threshold": 0.625,
         "calibration": (point(1.0, 0.0, 1.5), point(0.9, 0.001, 2.0), point(0.5, 0.02, 3.0)),
-        "statement": Statement(
-            level=0.95,
-            test="exact",
-            max_accuracy_loss=0.01,
-            speed_weight=0.05,
-            task="demo",
-            task_hash="00ff",
-            conditions=CONDITIONS,
-        ),
+        "statement": statement(CONDITIONS),
         "provenance": Provenance(
             target="some/target",
             draft="some/draft",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_cospec.training.tasks import load_task
@@ -13,6 +17,22 @@ KINDS = (
     "grammar", "long", "long", "shared prefix", "shared prefix", "bad words", "minimum", "one token",
 )  # fmt: skip
 SHARED = "12+34+56+78-90*2?" * 4  # longer than two blocks of the KV cache
+
+
+def short_draft(pair: Path, directory: Path, context: int = 64) -> Path:
+    """Write the bundled draft with so short a context, a table of positions as long, and return where."""
+    shutil.copytree(pair / "draft", directory)
+    config = json.loads((directory / "config.json").read_text()) | {"max_position_embeddings": context}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def is_thinking(prompt: str, tokens: Sequence[int], begin: int, end: int) -> bool:
+    """Whether a model goes on thinking behind these tokens, where the digits 1 and 2 begin and end it."""
+    thinking = prompt.rfind("1") > prompt.rfind("2")
+    for token in tokens:
+        thinking = token == begin or (thinking and token != end)
+    return thinking
 
 
 def mixed_requests(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from artefacts import statement
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_cospec import plugin
@@ -17,7 +18,7 @@ from vllm_cospec.arbiter import (
     save_artefact,
     tokenizer_hash,
 )
-from vllm_cospec.calibration import Conditions, CurvePoint, Statement
+from vllm_cospec.calibration import Conditions, CurvePoint
 from vllm_cospec.config import Settings
 from vllm_cospec.errors import CoSpecError
 from vllm_cospec.fingerprint import template_hash, weights_hash
@@ -97,17 +98,7 @@ def write_artefact(
         hidden_sizes=(8,),
         threshold=0.7,
         calibration=calibration,
-        statement=None
-        if calibrated_for is None
-        else Statement(
-            level=0.95,
-            test="exact",
-            max_accuracy_loss=0.01,
-            speed_weight=0.05,
-            task="demo",
-            task_hash="0f",
-            conditions=calibrated_for,
-        ),
+        statement=None if calibrated_for is None else statement(calibrated_for),
         provenance=Provenance(**provenance),
     )
     save_artefact(directory, Arbiter((8,)), config, "# An arbiter for tests\n")

@@ -5,13 +5,11 @@ On interpreted V2, and on V1 with the path for GPUs.
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from company import mixed_requests
+from company import mixed_requests, short_draft
 from processes import DEMO, generate
 
 pytestmark = pytest.mark.engine
@@ -25,12 +23,7 @@ PRESSED: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled draft with half its context."""
-    directory = tmp_path_factory.mktemp("draft") / "draft"
-    shutil.copytree(DEMO / "draft", directory)
-    config = json.loads((directory / "config.json").read_text())
-    config["max_position_embeddings"] = 64
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
+    return short_draft(DEMO, tmp_path_factory.mktemp("draft") / "draft")
 
 
 @pytest.mark.timeout(2400)

@@ -8,14 +8,9 @@ from types import SimpleNamespace
 
 import arbitration_cases as cases
 import pytest
-import torch
 from v1_cases import IDS, Step, installed
 
 from vllm_cospec.kernels.policies import Random
-from vllm_cospec.kernels.triton.launch import arbitrate
-from vllm_cospec.kernels.triton.policies import compile_policy
-from vllm_cospec.kernels.triton.step import Memory, Sampling, Slots
-from vllm_cospec.kernels.triton.workspace import Workspace
 from vllm_cospec.metrics import Counters
 from vllm_cospec.runners import v1_cpu, v1_gpu
 
@@ -30,11 +25,7 @@ def test_the_kernels_count_up_to_the_last_position_that_can_be_delivered(limit: 
     _, free, _ = case.ours(KEEP_ALL)
     rows = case.rows()
     rows = replace(rows, undeliverable=rows.step >= limit)
-    slots = Slots(**{name: value.clone() for name, value in vars(case.slots).items()})
-    counters = torch.zeros(case.num_speculative_steps + 1, dtype=torch.int64)
-    program = compile_policy(KEEP_ALL, case.raw.device, None, False)
-    memory = Memory(counters, Workspace(case.raw.device, case.raw.shape[1], 1, 1))
-    got = arbitrate(rows, Sampling(case.temperature, case.seed), slots, program, memory)
+    got, counters, slots = case.ours(KEEP_ALL, rows=rows)
     k = case.num_speculative_steps
     assert counters[:limit].tolist() == free[:limit].tolist()
     assert counters[limit:k].tolist() == [0] * (k - limit)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from company import is_thinking
 from processes import generate
 from v1_cases import IDS, VOCAB, Step, installed
 
@@ -42,10 +43,7 @@ def test_an_engine_keeps_drafts_in_their_scope_only(v1: bool) -> None:
         scope, tokens = entries[number]["extra_args"]["cospec_scope"], run["tokens"][0][number]
         if decision["position"] >= len(tokens):
             continue
-        prompt = entries[number]["prompt"]
-        thinking = prompt.rfind("1") > prompt.rfind("2")
-        for token in tokens[: decision["position"]]:
-            thinking = token == BEGIN or (thinking and token != END)
+        thinking = is_thinking(entries[number]["prompt"], tokens[: decision["position"]], BEGIN, END)
         kept[scope, thinking] += decision["kept"]
     assert kept["thinking", True] > 2
     assert kept["answer", False] > 2

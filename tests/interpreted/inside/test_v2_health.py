@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from company import short_draft
 from processes import DEMO, generate
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 
@@ -184,14 +183,9 @@ def test_ngram_drafts_that_were_not_found_are_none() -> None:
 
 
 @pytest.fixture(scope="module")
-def short_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled draft with a context of 48 positions, a table of positions as long."""
-    directory = tmp_path_factory.mktemp("draft") / "draft"
-    shutil.copytree(DEMO / "draft", directory)
-    config = json.loads((directory / "config.json").read_text())
-    config["max_position_embeddings"] = 48
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
+def draft_of_48(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled draft with a context of 48 positions."""
+    return short_draft(DEMO, tmp_path_factory.mktemp("draft") / "draft", context=48)
 
 
 def ask(prompt: str, max_tokens: int = 12, **parameters: Any) -> dict[str, Any]:
@@ -204,11 +198,11 @@ LONG = "+".join(str(n) for n in range(1, 30)) + "?"  # 79 characters
 
 
 @pytest.mark.engine
-def test_a_long_request_is_strict_behind_the_drafters_context_and_leaves_the_others_alone(short_draft: Path) -> None:
+def test_a_long_request_is_strict_behind_the_drafters_context_and_leaves_the_others_alone(draft_of_48: Path) -> None:
     growing = "+".join(str(n) for n in range(1, 17)) + "?"  # 39 characters: it outgrows the context on its way
     long = [ask(LONG), ask(LONG, **STRICT)]
     run = generate(
-        {"method": "cospec", "model": str(short_draft), "arbiter": KEEP_ALL, "collect": True},
+        {"method": "cospec", "model": str(draft_of_48), "arbiter": KEEP_ALL, "collect": True},
         [
             *([ask(prompt)] for prompt in SHORT),
             long,

@@ -97,29 +97,23 @@ class Case:
         collect: bool = False,
         sample_actions: bool = False,
         space: Workspace | None = None,
+        rows: Rows | None = None,
     ) -> tuple[Callable[[], Any], Tensor, Slots]:
         """Fused verification as a call, which returns a ``Verified``; beside it the counters and slots it adds to.
 
-        In a workspace of its own unless one is given.
+        In a workspace of its own, and of its own rows, unless others are given.
         """
         device = self.raw.device
         slots = Slots(**{name: value.clone() for name, value in vars(self.slots).items()})
         counters = torch.zeros(self.num_speculative_steps + 1, dtype=torch.int64, device=device)
         program = replace(compile_policy(policy, device, arbiter, collect), sample_actions=sample_actions)
         memory = Memory(counters, space or Workspace(device, self.raw.shape[1], 1, 1))
-        arguments = self.rows(), Sampling(self.temperature, self.seed), slots, program, memory
+        arguments = rows or self.rows(), Sampling(self.temperature, self.seed), slots, program, memory
         return lambda: arbitrate(*arguments), counters, slots
 
-    def ours(
-        self,
-        policy: Policy,
-        arbiter: Arbiter | None = None,
-        collect: bool = False,
-        sample_actions: bool = False,
-        space: Workspace | None = None,
-    ) -> tuple[Any, Tensor, Slots]:
+    def ours(self, policy: Policy, arbiter: Arbiter | None = None, **options: Any) -> tuple[Any, Tensor, Slots]:
         """Fused verification -> result (a ``Verified``, with a trace if collected), counters, slots afterwards."""
-        verify, counters, slots = self.prepared(policy, arbiter, collect, sample_actions, space)
+        verify, counters, slots = self.prepared(policy, arbiter, **options)
         return verify(), counters, slots
 
 
