@@ -7,8 +7,8 @@ A kernel takes
     start + max(bytes / bandwidth, warp instructions / issue rate, rounds of programs x latency of one)
 
 and a step the sum over its kernels: each waits for the one before. What is assumed stands in :class:`Card`,
-:class:`Traffic` and :func:`kernels`. Instructions are those of the compiled programs, by the committed report of
-``benchmarks/kernel.py``.
+:class:`VerificationStep` and :func:`kernels`. Instructions are those of the compiled programs, by the committed report
+of ``benchmarks/kernel.py``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ CARDS = {
 
 
 @dataclass(frozen=True)
-class Traffic:
+class VerificationStep:
     """A step: how many requests, what they draw, how often target and draft agree."""
 
     batch: int
@@ -123,14 +123,14 @@ def _held(kernel: Kernel, card: Card) -> float:
 
 
 @dataclass(frozen=True)
-class Work:
+class ProgramWork:
     """What one program of a kernel executes."""
 
     instructions: int  # each of its warps
     warps: int = 4
 
 
-def kernels(which: str, traffic: Traffic, counts: Mapping[str, Work]) -> list[Kernel]:
+def kernels(which: str, traffic: VerificationStep, counts: Mapping[str, ProgramWork]) -> list[Kernel]:
     """Return the launches of a step.
 
     Args:
@@ -174,12 +174,12 @@ def kernels(which: str, traffic: Traffic, counts: Mapping[str, Work]) -> list[Ke
     return [*steps, kernel(scan, t.batch, reads=3 * t.steps), *draw]
 
 
-def step_us(which: str, traffic: Traffic, card: Card, counts: Mapping[str, Work]) -> float:
+def step_us(which: str, traffic: VerificationStep, card: Card, counts: Mapping[str, ProgramWork]) -> float:
     """Return what a step takes, as above."""
     return sum(microseconds(kernel, card) for kernel in kernels(which, traffic, counts))
 
 
-def estimates(counts: Mapping[str, Mapping[bool, Mapping[str, Work]]]) -> list[dict[str, Any]]:
+def estimates(counts: Mapping[str, Mapping[bool, Mapping[str, ProgramWork]]]) -> list[dict[str, Any]]:
     """Return the table: every card, batch and way of drawing, beside stock.
 
     Args:
@@ -189,7 +189,7 @@ def estimates(counts: Mapping[str, Mapping[bool, Mapping[str, Work]]]) -> list[d
     for name, card in CARDS.items():
         for sampled in (False, True):
             for batch in (1, 8, 64, 256):
-                traffic = Traffic(batch, sampled)
+                traffic = VerificationStep(batch, sampled)
                 took = {
                     which: step_us(which, traffic, card, counts[name][sampled])
                     for which in ("stock", "rule", "learned")
@@ -203,12 +203,12 @@ def estimates(counts: Mapping[str, Mapping[bool, Mapping[str, Work]]]) -> list[d
     return rows
 
 
-def counts_of(offline: list[dict[str, Any]]) -> dict[str, dict[bool, dict[str, Work]]]:
+def counts_of(offline: list[dict[str, Any]]) -> dict[str, dict[bool, dict[str, ProgramWork]]]:
     """Return what programs execute, as :func:`estimates` takes it, from the rows of the compile report."""
-    found: dict[str, dict[bool, dict[str, Work]]] = {}
+    found: dict[str, dict[bool, dict[str, ProgramWork]]] = {}
     for card, target in TARGETS.items():
         programs = {
-            (row["kernel"], row["variant"]): Work(row["executed"], row["warps"])
+            (row["kernel"], row["variant"]): ProgramWork(row["executed"], row["warps"])
             for row in offline
             if row["target"] == target
         }
@@ -220,7 +220,7 @@ def counts_of(offline: list[dict[str, Any]]) -> dict[str, dict[bool, dict[str, W
     return found
 
 
-def without_the_other_branch(works: dict[bool, dict[str, Work]], name: str = STOCK_FIRST_PASS) -> None:
+def without_the_other_branch(works: dict[bool, dict[str, ProgramWork]], name: str = STOCK_FIRST_PASS) -> None:
     """Leave out of stock's first pass the branch that a row does not take.
 
     It has one for greedy rows, and one for sampled rows which draft logits make longer by about its own length.

@@ -64,7 +64,7 @@ def recorded_launches(*modules: Any) -> Iterator[list[Launch]]:
     """Record, instead of running, every launch of a kernel found in these modules."""
     launches: list[Launch] = []
 
-    class Recorder:
+    class LaunchRecorder:
         def __init__(self, kernel: Any):
             self.kernel = kernel
 
@@ -82,7 +82,7 @@ def recorded_launches(*modules: Any) -> Iterator[list[Launch]]:
         if isinstance(value, triton.runtime.JITFunction)
     ]
     for module, name, value in replaced:
-        setattr(module, name, Recorder(value))
+        setattr(module, name, LaunchRecorder(value))
     try:
         yield launches
     finally:

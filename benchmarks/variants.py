@@ -13,7 +13,7 @@ from benchmarks.offline import Launch, compile_launch, recorded_launches
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.kernels.policies import Policy, policy_class, policy_names
 from vllm_cospec.kernels.triton import launch, layout, mismatch, scan, target, verdict
-from vllm_cospec.kernels.triton.launch import Server, warm_up
+from vllm_cospec.kernels.triton.launch import ServerShapes, warm_up
 from vllm_cospec.kernels.triton.policies import compile_policy
 
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ def launches(
                     program = compile_policy(policy, cpu, arbiter, collect)
                     with recorded_launches(*MODULES) as recorded:
                         for v1 in (False, True):
-                            server = Server(vocab_size, dtype, logits, num_draft_tokens, cpu, given_verdict=v1)
+                            server = ServerShapes(vocab_size, dtype, logits, num_draft_tokens, cpu, given_verdict=v1)
                             warm_up(server, program)
                     for one in recorded:
                         if one.name.startswith("_"):  # stock's own, listed below

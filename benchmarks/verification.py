@@ -82,7 +82,7 @@ def arbitrating_sampler(stock: RejectionSampler, batch: int, vocab_size: int, k:
         policy=Learned(artefact=str(artefact)), threshold=0.5, max_overrides=None, exact_tokens=0, collect=False,
         draft_logits=True, num_speculative_tokens=k, counters=str(directory),
     )  # fmt: skip
-    return v1_cpu.CoSpecRejectionSampler(runner, settings, counters=None)
+    return v1_cpu.V1CPUSampler(runner, settings, counters=None)
 
 
 def compare(vocab_size: int, batch: int, k: int, agreement: float, rounds: int) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def vectors(vocab_size: int, *logits: tuple[Any, ...]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerShapes:
     """What a server's settings decide about the shapes and types of its steps."""
 
     vocab_size: int
@@ -318,7 +318,7 @@ class Server:
         return [Verdict(*common), Verdict(*common, drawn, drawn)]
 
 
-def warm_up(server: Server, program: Program) -> None:
+def warm_up(server: ServerShapes, program: Program) -> None:
     """Compile every variant a server can launch, on a batch of one request.
 
     The variants differ in whether the processed logits are the raw ones, or, with a given verdict, in what was drawn;

@@ -39,7 +39,7 @@ kernel:                                 ; @kernel
 	s_endpgm
 """
 COUNTS = {
-    name: cost.Work(instructions)
+    name: cost.ProgramWork(instructions)
     for name, instructions in {
         "_compute_local_logits_stats_kernel": 540, "_rejection_kernel": 400, "_resample_kernel": 250,
         "_insert_resampled_kernel": 120, "target_statistics_kernel": 860, "verdict_kernel": 350,
@@ -83,7 +83,7 @@ def test_programs_with_nothing_to_do_still_take_their_turns() -> None:
 
 def test_a_step_reads_the_rows_it_is_said_to_read() -> None:
     def rows(which: str, sampled: bool) -> float:
-        traffic = cost.Traffic(10, sampled)
+        traffic = cost.VerificationStep(10, sampled)
         return sum(kernel.bytes for kernel in cost.kernels(which, traffic, COUNTS)) / traffic.row / traffic.batch
 
     # five target rows and, after 0.7^5 of the blocks, the bonus row; two rows for each of 1.5 rejected positions
@@ -95,18 +95,21 @@ def test_a_step_reads_the_rows_it_is_said_to_read() -> None:
 
 def test_more_requests_take_longer_and_arbitration_is_never_free() -> None:
     for card in cost.CARDS.values():
-        times = [cost.step_us("learned", cost.Traffic(batch, False), card, COUNTS) for batch in (8, 64, 256)]
+        times = [cost.step_us("learned", cost.VerificationStep(batch, False), card, COUNTS) for batch in (8, 64, 256)]
         assert times == sorted(times)
         for batch in (8, 64, 256):
             stock, learned = (
-                cost.step_us(which, cost.Traffic(batch, True), card, COUNTS) for which in ("stock", "learned")
+                cost.step_us(which, cost.VerificationStep(batch, True), card, COUNTS) for which in ("stock", "learned")
             )
             assert learned > stock
 
 
 def test_a_branch_that_is_not_taken_does_not_count() -> None:
     name = cost.STOCK_FIRST_PASS
-    works = {False: {name: cost.Work(1_300)}, True: {name: cost.Work(2_200)}}  # 400 greedy, 900 sampled, 900 drafts
+    works = {
+        False: {name: cost.ProgramWork(1_300)},
+        True: {name: cost.ProgramWork(2_200)},
+    }  # 400 greedy, 900 sampled, 900 drafts
     cost.without_the_other_branch(works)
     assert (works[False][name].instructions, works[True][name].instructions) == (400, 1_800)
 

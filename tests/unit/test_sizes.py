@@ -1,4 +1,4 @@
-"""Files and functions stay short enough to be read at once."""
+"""Files and functions stay short enough to be read at once, and a class is named like no other."""
 
 from __future__ import annotations
 
@@ -42,3 +42,13 @@ def test_no_file_and_no_function_is_too_long(folder: str) -> None:
 def test_a_long_function_is_found(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("@triton.jit(x=1)\ndef a():\n" + "    b\n" * 120 + "async def c(): pass\n")
     assert list(functions(tmp_path / "a.py")) == [("a", 121, True), ("c", 1, False)]
+
+
+def test_no_two_classes_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in (path for path in sources() if path.relative_to(ROOT).parts[0] != "tests"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert len(places) > 100
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}

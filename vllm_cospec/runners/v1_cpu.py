@@ -48,7 +48,7 @@ class RequestState:
     scores: np.ndarray = field(default_factory=lambda: histogram(np.zeros(0)))  # int64 [bins]
 
 
-class CoSpecRejectionSampler(V1Sampler):
+class V1CPUSampler(V1Sampler):
     """Verifies drafts on the CPU with a policy at the mismatches."""
 
     reads_in_place = True
@@ -302,7 +302,7 @@ def _reason(block: ProposedBlock | None, drafts: list[int]) -> Reason | None:
     return block.reason
 
 
-def install(runner: Any, settings: Settings, engine_index: int) -> CoSpecRejectionSampler:
+def install(runner: Any, settings: Settings, engine_index: int) -> V1CPUSampler:
     """Put arbitration into a loaded V1 runner.
 
     Args:
@@ -311,5 +311,5 @@ def install(runner: Any, settings: Settings, engine_index: int) -> CoSpecRejecti
         engine_index: which of the server's engines this is, for the counters.
     """
     counters = counters_of_this_rank(settings, engine_index)
-    runner.rejection_sampler = CoSpecRejectionSampler(runner, settings, counters)
+    runner.rejection_sampler = V1CPUSampler(runner, settings, counters)
     return runner.rejection_sampler

@@ -23,7 +23,7 @@ from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.health import REASONS, Reason
 from vllm_cospec.kernels.reach import undeliverable
-from vllm_cospec.kernels.triton.launch import Server, arbitrate_given, warm_up
+from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate_given, warm_up
 from vllm_cospec.kernels.triton.step import Rows, Verdict
 from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, refuse_drift
@@ -48,7 +48,7 @@ class Layout:
     draft_step: Tensor  # int64 [N], index in its block
 
 
-class CoSpecRejectionSampler(DevicePolicy, V1Sampler):
+class V1GPUSampler(DevicePolicy, V1Sampler):
     """Verifies drafts on the device with a policy at the mismatches."""
 
     recorder: DeviceRecorder
@@ -186,7 +186,7 @@ class CoSpecRejectionSampler(DevicePolicy, V1Sampler):
     def warm_up(self) -> None:
         """Compile every kernel these settings can launch."""
         config = self._runner.model_config
-        server = Server(
+        server = ServerShapes(
             config.get_vocab_size(), config.head_dtype, self.recorder.logits, self._settings.num_speculative_tokens,
             self._runner.device, given_verdict=True,
         )  # fmt: skip
@@ -211,7 +211,7 @@ def _lay_out(counts: np.ndarray, slots: np.ndarray, device: torch.device) -> Lay
     return Layout(*sent)
 
 
-def install(runner: Any, settings: Settings, engine_index: int) -> CoSpecRejectionSampler:
+def install(runner: Any, settings: Settings, engine_index: int) -> V1GPUSampler:
     """Put arbitration into a loaded V1 runner on a GPU.
 
     Args:
@@ -228,7 +228,7 @@ def install(runner: Any, settings: Settings, engine_index: int) -> CoSpecRejecti
             f"{WHERE}.rejection_sample_method: {method!r} cannot be combined with cospec; leave it out"
         )
     refuse_drift(settings)
-    sampler = CoSpecRejectionSampler(runner, settings, counters_of_this_rank(settings, engine_index))
+    sampler = V1GPUSampler(runner, settings, counters_of_this_rank(settings, engine_index))
     draft_logits = sampler.recorder.logits
     if draft_logits is not None:
         logger.info("CoSpec keeps draft logits: %.2f GiB on the device.", draft_logits.nbytes / 2**30)

@@ -19,7 +19,7 @@ from vllm_cospec import compat
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.kernels.reach import undeliverable
-from vllm_cospec.kernels.triton.launch import Server, arbitrate, warm_up
+from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate, warm_up
 from vllm_cospec.kernels.triton.step import Rows, Sampling
 from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, refuse_drift
@@ -29,7 +29,7 @@ from vllm_cospec.runners.v2_drafter import DraftHealth, NgramMatches, ResumedReq
 logger = init_logger("vllm.cospec")
 
 
-class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
+class V2Sampler(DevicePolicy, RejectionSampler):
     """Verifies drafts on the device with a policy at the mismatches."""
 
     def __init__(self, runner: Any, settings: Settings, counters: Counters | None):
@@ -144,7 +144,7 @@ class CoSpecRejectionSampler(DevicePolicy, RejectionSampler):
     def warm_up(self) -> None:
         """Compile every kernel these settings can launch."""
         runner = self._runner
-        server = Server(
+        server = ServerShapes(
             runner.vocab_size, runner.vllm_config.model_config.head_dtype, runner.speculator.draft_logits,
             self.num_speculative_steps, runner.device, use_fp64=self.sampler.use_fp64_gumbel,
         )  # fmt: skip
@@ -183,7 +183,7 @@ def check(runner: Any, settings: Settings) -> None:
         )
 
 
-def install(runner: Any, settings: Settings, engine_index: int) -> CoSpecRejectionSampler:
+def install(runner: Any, settings: Settings, engine_index: int) -> V2Sampler:
     """Put arbitration into a loaded V2 runner.
 
     Args:
@@ -200,5 +200,5 @@ def install(runner: Any, settings: Settings, engine_index: int) -> CoSpecRejecti
     draft_logits = runner.speculator.draft_logits
     if draft_logits is not None:
         logger.info("CoSpec keeps draft logits: %.2f GiB on the device.", draft_logits.nbytes / 2**30)
-    runner.rejection_sampler = CoSpecRejectionSampler(runner, settings, counters)
+    runner.rejection_sampler = V2Sampler(runner, settings, counters)
     return runner.rejection_sampler

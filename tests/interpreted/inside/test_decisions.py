@@ -146,6 +146,6 @@ def test_sampled_actions_follow_the_score_and_leave_the_verdict_alone() -> None:
 def test_warm_up_leaves_the_draft_logits_alone() -> None:
     draft = torch.randn(2, 3, 111)
     before = draft.clone()
-    server = launch.Server(111, torch.float32, draft, 3, cases.CPU)
+    server = launch.ServerShapes(111, torch.float32, draft, 3, cases.CPU)
     launch.warm_up(server, cases.compile_policy(POLICIES["typical"], cases.CPU))
     assert torch.equal(draft, before)

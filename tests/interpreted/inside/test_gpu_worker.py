@@ -112,7 +112,7 @@ def test_verification_on_v2_waits_for_nothing(launched: list[str], tmp_path: Pat
     cu, slot, expanded, local = (t.to(META) for t in case.layout())
     logits = case.raw.to(META)
     slots = Slots(**{name: value.to(META) for name, value in vars(case.slots).items()})
-    sampler: Any = object.__new__(v2.CoSpecRejectionSampler)
+    sampler: Any = object.__new__(v2.V2Sampler)
     sampler._settings = settings_of(tmp_path)
     sampler._slots = SimpleNamespace(
         on_device=lambda arbitrated: replace(slots, arbitrated=arbitrated),
@@ -171,7 +171,7 @@ def test_drafting_and_verification_on_v1_wait_for_nothing(
 
     runner.drafter = Drafter()
     runner.drafter.model.compute_logits = lambda hidden: torch.zeros(3, v1_cases.VOCAB, device=META)
-    sampler = v1_gpu.CoSpecRejectionSampler(runner, settings_of(tmp_path), None)
+    sampler = v1_gpu.V1GPUSampler(runner, settings_of(tmp_path), None)
     runner.input_batch.req_ids, runner.input_batch.num_reqs = ids[:3], 3
     runner.drafter.propose(common_attn_metadata=SimpleNamespace(seq_lens=torch.zeros(3, device=META)))
 

@@ -23,7 +23,7 @@ from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from benchmarks import variants  # noqa: E402
 from benchmarks.offline import TARGETS, Launch, recorded_launches  # noqa: E402
-from vllm_cospec.kernels.triton.launch import Server, arbitrate, arbitrate_given, warm_up  # noqa: E402
+from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate, arbitrate_given, warm_up  # noqa: E402
 from vllm_cospec.kernels.triton.policies import Program, compile_policy  # noqa: E402
 from vllm_cospec.kernels.triton.step import Memory, Rows, Sampling, Slots, Verdict  # noqa: E402
 from vllm_cospec.kernels.triton.workspace import Workspace  # noqa: E402
@@ -49,7 +49,13 @@ def ours(launches: list[Launch]) -> set[str]:
 
 
 def step(
-    server: Server, program: Program, counts: list[int], first_row: int, padded: bool, separate: bool, form: int | None
+    server: ServerShapes,
+    program: Program,
+    counts: list[int],
+    first_row: int,
+    padded: bool,
+    separate: bool,
+    form: int | None,
 ) -> None:
     """Launch one step of a batch that is a chunk, from ``first_row`` on, of a larger one, as the runners do.
 
@@ -91,8 +97,8 @@ def step(
         arbitrate_given(rows, given(server, sum(counts) - batch, batch, form), slots, program, memory)
 
 
-def given(server: Server, drafts: int, batch: int, form: int) -> Verdict:
-    """A verdict of one of the forms that :meth:`Server.verdicts` knows, on as many drafts."""
+def given(server: ServerShapes, drafts: int, batch: int, form: int) -> Verdict:
+    """A verdict of one of the forms that :meth:`ServerShapes.verdicts` knows, on as many drafts."""
     drawn = torch.zeros(drafts) if server.verdicts()[form].ratio is not None else None
     return Verdict(
         torch.ones(drafts, dtype=torch.int32),
@@ -110,7 +116,7 @@ def missed(vocab: int, k: int, dtype: torch.dtype, has_draft: bool, v1: bool) ->
     """Return how many programs the steps of a server reach, and those among them that ``warm_up`` left out."""
     reached, left_out = set(), set()
     draft = torch.zeros(SLOTS, k, vocab, dtype=dtype) if has_draft else None
-    server = Server(vocab, dtype, draft, k, CPU, given_verdict=v1)
+    server = ServerShapes(vocab, dtype, draft, k, CPU, given_verdict=v1)
     for policy, arbiter in variants.policies(k):
         if policy.needs_draft_logits and not has_draft:
             continue

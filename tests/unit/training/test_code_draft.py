@@ -14,7 +14,16 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.config import bundled
 from vllm_cospec.training.pairs.code import build
-from vllm_cospec.training.pairs.code.draft import DECAY_SHARE, HELD, LOG, STATE, Recipe, Run, exact_match, training
+from vllm_cospec.training.pairs.code.draft import (
+    DECAY_SHARE,
+    HELD,
+    LOG,
+    STATE,
+    Hyperparameters,
+    Run,
+    exact_match,
+    training,
+)
 from vllm_cospec.training.pairs.code.llama import EMBEDDING, Shape, hidden_states, new_weights, token_loss
 from vllm_cospec.training.pairs.code.oracle import END, Choices, figures
 from vllm_cospec.training.pairs.code.text import Vocabulary, line_ends, token_stream, vocabulary_of, windows
@@ -32,10 +41,10 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def new_run(recipe: Recipe | None = None, vocabulary: Vocabulary = VOCABULARY) -> Run:
-    recipe = recipe or Recipe(SHAPE, batch=4, length=16)
+def new_run(hyperparameters: Hyperparameters | None = None, vocabulary: Vocabulary = VOCABULARY) -> Run:
+    hyperparameters = hyperparameters or Hyperparameters(SHAPE, batch=4, length=16)
     embedding = torch.randn(len(vocabulary.used) + 1, SHAPE.hidden_size, generator=torch.manual_seed(3)) * 0.2
-    return Run(recipe, vocabulary, new_weights(SHAPE, embedding, seed=1))
+    return Run(hyperparameters, vocabulary, new_weights(SHAPE, embedding, seed=1))
 
 
 def text(seed: int = 1) -> torch.Tensor:
@@ -129,8 +138,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path: Path) -> None:
     again.restore(parts / HELD)
     assert again.progress.step == 24
     assert again.progress.decay_from < 0
-    with pytest.raises(ConfigError, match="another recipe"):
-        new_run(Recipe(SHAPE, batch=5, length=16)).restore(parts / STATE)
+    with pytest.raises(ConfigError, match="other hyperparameters"):
+        new_run(Hyperparameters(SHAPE, batch=5, length=16)).restore(parts / STATE)
     with pytest.raises(ConfigError, match="another text"):
         new_run(vocabulary=Vocabulary(torch.arange(6, 46), FULL)).restore(parts / STATE)
 

@@ -54,7 +54,7 @@ MATRIX_RATE, OTHER_RATE, WEIGHT_DECAY = 0.02, 2e-3, 0.01
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Hyperparameters:
     """What a run does; it cannot be changed on the way."""
 
     shape: Shape = field(default_factory=Shape)
@@ -89,7 +89,7 @@ class Progress:
 class Run:
     """A model in training."""
 
-    recipe: Recipe
+    hyperparameters: Hyperparameters
     vocabulary: Vocabulary
     weights: Weights
     progress: Progress = field(default_factory=Progress)
@@ -105,7 +105,7 @@ class Run:
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the mean loss over windows of token ids, int64 [batch, length + 1]."""
         rows = self.vocabulary.rows(ids)
-        states = hidden_states(self.weights, rows[:, :-1], self.recipe.shape).flatten(0, 1)
+        states = hidden_states(self.weights, rows[:, :-1], self.hyperparameters.shape).flatten(0, 1)
         return token_loss(states, self.weights[EMBEDDING], rows[:, 1:].flatten(), self.vocabulary.others)
 
     def learn(self, ids: torch.Tensor) -> float:
@@ -128,7 +128,7 @@ class Run:
         for optimizer, _ in self._optimizers:
             for weight, state in optimizer.state.items():
                 tensors |= {f"{key}.{names[weight]}": torch.as_tensor(value) for key, value in state.items()}
-        about = {"progress": json.dumps(asdict(self.progress)), "recipe": json.dumps(asdict(self.recipe))}
+        about = {"progress": json.dumps(asdict(self.progress)), "recipe": json.dumps(asdict(self.hyperparameters))}
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata=about)
         partial.replace(path)
@@ -137,12 +137,12 @@ class Run:
         """Take over what :meth:`save` wrote.
 
         Raises:
-            ConfigError: it belongs to another recipe or another text.
+            ConfigError: it belongs to other hyperparameters or another text.
         """
         with safe_open(path, "pt") as file:
             about = file.metadata()
-            if about["recipe"] != json.dumps(asdict(self.recipe)):
-                raise ConfigError(f"--resume: {path} was trained by another recipe; choose another --work")
+            if about["recipe"] != json.dumps(asdict(self.hyperparameters)):
+                raise ConfigError(f"--resume: {path} was trained with other hyperparameters; choose another --work")
             if not torch.equal(file.get_tensor("used"), self.vocabulary.used):
                 raise ConfigError(f"--resume: {path} was trained on another text; choose another --work")
             for name, weight in self.weights.items():
@@ -181,7 +181,7 @@ def exact_match(run: Run, problems: list[Problem], tokenizer: Any) -> float:
         for at, text in enumerate(texts):
             ids[at, : len(text)] = torch.tensor(text)
         rows = run.vocabulary.rows(ids)
-        states = hidden_states(run.weights, rows, run.recipe.shape)
+        states = hidden_states(run.weights, rows, run.hyperparameters.shape)
         for at, (start, text) in enumerate(zip(starts, texts, strict=True)):
             best = (states[at, start - 1 : len(text)] @ run.weights[EMBEDDING].bfloat16().T).argmax(-1)
             right += bool((best[:-1] == rows[at, start : len(text)]).all() and is_break[best[-1]])
@@ -203,7 +203,9 @@ def training(run: Run, stream: torch.Tensor, work: Path, minutes: float, steps: 
         if progress.decay_from < 0 and (progress.step >= steps or late):
             run.save(work / HELD)
             progress.decay_from, progress.decay_steps = progress.step, decay
-        ids = windows(stream, progress.step, run.recipe.batch, run.recipe.length, run.recipe.seed)
+        ids = windows(
+            stream, progress.step, run.hyperparameters.batch, run.hyperparameters.length, run.hyperparameters.seed
+        )
         rate = progress.rate
         loss = run.learn(ids)
         progress.seconds = before + time.monotonic() - begun
@@ -220,7 +222,7 @@ def training(run: Run, stream: torch.Tensor, work: Path, minutes: float, steps: 
 
 def held_out_loss(run: Run, stream: torch.Tensor) -> float:
     """Return the mean loss over 64 windows spread over a text the model does not learn."""
-    length = run.recipe.length
+    length = run.hyperparameters.length
     starts = torch.linspace(0, len(stream) - length - 1, 64).long().tolist()
     ids = torch.stack([stream[start : start + length + 1] for start in starts]).long()
     with torch.no_grad():
@@ -247,9 +249,9 @@ def main(
         for split, own in ((s, [source for source in corpus if source.split == s]) for s in ("pretrain", "train"))
     )
     vocabulary = vocabulary_of(stream, len(tokenizer))
-    recipe = Recipe()
-    embedding = initial_embedding(directory, vocabulary, recipe.shape.hidden_size, INITIAL_STD)
-    run = Run(recipe, vocabulary, new_weights(recipe.shape, embedding, recipe.seed))
+    hyperparameters = Hyperparameters()
+    embedding = initial_embedding(directory, vocabulary, hyperparameters.shape.hidden_size, INITIAL_STD)
+    run = Run(hyperparameters, vocabulary, new_weights(hyperparameters.shape, embedding, hyperparameters.seed))
     if resume and (work / STATE).exists():
         run.restore(work / STATE)
         if run.progress.finished:
@@ -263,7 +265,7 @@ def main(
             log.write(json.dumps(entry) + "\n")
             log.flush()
 
-        note({"resumed_at": run.progress.step, "parameters": parameters, **about, "recipe": asdict(recipe)})
+        note({"resumed_at": run.progress.step, "parameters": parameters, **about, "recipe": asdict(hyperparameters)})
         for record in training(run, stream, work, minutes, steps):
             if run.progress.step % 50 == 0 or run.progress.finished:
                 run.save(work / STATE)
