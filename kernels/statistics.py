@@ -18,6 +18,10 @@ SCHEMA_VERSION = 1
 
 LOGPROB_FLOOR = -100.0  # exp(-100) is below the smallest float32: nothing observable lies beneath it
 
+INPUT_LIMIT = 32.0
+"""A network's standardised inputs are clamped to this magnitude: training has seen nothing so far off, and a
+statistic that hardly varied there would drown the others."""
+
 STATISTICS: tuple[tuple[str, str], ...] = (
     ("target_logprob_draft", "log p(d)"),
     ("target_logprob_top", "log p(t*)"),

@@ -22,7 +22,7 @@ from vllm_cospec.atomic import new_directory
 from vllm_cospec.calibration import CurvePoint, Statement
 from vllm_cospec.errors import ArtefactError, first_sentence
 from vllm_cospec.kernels.frozen import Frozen
-from vllm_cospec.kernels.statistics import NUM_STATISTICS, SCHEMA_NAME, SCHEMA_VERSION, schema_hash
+from vllm_cospec.kernels.statistics import INPUT_LIMIT, NUM_STATISTICS, SCHEMA_NAME, SCHEMA_VERSION, schema_hash
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES = 4 * 2**20, 16 * 2**20  # an arbiter has a few thousand weights
@@ -78,7 +78,7 @@ class ArtefactConfig(Frozen):
 
 
 class Arbiter(nn.Module):
-    """Standardise, one or two hidden ReLU layers, one logit, sigmoid.
+    """Standardise, clamp, one or two hidden ReLU layers, one logit, sigmoid.
 
     Normalisation is part of the network: its mean and scale are saved with the weights.
     """
@@ -96,7 +96,7 @@ class Arbiter(nn.Module):
 
     def logit(self, statistics: Tensor) -> Tensor:
         """Map statistics, float32 [M, 16], to logits, float32 [M]."""
-        x = (statistics - self.mean) / self.scale
+        x = ((statistics - self.mean) / self.scale).clamp(-INPUT_LIMIT, INPUT_LIMIT)
         *hidden, last = self.layers  # a slice would be a module of its own, which takes longer than the network
         for layer in hidden:
             x = torch.relu(layer(x))

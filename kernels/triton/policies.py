@@ -3,7 +3,7 @@
 What a rule means is said in :mod:`vllm_cospec.kernels.policies`; here every rule sees the same scalars of one mismatch.
 The learned policy is a network of one or two hidden layers, evaluated in float32 by one program:
 
-    x' = (x - mean) / scale,   h = relu(W1 x' + b1),   h' = relu(W2 h + b2),   score = sigmoid(w . h' + b)
+    x' = clamp((x - mean) / scale),   h = relu(W1 x' + b1),   h' = relu(W2 h + b2),   score = sigmoid(w . h' + b)
 
 Its weights lie in one float32 vector, layer after layer, so that new ones can be copied in without a launch changing.
 """
@@ -19,7 +19,7 @@ from vllm.triton_utils import tl, triton
 
 from vllm_cospec.kernels import policies
 from vllm_cospec.kernels.policies import Numbers, Policy, Rule
-from vllm_cospec.kernels.statistics import DRAFT_STATISTICS
+from vllm_cospec.kernels.statistics import DRAFT_STATISTICS, INPUT_LIMIT
 from vllm_cospec.kernels.triton import layout
 from vllm_cospec.kernels.triton.layout import STATISTICS
 
@@ -30,6 +30,7 @@ TYPICAL, RELAXED_TOPK, THRESHOLD, CASCADE, MARS, FLY, KL, RANDOM, LEARNED = (
         policies.Kl, policies.Random, policies.Learned,
     )
 )  # fmt: skip
+_LIMIT = tl.constexpr(INPUT_LIMIT)
 _TILE = tl.constexpr(16)  # rows of the second layer at a time: 16 x 256 floats fit the registers of four warps
 _COIN_POSITION, _COIN_DRAFT, _COIN_TARGET = map(
     tl.constexpr, (policies.COIN_POSITION, policies.COIN_DRAFT, policies.COIN_TARGET)
@@ -120,7 +121,7 @@ def network_score(
     column = tl.arange(0, STATISTICS)
     mean = tl.load(weights_ptr + column)
     scale = tl.load(weights_ptr + STATISTICS + column)
-    x = (statistics - mean) / scale
+    x = tl.minimum(tl.maximum((statistics - mean) / scale, -_LIMIT), _LIMIT)
     weights_ptr += 2 * STATISTICS
     unit = tl.arange(0, PADDED_1)
     present = unit < HIDDEN_1

@@ -20,7 +20,7 @@ from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.policies import Learned, Random, Strict, Typical
 from vllm_cospec.kernels.policies import coin as coin_on_cpu
 from vllm_cospec.kernels.triton import launch, mismatch, scan, target, verdict
-from vllm_cospec.kernels.triton.policies import coin
+from vllm_cospec.kernels.triton.policies import coin, flatten_weights, network_score
 from vllm_cospec.kernels.triton.step import Memory, Rows, Sampling, Slots
 from vllm_cospec.kernels.triton.workspace import Workspace
 
@@ -138,6 +138,25 @@ def test_the_coin_is_the_same_on_every_path() -> None:
         out = torch.empty(256)
         flip[(1,)](out, (seed * 0x9E3779B1) & 0xFFFFFFFF, position, draft, target, 256)
         assert torch.equal(out, coin_on_cpu(seed, position, draft, target))
+
+
+def test_the_network_clamps_its_inputs_as_it_does_on_a_cpu() -> None:
+    from vllm.triton_utils import tl, triton
+
+    network = cases.arbiter(16, 16)
+
+    @triton.jit
+    def one(out_ptr, x_ptr, weights_ptr) -> None:  # type: ignore[no-untyped-def]
+        x = tl.load(x_ptr + tl.arange(0, 16))
+        tl.store(out_ptr, network_score(x, weights_ptr, 16, 16, 16, 16))
+
+    weights = flatten_weights(network.state_dict())
+    for deviations in (0.5, 31.0, 33.0, -33.0, 1e6, float("inf")):
+        x = network.mean.clone()
+        x[4] += deviations * network.scale[4]
+        out = torch.empty(1)
+        one[(1,)](out, x, weights)
+        torch.testing.assert_close(out, network(x[None]))
 
 
 def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from vllm_cospec.arbiter import (
 )
 from vllm_cospec.calibration import calibrated_threshold
 from vllm_cospec.errors import ArtefactError
+from vllm_cospec.kernels.statistics import INPUT_LIMIT
 
 
 @pytest.mark.parametrize("hidden_sizes", [(1,), (32,), (32, 32), (7, 256)])
@@ -55,7 +56,8 @@ def test_the_network_standardises_and_applies_its_layers() -> None:
     arbiter = make_arbiter((5,))
     rows = some_statistics()
     state = arbiter.state_dict()
-    hidden = ((rows - state["mean"]) / state["scale"]) @ state["layers.0.weight"].T + state["layers.0.bias"]
+    x = ((rows - state["mean"]) / state["scale"]).clamp(-INPUT_LIMIT, INPUT_LIMIT)
+    hidden = x @ state["layers.0.weight"].T + state["layers.0.bias"]
     logit = hidden.clamp(min=0) @ state["layers.1.weight"].T + state["layers.1.bias"]
     torch.testing.assert_close(arbiter.logit(rows), logit.squeeze(1), rtol=1e-4, atol=1e-3)  # logits of up to 1e3
     scores = arbiter(rows)
