@@ -7,10 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import ray
 import torch
 
+from vllm_cospec.training.config import TrainConfig
+from vllm_cospec.training.learning.learner import Learner
 from vllm_cospec.training.pairs.demo import PLANS, build_model, build_tokenizer
+from vllm_cospec.training.rollout.actors import RolloutActor, remote
+from vllm_cospec.training.rollout.episodes import Episodes
+from vllm_cospec.training.rollout.pool import Pool
+from vllm_cospec.training.rollout.session import ray_session
+from vllm_cospec.training.rollout.units import Unit
+from vllm_cospec.training.tasks import load_task
 
 RunEngine = Callable[..., dict[str, Any]]
 
@@ -51,3 +61,48 @@ def test_two_ranks_count_as_one(
     assert counted["vllm:cospec_num_overrides"] > 100
     accepted = two["metrics"]["vllm:spec_decode_num_accepted_tokens"]
     assert counted["vllm:cospec_num_overrides"] <= accepted
+
+
+def rolled_out(config: TrainConfig, unit: Unit) -> Episodes:
+    """What an actor makes of a unit."""
+    weights = Learner(config.learner, config.seed, 1).weights()
+    actor = remote(RolloutActor, config.rollout.cpus_per_actor, 0)
+    with Pool(lambda: actor.remote(config, weights), 1) as pool:
+        pool.submit([unit], ray.put(weights))
+        ((episodes,),) = pool.collect([unit.key])
+    return episodes
+
+
+@pytest.mark.timeout(900)
+def test_an_actor_with_two_ranks_decides_and_counts_as_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    target, draft = write_model(tmp_path / "target", 1), write_model(tmp_path / "draft", 2)
+    engine = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 16, "enforce_eager": True,
+              "kv_cache_memory_bytes": 2**26}  # fmt: skip
+    unit = Unit(0, 0, tuple(load_task("demo").problems(5, 10, "train")), 0, seed=1)
+    found = []
+    with ray_session(None, cpus=4):
+        for ranks in (1, 2):
+            config = TrainConfig.model_validate(
+                {
+                    "pair": {
+                        "target": str(target), "draft": str(draft), "num_speculative_tokens": 4,
+                        "engine": {**engine, "tensor_parallel_size": ranks},
+                    },
+                    "rollout": {"cpus_per_actor": float(ranks), "max_tokens": 40, "branches_per_response": 2},
+                    # as likely to keep as not, whatever it sees: sums in another order change no decision
+                    "learner": {"initial_keep": 0.5},
+                }
+            )  # fmt: skip
+            found.append(rolled_out(config, unit))
+    one, two = found
+    assert one.texts == two.texts
+    for name in ("tokens", "steps", "episode", "kept", "output_position", "branch_decision", "branch_weight",
+                 "branch_keep", "branch_drop", "branch_keep_saved", "branch_drop_saved"):  # fmt: skip
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
+    np.testing.assert_allclose(one.statistics, two.statistics, rtol=1e-4, atol=1e-4)
+    assert (one.continuations, one.discarded) == (two.continuations, two.discarded)
+    assert 50 < one.kept.sum() < len(one.kept) - 50
+    assert len(one.branch_decision) > 10
