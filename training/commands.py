@@ -23,8 +23,8 @@ from vllm_cospec.training.measure.plots import plot_accuracy
 from vllm_cospec.training.measure.provenance import command_line, write_result
 from vllm_cospec.training.measure.render import CALIBRATED, rich_table
 from vllm_cospec.training.measure.report import plot_learning
-from vllm_cospec.training.plan import table, work_of
-from vllm_cospec.training.preflight import calibration_problems, check_training, test_problems
+from vllm_cospec.training.plan import plan, table
+from vllm_cospec.training.preflight import calibration_problems, test_problems
 from vllm_cospec.training.problems import Problems
 from vllm_cospec.training.progress import progress_bar
 from vllm_cospec.training.rollout.session import engines_session
@@ -50,10 +50,10 @@ def train(config_file: Path, output: Path, resume: bool, console: Console) -> Pa
         raise TrainingError(f"{output}: {error}; the last checkpoint is intact, continue with --resume") from None
 
 
-def show_plan(config_file: Path, console: Console) -> None:
-    """Check a run, and print what it will do."""
+def show_plan(config_file: Path, probe: int, console: Console) -> None:
+    """Check a run, and print what it will do and what it is estimated to cost."""
     config = load_train_config(config_file)
-    console.print(table(config, work_of(config, check_training(config, notice))))
+    console.print(table(config, *plan(config, probe, notice)))
 
 
 def notice(text: str) -> None:

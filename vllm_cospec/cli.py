@@ -130,12 +130,15 @@ def train(
     config: Annotated[Path, typer.Option(help="TOML file, see training/configs and docs/training.md.")],
     output: Annotated[Path | None, typer.Option(help="Directory for checkpoints, logs, plots and the arbiter.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that directory.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Check the run and say what it will do; start nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Check the run and say what it will do; train nothing.")] = False,
+    probe: Annotated[
+        int, typer.Option(min=0, help="Problems that --plan has one engine answer, to estimate the cost; 0 for none.")
+    ] = 0,
 ) -> None:
     """Train an arbiter for a pair of models by reinforcement learning, and calibrate it."""
     commands = _training_commands()
     if plan:
-        commands.show_plan(config, Console())
+        commands.show_plan(config, probe, Console())
         return
     if output is None:
         raise ConfigError("--output: missing; name a directory for the run, or pass --plan")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gsm8k import gsm8k
 from transformers import LlamaConfig, Qwen3Config
 
 from vllm_cospec.errors import ConfigError
@@ -18,7 +16,6 @@ from vllm_cospec.training.plan import work_of
 from vllm_cospec.training.preflight import check_training
 
 CONFIGS = Path(__file__).parents[3] / "training" / "configs"
-GSM8K = Path(os.environ.get("GSM8K_DIRECTORY", "not given"))
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 4096,
@@ -37,22 +34,6 @@ PLANS = {
 }
 
 
-def gsm8k_like(directory: Path) -> Path:
-    """Files of GSM8K's size and format; the real ones where they are at hand."""
-    if (GSM8K / "train.jsonl").exists():
-        return GSM8K
-    rng = random.Random(1)
-    directory.mkdir()
-    for name, count in (("train", 7473), ("test", 1319)):
-        lines = []
-        for number in range(count):
-            a, b = rng.randrange(10_000), rng.randrange(10_000)
-            question = f"{name} {number}: Ann has {a} apples and buys {b}. How many has she now?"
-            lines.append(json.dumps({"question": question, "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>\n#### {a + b:,}"}))
-        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return directory
-
-
 def random_model(directory: Path, kind: type[Any]) -> str:
     kind(**SHAPE).save_pretrained(directory)
     build_tokenizer().save_pretrained(directory)
@@ -66,7 +47,7 @@ def shipped(name: str, directory: Path) -> TrainConfig:
     if name in KINDS:
         model = random_model(directory / "model", KINDS[name])
         pair = pair.model_copy(update={"target": model, "draft": model})
-        data = gsm8k_like(directory / "gsm8k")
+        data = gsm8k(directory / "gsm8k")
         options = {"path": str(data / "train.jsonl"), "test_path": str(data / "test.jsonl")}
         task = task.model_copy(update={"options": task.options | options})
     elif not name.startswith("demo"):  # pairs that are built on a user's machine
