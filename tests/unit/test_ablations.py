@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scripts import benchmark
+from scripts import ROOT, benchmark
 
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.kernels.statistics import INDEX, NAMES, NUM_STATISTICS
@@ -121,3 +122,9 @@ def test_rows_are_kept_and_become_a_table(tmp_path: Path) -> None:
     assert rows.paired(saved[0], rule).endswith("), +10 -20, p = 0.1")
     assert lines[4] == "| a | T = 0.7, K = 7 | 100.0 | 100.0 % | 5.25 | 0.5 |  |"
     assert lines[2] == "| `cascade` | T = 0, K = 7 | 75.0 | 75.0 % | 5.00 |  |  |"
+
+
+def test_the_table_in_the_documentation_is_that_of_the_result_file() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "ablations.json").read_text())
+    table = rows.markdown(rows.from_result(result), result["rule"])
+    assert table in (ROOT / "docs" / "training.md").read_text()
