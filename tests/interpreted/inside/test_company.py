@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from company import mixed_requests, short_draft
-from processes import DEMO, generate
+from processes import DEMO, OUTGROWS_DRAFT, generate
 
 pytestmark = pytest.mark.engine
 
@@ -32,19 +32,23 @@ def test_requests_in_company_get_the_texts_they_get_alone(v1: bool, count: int, 
     entries: list[dict[str, Any]] = [
         {"prompt": prompt, **params} for prompt, params in mixed_requests(count, seed=11, max_tokens=20)
     ]
+    outgrows = v1 or OUTGROWS_DRAFT
     run = generate(
-        {"method": "cospec", "model": str(draft), "num_speculative_tokens": 7, "collect": True},
+        {
+            "method": "cospec", "model": str(draft if outgrows else DEMO / "draft"), "num_speculative_tokens": 7,
+            "collect": True,
+        },
         [*([entry] for entry in entries), entries],
         v1=v1,
         **PRESSED,
-    )
+    )  # fmt: skip
     assert run["sampler"] == f"vllm_cospec.runners.{'v1_gpu' if v1 else 'v2'}"
     alone, company = [texts[0] for texts in run["tokens"][:count]], run["tokens"][count]
     differing = {i: (entries[i], alone[i], company[i]) for i in range(count) if alone[i] != company[i]}
     assert differing == {}
     assert run["metrics"]["vllm:num_preemptions"] > 0
     assert sum(d["kept"] for d in run["decisions"]) > count / 4
-    assert set(run["unhealthy"]) == {"context"}
+    assert set(run["unhealthy"]) == ({"context"} if outgrows else set())
 
 
 @pytest.mark.parametrize("v1", [False, True], ids=["v2", "v1 on a device"])

@@ -6,12 +6,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from heads import FAMILY, random_head
+from company import mixed_requests
+from heads import FAMILY, random_head, random_target
 from processes import DEMO, generate
 
 pytestmark = pytest.mark.engine
 
 KEEP_ALL = {"method": "cospec", "arbiter": {"policy": "random", "rate": 1.0}}
+COUNT = 10
+PRESSED: dict[str, Any] = {
+    "block_size": 32, "max_num_seqs": 6, "max_num_batched_tokens": 32, "num_gpu_blocks_override": 9
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method", ["eagle", *(pytest.param(method, marks=pytest.mark.slow) for method in ("eagle3", "mtp"))]
+)
+def test_requests_in_company_get_the_texts_they_get_alone(method: str, tmp_path: Path) -> None:
+    """Prompts in chunks, late blocks, preemptions and cache hits, beside requests of every kind and long ones."""
+    engine: dict[str, Any] = {}
+    speculative = KEEP_ALL | {"draft_method": method, "collect": True}
+    if method == "mtp":
+        engine["target"] = random_target(tmp_path / "mimo", DEMO)
+    else:
+        speculative["model"] = str(random_head(tmp_path / method, DEMO, eagle3=method == "eagle3"))
+    entries: list[dict[str, Any]] = [
+        {"prompt": prompt, **params} for prompt, params in mixed_requests(COUNT, seed=8, max_tokens=20, grammar=False)
+    ]
+    roomy = engine | {"block_size": 32, "enable_prefix_caching": False}
+    alone = generate(speculative, [[entry] for entry in entries], **roomy)
+    company = generate(speculative, [entries], **engine, **PRESSED)
+    assert company["tokens"] == [[texts[0] for texts in alone["tokens"]]]
+    assert company["metrics"]["vllm:num_preemptions"] > 0
+    assert sum(decision["kept"] for decision in alone["decisions"]) > COUNT
+    assert company["counters"] == alone["counters"]  # the same decisions
+    assert company["unhealthy"] == {}
 
 
 @pytest.mark.parametrize("drop", [True, False])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from company import short_draft
-from processes import DEMO, generate
+from processes import DEMO, OUTGROWS_DRAFT, generate
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 
 from vllm_cospec.health import REASONS
@@ -197,6 +197,7 @@ SHORT = ["2+3*4?", "(7-2)*3?", "12+9-4?"]
 LONG = "+".join(str(n) for n in range(1, 30)) + "?"  # 79 characters
 
 
+@pytest.mark.skipif(not OUTGROWS_DRAFT, reason="this vLLM serves no more than the draft's context on V2")
 @pytest.mark.engine
 def test_a_long_request_is_strict_behind_the_drafters_context_and_leaves_the_others_alone(draft_of_48: Path) -> None:
     growing = "+".join(str(n) for n in range(1, 17)) + "?"  # 39 characters: it outgrows the context on its way

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import vllm_cospec.demo
+from vllm_cospec import compat
 
 DEMO = Path(vllm_cospec.demo.__file__).parent
+OUTGROWS_DRAFT = (compat.vllm_version() or "").startswith("0.32")
+"""Whether a request on V2 can be longer than the draft's context: from 0.33 on ``max_model_len`` is lowered to it."""
 
 
 def generate(
@@ -23,10 +26,11 @@ def generate(
         speculative_config: as a user writes it.
         batches: lists of requests, as :mod:`engine` takes them.
         v1: on Model Runner V1.
-        options: ``max_chunk_logits`` and ``dummy_runs``, see :mod:`engine`; the rest are the engine's.
+        options: ``target`` in place of the bundled one, ``max_chunk_logits`` and ``dummy_runs``, see :mod:`engine`; the
+            rest are the engine's.
     """
     request = {
-        "target": str(DEMO / "target"),
+        "target": str(options.pop("target", DEMO / "target")),
         "speculative_config": {"model": str(DEMO / "draft"), "num_speculative_tokens": 3, **speculative_config},
         "batches": batches,
         "v1_on_a_device": v1,
@@ -34,7 +38,7 @@ def generate(
         "dummy_runs": options.pop("dummy_runs", False),
         "options": options,
     }
-    if speculative_config.get("draft_method") == "ngram":
+    if speculative_config.get("draft_method") in ("ngram", "mtp"):
         del request["speculative_config"]["model"]
     here = Path(__file__).parent
     path = os.pathsep.join([os.environ["PYTHONPATH"], str(here), str(here.parents[1] / "support")])
