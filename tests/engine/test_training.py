@@ -78,6 +78,26 @@ class Dying(Trainer):
 
 Dying(load_train_config(Path(sys.argv[1])), Path(sys.argv[2]), resume=True).run()
 """
+LOSES_A_NODE = """
+import sys
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from vllm_cospec.training.config import load_train_config
+from vllm_cospec.training.trainer import Trainer
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+node = cluster.add_node(num_cpus=1, include_dashboard=False)
+
+class Unlucky(Trainer):
+    def _save(self):
+        super()._save()
+        if node in cluster.worker_nodes:  # the next iteration is under way
+            cluster.remove_node(node, allow_graceful=False)
+
+config = load_train_config(Path(sys.argv[1])).model_copy(update={"ray_address": cluster.address})
+Unlucky(config, Path(sys.argv[2]), resume=True).run()
+cluster.shutdown()
+"""
 
 
 def write_config(directory: Path, actors: int) -> Path:
@@ -209,8 +229,11 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
         assert process.wait(timeout=60) == 130
     last = log.read_text().strip().splitlines()[-1]
     assert last.startswith(f"cospec: stopped after update {updates(broken)} of {UPDATES}; continue with --resume")
-    with training([sys.executable, "-c", TRAIN_ONLY, str(config), str(broken)], log) as process:
+    # On a cluster of two nodes, one of which is lost for good in the middle of an iteration.
+    before = log.read_text().count("another takes over")
+    with training([sys.executable, "-c", LOSES_A_NODE, str(config), str(broken)], log) as process:
         assert process.wait(timeout=300) == 0
+    assert log.read_text().count("another takes over") > before
     assert "Traceback" not in log.read_text()
 
     lines = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
