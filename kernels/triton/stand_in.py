@@ -19,6 +19,7 @@ def install() -> None:
         backends["cpu"] = Backend(compiler=_Compiler, driver=_Driver)
     if os.environ.get("TRITON_INTERPRET") == "1":
         _patch_language_once()
+        _reduce_by_halves()
         _count_with_tensors()
         _accept_integer_masks()
         _give_log1p()
@@ -87,6 +88,36 @@ def _patch_language_once() -> None:
 
     patch.__wrapped__ = original  # type: ignore[attr-defined]
     interpreter._patch_lang = patch
+
+
+def _reduce_by_halves() -> None:
+    """Let the interpreter reduce neighbours pairwise, as a GPU does; it would combine one element after the other.
+
+    The function is associative by Triton's contract; elements keep their order. It takes a third of a step's time.
+    """
+    import numpy as np
+    from triton.runtime.interpreter import ReduceOps
+
+    original = ReduceOps.generic_reduce
+    if hasattr(original, "__wrapped__"):
+        return
+
+    def reduce(self: Any, parts: Any) -> Any:
+        size = 0 if self.axis is None or self.keep_dims else parts[0].handle.data.shape[self.axis]
+        if size < 2 or size & (size - 1):
+            return original(self, parts)
+        types = [part.dtype for part in parts]
+        arrays = [np.moveaxis(part.handle.data, self.axis, 0) for part in parts]
+        while len(arrays[0]) > 1:
+            even, odd = (
+                [self.to_tensor(a[first::2], t) for a, t in zip(arrays, types, strict=True)] for first in (0, 1)
+            )
+            combined = self.combine_fn.fn(*even, *odd)
+            arrays = [part.handle.data for part in (combined if isinstance(combined, tuple) else (combined,))]
+        return [self.to_tensor(a[0], t) for a, t in zip(arrays, types, strict=True)]
+
+    reduce.__wrapped__ = original  # type: ignore[attr-defined]
+    ReduceOps.generic_reduce = reduce
 
 
 def _count_with_tensors() -> None:

@@ -6,6 +6,7 @@ the bundled pair. As a program this file runs a job by itself, from standard inp
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,11 +51,16 @@ def run_by_itself(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_forked(job: dict[str, Any]) -> dict[str, Any]:
     """Run a job, see :func:`run`, in a fork of a process that has imported vLLM."""
+    return forked(run, job, IMPORTED)
+
+
+def forked(function: Callable[[Any], dict[str, Any]], job: Any, imported: Sequence[str]) -> dict[str, Any]:
+    """Call a function in a fork of a process that has imported these modules; the first call says which."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload(list(imported))
     ours, theirs = context.Pipe()
     with tempfile.NamedTemporaryFile(prefix="engine-", suffix=".log") as log:
-        process = context.Process(target=_serve, args=(theirs, job, log.name))
+        process = context.Process(target=_serve, args=(theirs, function, job, log.name))
         process.start()
         theirs.close()
         try:
@@ -68,13 +75,14 @@ def run_forked(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _serve(connection: Connection, job: dict[str, Any], log: str) -> None:
+def _serve(connection: Connection, function: Callable[[Any], dict[str, Any]], job: Any, log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    gc.freeze()  # vLLM collects garbage again and again: not through all that was imported
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     try:
-        connection.send(run(job))
+        connection.send(function(job))
     except BaseException:
         connection.send(traceback.format_exc())
 

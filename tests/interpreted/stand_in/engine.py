@@ -1,18 +1,23 @@
-"""Generate with one engine on interpreted V2 and print what came out, as JSON: ``python -m engine REQUEST``."""
+"""Generate with one engine on interpreted V2."""
 
 from __future__ import annotations
 
-import json
-import sys
+import dataclasses
+import os
 from typing import Any
 
 import torch
+from triton.runtime import interpreter
 
 from vllm_cospec.health import REASONS
+from vllm_cospec.kernels.triton import launch, workspace
+
+BLOCK_SIZE = 1024
+"""One tile, where a GPU has eight: the bundled vocabulary does not fill it."""
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Run every batch of the request through one engine.
+    """Run every batch of the request through one engine in this process, which belongs to it from then on.
 
     Args:
         request: ``target``, ``speculative_config``, and ``batches``: lists of {prompt, sampling parameters, ``regex``
@@ -20,6 +25,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             ``max_chunk_logits``: verify at most so many rows at once; ``dummy_runs``: make one after every step, as a
             data-parallel rank does that has nothing to do.
     """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if request.get("v1_on_a_device"):
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    _make_haste()
     from vllm import LLM
 
     if request.get("v1_on_a_device"):  # the CPU worker installs what the GPU worker would on Model Runner V1
@@ -44,8 +53,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         _follow_with_dummy_runs(worker)
     texts, logprobs = [], []
     for batch in request["batches"]:
-        prompts = [_prompt(entry, llm, worker) for entry in batch]
-        outputs = llm.generate(prompts, [_parameters(entry) for entry in batch], use_tqdm=False)
+        entries = [dict(entry) for entry in batch]  # those of another batch may be the same ones
+        prompts = [_prompt(entry, llm, worker) for entry in entries]
+        outputs = llm.generate(prompts, [_parameters(entry) for entry in entries], use_tqdm=False)
         texts.append([list(output.outputs[0].token_ids) for output in outputs])
         logprobs.append([_logprobs(output.outputs[0]) for output in outputs])
     answer: dict[str, Any] = {
@@ -74,6 +84,16 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         m.name: m.value for m in llm.get_metrics() if m.name.startswith("vllm:") and hasattr(m, "value")
     }
     return answer
+
+
+def _make_haste() -> None:
+    """Leave out what the interpreter would do at every step and other tests do: test_decisions.py and its like.
+
+    They look for overflows, and go through blocks of the vocabulary as large as they are on a GPU.
+    """
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    launch.BLOCK_SIZE = workspace.BLOCK_SIZE = BLOCK_SIZE
 
 
 def _prompt(entry: dict[str, Any], llm: Any, worker: Any) -> Any:
@@ -110,7 +130,3 @@ def _logprobs(completion: Any) -> list[float] | None:
     if completion.logprobs is None:
         return None
     return [entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
-
-
-if __name__ == "__main__":
-    print("RESULT" + json.dumps(main(json.loads(sys.argv[1]))))

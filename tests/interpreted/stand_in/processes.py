@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+import engine
+from engines import IMPORTED, forked
 
 import vllm_cospec.demo
 from vllm_cospec import compat
@@ -15,6 +14,10 @@ from vllm_cospec import compat
 DEMO = Path(vllm_cospec.demo.__file__).parent
 OUTGROWS_DRAFT = (compat.vllm_version() or "").startswith("0.32")
 """Whether a request on V2 can be longer than the draft's context: from 0.33 on ``max_model_len`` is lowered to it."""
+RUNNERS = [
+    "vllm.v1.worker.cpu.model_runner", "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
+    "vllm_cospec.runners.v2", "vllm_cospec.runners.v1_gpu", "engine",
+]  # fmt: skip
 
 
 def generate(
@@ -40,19 +43,4 @@ def generate(
     }
     if speculative_config.get("draft_method") in ("ngram", "mtp"):
         del request["speculative_config"]["model"]
-    here = Path(__file__).parent
-    path = os.pathsep.join([os.environ["PYTHONPATH"], str(here), str(here.parents[1] / "support")])
-    environment = {
-        **os.environ,
-        **({"VLLM_USE_V2_MODEL_RUNNER": "0"} if v1 else {}),
-        "PYTHONPATH": path,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "engine", json.dumps(request)],
-        env=environment, capture_output=True, text=True, timeout=1800, check=False,
-    )  # fmt: skip
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert len(results) == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(results[0].removeprefix("RESULT"))
+    return forked(engine.main, request, [*IMPORTED, *RUNNERS])
