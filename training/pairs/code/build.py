@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from vllm_cospec.atomic import new_directory, write_text
+from vllm_cospec.atomic import new_directory, new_file, write_text
 from vllm_cospec.errors import ConfigError, CoSpecError
 from vllm_cospec.training.config import cached_pair
 from vllm_cospec.training.measure.provenance import environment
@@ -78,8 +78,8 @@ def pack(work: Path, directory: Path) -> None:
     made = {"version": version(LEARNT_PACKAGE), "splits": splits, **about, "last_measured": last}
     made["environment"] = environment()
     write_text(directory / TRAINING, json.dumps(made, indent=2) + "\n")
-    save_file(tensors, directory / WEIGHTS)
-    (directory / WEIGHTS).chmod(0o644)
+    with new_file(directory / WEIGHTS) as partial:
+        save_file(tensors, partial)
 
 
 def build_draft(source: Path, tokenizer: Any, target: Path, directory: Path) -> None:
