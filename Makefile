@@ -11,13 +11,14 @@ GPU_PYTHON ?= python3
 PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := vllm_cospec/demo
 LAYOUT := build/layout
+LONGEST := tests/engine/test_training.py
 
 COMPAT := 0.33.0
 COMPAT_TESTS := tests/compat tests/unit/test_compat.py tests/unit/test_scheduler.py tests/engine/test_strict_parity.py \
   tests/engine/test_features.py tests/engine/test_company.py tests/engine/test_head_health.py \
   tests/interpreted/test_in_the_interpreter.py
 
-.PHONY: help venv demo serve test-fast test test-all compat lint gpu pair smollm2 code-pair clean
+.PHONY: help venv demo serve test-fast test test-all test-engines test-others compat lint gpu pair smollm2 code-pair clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -45,11 +46,18 @@ serve: $(STAMP) ## serve the bundled pair on PORT (8000) until stopped
 test-fast: $(STAMP) ## run what starts no engine, server, Ray or interpreter, in two processes
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not engine and not interpreted and not slow'
 
-test: $(STAMP) ## run the tests but the slow ones
-	$(BIN)/pytest -m 'not slow'
+test: $(STAMP) ## run the tests but the slow ones: most engines on one core, the rest on another
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-engines test-others SELECT="-m 'not slow'"
 
-test-all: $(STAMP) ## run every test
-	$(BIN)/pytest
+test-all: $(STAMP) ## run every test, in the same way
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-engines test-others
+
+# Two halves that take about as long.
+test-engines: $(STAMP)
+	$(BIN)/pytest $(SELECT) tests/engine --ignore=$(LONGEST)
+
+test-others: $(STAMP)
+	$(BIN)/pytest $(SELECT) $(LONGEST) $(filter-out tests/engine tests/support tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
 # That version exists for GPUs alone: its Python code runs here over the compiled modules of the CPU build.
 compat: $(STAMP) ## run the engine tests, V1 and interpreted V2, on vLLM $(COMPAT) (fetched by name, 340 MB)
