@@ -1,7 +1,7 @@
 """The kit for a GPU: whether the kernels are right there, how fast they are, and whether an engine runs on them.
 
     make gpu
-    python -m benchmarks.gpu [--parts kernels,times,engine,sanitizer] [--minutes 10] [--json FILE] [--markdown FILE]
+    python -m benchmarks.gpu [--parts kernels,times,engine,sanitizer] [--minutes 10] [--workers N] [--json FILE] [--markdown FILE]
 
 Needs CUDA or ROCm, torch, Triton 3.6 or newer, vLLM and this project installed; kernels and times also run without
 vLLM's compiled modules. Ends with code 1 after a wrong answer. Parts that the machine cannot run say so.
@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.command import run
+from benchmarks.gpu.processes import available
 from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.measure.provenance import write_result
@@ -58,7 +59,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     facts = torch.cuda.get_device_properties(device)
     return {
         "name": facts.name,
-        "architecture": getattr(facts, "gcnArchName", None) or f"sm_{facts.major}{facts.minor}",
+        "architecture": facts.gcnArchName if torch.version.hip else f"sm_{facts.major}{facts.minor}",
         "multiprocessors": facts.multi_processor_count,
         "memory_gib": round(facts.total_memory / 2**30),
         "cuda": torch.version.cuda,
@@ -77,7 +78,9 @@ def wrong(kernels: dict[str, dict[str, Any]]) -> list[str]:
     return sentences + [f"{name}: nothing was compared" for name, one in kernels.items() if not one["requests"]]
 
 
-def measure(parts: list[str], minutes: float, repetitions: int, device: torch.device) -> dict[str, Any]:
+def measure(
+    parts: list[str], minutes: float, repetitions: int, workers: int, device: torch.device
+) -> dict[str, Any]:
     """Run the parts, each for its share of the time; returns the report."""
     began, total = time.monotonic(), sum(PARTS[name] for name in parts)
     report: dict[str, Any] = {"schema": 1, "device": describe(device), "parts": parts, "problems": []}
@@ -88,12 +91,12 @@ def measure(parts: list[str], minutes: float, repetitions: int, device: torch.de
         if name == "kernels":
             from benchmarks.gpu import compare
 
-            report[name] = compare.everything(device, repetitions, until)
+            report[name] = compare.everything(device, repetitions, until, workers)
             report["problems"] += wrong(report[name])
         elif name == "times":
             from benchmarks.gpu import times
 
-            report[name] = times.measure(device, until)
+            report[name] = times.measure(device, until, workers)
             report[name]["rows"] = times.ratios(report[name]["rows"])
         elif name == "engine":
             from benchmarks.gpu import engine
@@ -114,12 +117,15 @@ def main(
     parts: Annotated[str, typer.Option(help=f"What to run: {', '.join(PARTS)}.")] = ",".join(PARTS),
     minutes: Annotated[float, typer.Option(min=0.1, help="How long it may take, about.")] = 10,
     repetitions: Annotated[int, typer.Option(min=1, help="How many generated batches: 100 of each.")] = 14,
+    workers: Annotated[
+        int, typer.Option(min=1, help="How many processes compile and compare.", show_default="by the number of cores")
+    ] = available(),
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write its tables to this file.")] = None,
 ) -> None:
     """Check and time verification on this machine's GPU."""
     names = chosen(parts)
-    report = measure(names, minutes, repetitions, gpu())
+    report = measure(names, minutes, repetitions, workers, gpu())
     from benchmarks.gpu.report import markdown as tables
 
     text = tables(report)

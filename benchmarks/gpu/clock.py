@@ -13,6 +13,7 @@ import torch
 from vllm.triton_utils import tl, triton
 
 _COLD = 2**28  # bytes written between calls, more than the caches of today's GPUs hold
+_AHEAD = 8  # times that they are written, so long that the host has launched a whole call before the device begins it
 
 
 @triton.jit
@@ -39,15 +40,24 @@ class Clock:
         self._repetitions = repetitions
         self._cold = torch.empty(_COLD, dtype=torch.int8, device=device)
 
+    def _chill(self) -> None:
+        """Keep the device busy and its caches cold."""
+        for _ in range(_AHEAD):
+            self._cold.zero_()
+
     def median_us(self, call: Callable[[], Any]) -> tuple[float, float]:
-        """Return the medians of what a call takes on the device and of what the host is busy with it, microseconds."""
+        """Return the medians of what a call takes on the device and of what the host is busy with it, microseconds.
+
+        The device's time is that of launches that lie ready, as in an engine, where the model's forward pass comes
+        before; what the host needs for them is in the other number.
+        """
         for _ in range(3):
             call()  # compiles, and warms up
         torch.cuda.synchronize()
         on_device, on_host = [], []
         for _ in range(self._repetitions):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._cold.zero_()
+            self._chill()
             start.record()
             began = time.perf_counter()
             call()
@@ -62,7 +72,7 @@ class Clock:
         call()
         times: dict[str, list[float]] = defaultdict(list)
         for _ in range(self._repetitions):
-            self._cold.zero_()
+            self._chill()
             with timed_launches(modules) as events:
                 call()
             torch.cuda.synchronize()

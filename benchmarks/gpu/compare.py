@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.cases import generated, moved
+from benchmarks.gpu.processes import spread
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.kernels.policies import Policy, Strict
 
@@ -17,6 +18,10 @@ Case = generated.Case
 CPU = torch.device("cpu")
 # Float32 sums over at most 151,936 terms; a relative 1e-4 leaves a factor of ten.
 RELATIVE, ABSOLUTE = 1e-4, 2e-4
+LARGE, STRICT, RUNS, GENERATED = (
+    "real vocabularies against the reference", "strict against stock", "run to run",
+    "generated batches against the reference",
+)  # fmt: skip
 
 
 @dataclass
@@ -41,20 +46,19 @@ class Findings:
         }
 
 
-def generated_batches(repetitions: int) -> Iterator[tuple[str, Case, Policy]]:
+def generated_batches(repetition: int) -> Iterator[tuple[str, Case, Policy]]:
     """Yield (name, batch on the CPU, policy): every policy in every regime, as the interpreted tests have them."""
-    for repetition in range(repetitions):
-        for number, (name, policy) in enumerate(generated.POLICIES.items()):
-            for regime_number, regime in enumerate(generated.REGIMES):
-                for variant in range(2):
-                    seed = 1000 * repetition + 10 * variant + regime_number
-                    case = generated.make_case(
-                        seed, vocab={3: 9_000, 4: 2_600}.get(repetition % 5, 111),
-                        k=(5, 1 + (2 + 7 * repetition + 3 * number) % 16)[variant], regime=regime,
-                        separate=bool((seed + repetition) % 2) or regime == "nan",
-                        dtype=(torch.float32, torch.bfloat16)[variant], agreement=0.4,
-                    )  # fmt: skip
-                    yield f"{name}, {regime}, seed {seed}", case, policy
+    for number, (name, policy) in enumerate(generated.POLICIES.items()):
+        for regime_number, regime in enumerate(generated.REGIMES):
+            for variant in range(2):
+                seed = 1000 * repetition + 10 * variant + regime_number
+                case = generated.make_case(
+                    seed, vocab={3: 9_000, 4: 2_600}.get(repetition % 5, 111),
+                    k=(5, 1 + (2 + 7 * repetition + 3 * number) % 16)[variant], regime=regime,
+                    separate=bool((seed + repetition) % 2) or regime == "nan",
+                    dtype=(torch.float32, torch.bfloat16)[variant], agreement=0.4,
+                )  # fmt: skip
+                yield f"{name}, {regime}, seed {seed}", case, policy
 
 
 def large_batches() -> Iterator[tuple[str, Case, Policy]]:
@@ -114,10 +118,10 @@ def _compare(name: str, case: Case, policy: Policy, network: Arbiter, device: to
         findings.differences += [f"{name}, request {request}: {what}" for what, same in checks.items() if not same]
 
 
-def strict_against_stock(device: torch.device, seeds: int, until: float = float("inf")) -> Findings:
+def strict_against_stock(device: torch.device, seeds: Iterable[int], until: float = float("inf")) -> Findings:
     """Compare the tokens of strict requests with stock's, bit for bit: alone, and beside arbitrated ones."""
     findings = Findings()
-    for seed in range(seeds):
+    for seed in seeds:
         if time.monotonic() > until:
             findings.cut_short = True
             break
@@ -171,14 +175,47 @@ def run_to_run(device: torch.device, runs: int, vocab: int = 32_000) -> Findings
     return findings
 
 
-def everything(device: torch.device, repetitions: int, until: float) -> dict[str, dict[str, Any]]:
-    """Run all comparisons; returns their summaries."""
+@dataclass(frozen=True)
+class Task:
+    """A share of the comparisons, for one process."""
+
+    name: str
+    device: torch.device
+    until: float  # of the monotonic clock, which the processes of a machine share
+    number: int = 0
+    """Which batches."""
+
+
+def run(task: Task) -> Findings:
+    """Make the comparisons of a task."""
+    device, until = task.device, task.until
     parts: dict[str, Callable[[], Findings]] = {
-        "real vocabularies against the reference": lambda: against_reference(large_batches(), device, until),
-        "strict against stock": lambda: strict_against_stock(device, 6 * repetitions, until),
-        "run to run": lambda: run_to_run(device, 5),
-        "generated batches against the reference": lambda: against_reference(
-            generated_batches(repetitions), device, until
-        ),
+        LARGE: lambda: against_reference(large_batches(), device, until),
+        STRICT: lambda: strict_against_stock(device, range(6 * task.number, 6 * task.number + 6), until),
+        RUNS: lambda: run_to_run(device, 5),
+        GENERATED: lambda: against_reference(generated_batches(task.number), device, until),
     }
-    return {name: part().summary() for name, part in parts.items()}
+    return parts[task.name]()
+
+
+def merged(findings: list[Findings]) -> Findings:
+    """Return the findings of several tasks as one."""
+    return Findings(
+        batches=sum(one.batches for one in findings),
+        requests=sum(one.requests for one in findings),
+        too_close_to_call=sum(one.too_close_to_call for one in findings),
+        differences=[text for one in findings for text in one.differences],
+        cut_short=any(one.cut_short for one in findings),
+    )
+
+
+def everything(device: torch.device, repetitions: int, until: float, workers: int) -> dict[str, dict[str, Any]]:
+    """Run all comparisons; returns their summaries."""
+    tasks = [Task(LARGE, device, until), Task(RUNS, device, until)]
+    for number in range(repetitions):
+        tasks += [Task(GENERATED, device, until, number), Task(STRICT, device, until, number)]
+    done = spread(run, tasks, workers)
+    return {
+        name: merged([one for task, one in zip(tasks, done, strict=True) if task.name == name]).summary()
+        for name in (LARGE, STRICT, RUNS, GENERATED)
+    }

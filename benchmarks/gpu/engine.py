@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ MODES: dict[str, dict[str, Any]] = {
     "strict": {"method": "cospec", "arbiter": {"policy": "strict"}, **_DRAFT},
     "learned": {"method": "cospec", "arbiter": str(BUNDLED / "arbiter"), **_DRAFT},
 }
+RUNNERS = {"V2": "1", "V1": "0"}
+"""Model runners of vLLM, and what they are chosen by in VLLM_USE_V2_MODEL_RUNNER."""
 _OURS = "vllm_cospec"
 _ENTRIES = (("vllm_cospec.runners.v2", "arbitrate"), ("vllm_cospec.runners.v1_gpu", "arbitrate_given"))
 
@@ -96,6 +99,25 @@ def prompts() -> list[str]:
     return [problem.prompt for problem in load_task("demo").problems(seed=5, n=NUM_PROMPTS)]
 
 
+def without_compiled_modules() -> dict[str, Any]:
+    """Return the options of an engine that needs none of vLLM's compiled modules, or nothing where they are there.
+
+    Such an engine takes attention from Triton and its layers from PyTorch. Sampling, drafting and verification are
+    Triton's in any case.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    if not current_platform.is_cuda() or hasattr(torch.ops._C, "rms_norm"):
+        return {}
+    return {
+        "attention_config": {"backend": "TRITON_ATTN"},
+        "compilation_config": {"custom_ops": ["none"]},
+        "kernel_config": {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}},
+    }
+
+
 def answer(mode: str, on_device: bool) -> dict[str, Any]:
     """Let one engine answer the prompts, greedily; returns tokens and what was seen meanwhile."""
     compiled = Compiled()
@@ -103,9 +125,11 @@ def answer(mode: str, on_device: bool) -> dict[str, Any]:
         compiled.watch()
     from vllm import LLM, SamplingParams
 
+    pure = without_compiled_modules() if on_device else {}
     llm = LLM(
         str(BUNDLED / "target"), speculative_config=MODES[mode], dtype="float32", max_model_len=128, max_num_seqs=64,
         kv_cache_memory_bytes=2**28, enforce_eager=True, enable_prefix_caching=False, seed=0,
+        **({"gpu_memory_utilization": 0.1} if on_device else {}), **pure,
     )  # fmt: skip
     warm = len(compiled.names)
     worker = llm.llm_engine.model_executor.driver_worker.worker
@@ -116,6 +140,7 @@ def answer(mode: str, on_device: bool) -> dict[str, Any]:
         "runner": type(worker.model_runner).__module__,
         "compiled_while_serving": compiled.names[warm:],
         "verifications_that_did_not_wait": len(steps),
+        "layers": "PyTorch's and Triton's" if pure else "vLLM's",
     }
     sampler = getattr(worker, "cospec", None)
     if sampler is not None and on_device:
@@ -123,13 +148,15 @@ def answer(mode: str, on_device: bool) -> dict[str, Any]:
     return found
 
 
-def in_its_own_process(mode: str, on_device: bool, timeout: float) -> dict[str, Any]:
-    """Run :func:`answer` in a new process.
+def in_its_own_process(mode: str, on_device: bool, timeout: float, runner: str | None = None) -> dict[str, Any]:
+    """Run :func:`answer` in a new process, on the model runner of that name or on the one that vLLM chooses.
 
     Raises:
         RuntimeError: the process failed, with the end of what it printed, or took longer than ``timeout`` seconds.
     """
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if runner is not None:
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = RUNNERS[runner]
     with tempfile.TemporaryDirectory(prefix="cospec-gpu-") as scratch:
         out = Path(scratch) / "answer.json"
         command = [sys.executable, "-m", "benchmarks.gpu.engine", mode, str(int(on_device)), str(out)]
@@ -161,6 +188,7 @@ def judge(found: dict[str, dict[str, Any]], recorded: list[list[int]]) -> dict[s
     return {
         "answers": len(recorded),
         "runner": found["learned"]["runner"],
+        "layers": found["learned"]["layers"],
         "strict_same_as_stock": same_answers(found["strict"]["tokens"], found["stock"]["tokens"]),
         "learned_same_as_on_a_cpu": same_answers(learned, recorded),
         "learned_same_as_stock": same_answers(learned, found["stock"]["tokens"]),
@@ -170,27 +198,40 @@ def judge(found: dict[str, dict[str, Any]], recorded: list[list[int]]) -> dict[s
     }
 
 
-def measure(timeout: float) -> dict[str, Any]:
-    """Run the three engines one after the other; returns :func:`judge`'s findings, or what went wrong."""
-    try:
-        found = {mode: in_its_own_process(mode, True, timeout / len(MODES)) for mode in MODES}
-    except RuntimeError as error:
-        return {"failed": str(error)}
-    return judge(found, json.loads(RECORD.read_text())["tokens"])
+def measure(timeout: float) -> dict[str, dict[str, Any]]:
+    """Run the engines side by side; returns for every runner :func:`judge`'s findings, or what went wrong."""
+    recorded = json.loads(RECORD.read_text())["tokens"]
+    found: dict[str, dict[str, Any]] = {}
+    with ThreadPoolExecutor() as pool:
+        runs = {
+            runner: {mode: pool.submit(in_its_own_process, mode, True, timeout, runner) for mode in MODES}
+            for runner in RUNNERS
+        }
+        for runner, modes in runs.items():
+            try:
+                found[runner] = judge({mode: run.result() for mode, run in modes.items()}, recorded)
+            except RuntimeError as error:
+                found[runner] = {"failed": str(error)}
+    return found
 
 
-def problems(findings: dict[str, Any]) -> list[str]:
-    """Return what must not be so, in sentences. Answers may differ from a CPU's: another machine rounds otherwise."""
+def problems(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Return what must not be so, in sentences."""
+    return [text for runner, findings in found.items() for text in _problems(f"engine on {runner}", findings)]
+
+
+def _problems(name: str, findings: dict[str, Any]) -> list[str]:
+    """Answers may differ from a CPU's: another machine rounds otherwise."""
     if "failed" in findings:
-        return [f"engine: {findings['failed']}"]
+        return [f"{name}: {findings['failed']}"]
     found = []
     others = findings["answers"] - findings["strict_same_as_stock"]
     if others:
-        found.append(f"engine: strict gave other answers than stock to {others} prompts")
+        found.append(f"{name}: strict gave other answers than stock to {others} prompts")
     if findings["compiled_while_serving"]:
-        found.append(f"engine: compiled while serving: {', '.join(findings['compiled_while_serving'])}")
+        found.append(f"{name}: compiled while serving: {', '.join(findings['compiled_while_serving'])}")
     if not findings["verifications_that_did_not_wait"]:
-        found.append("engine: no step was verified on the device")
+        found.append(f"{name}: no step was verified on the device")
     return found
 
 

@@ -17,7 +17,7 @@ def markdown(report: dict[str, Any]) -> str:
             left = ", ".join("/".join(map(str, setting)) for setting in report["times"]["left_out"])
             parts.append(f"Not timed, because the time was up: {left}.")
     if "engine" in report:
-        parts.append(_pairs("Engine with the bundled pair", report["engine"]))
+        parts += [_pairs(f"Engine with the bundled pair, {name}", found) for name, found in report["engine"].items()]
     if "sanitizer" in report:
         parts.append(_pairs("compute-sanitizer", report["sanitizer"]))
     found = report["problems"]

@@ -26,7 +26,7 @@ def check(sanitizer: str, tool: str, seconds: float) -> str:
     command = [
         sanitizer, "--tool", tool, "--error-exitcode", str(_FOUND), "--target-processes", "application-only",
         sys.executable, "-m", "benchmarks.gpu", "--parts", "kernels", "--repetitions", "1",
-        "--minutes", str(seconds / 60),
+        "--workers", "1", "--minutes", str(seconds / 60),
     ]  # fmt: skip
     # an allocation of its own for every tensor: in the pools of torch's allocator one may read beyond its own end
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

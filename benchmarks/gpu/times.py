@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.gpu.cases import BATCHES, VOCAB_SIZES, generated, timed_case
 from benchmarks.gpu.clock import Clock, read_once
+from benchmarks.gpu.processes import spread
 from benchmarks.variants import MODULES
 from vllm_cospec.kernels.policies import policy_names
 
@@ -26,9 +27,15 @@ def settings(vocab_sizes: tuple[int, ...], batches: tuple[int, ...]) -> list[tup
 
 
 def measure(
-    device: torch.device, until: float, vocab_sizes: tuple[int, ...] = VOCAB_SIZES, batches: tuple[int, ...] = BATCHES
+    device: torch.device,
+    until: float,
+    workers: int = 1,
+    vocab_sizes: tuple[int, ...] = VOCAB_SIZES,
+    batches: tuple[int, ...] = BATCHES,
 ) -> dict[str, Any]:
     """Time every setting until the monotonic clock says ``until``; returns rows and what was left out."""
+    if workers > 1:
+        spread(compile_policy, [(vocab, name, device) for vocab in vocab_sizes for name in policy_names()], workers)
     clock, rows, left_out = Clock(device), [], []
     for vocab, batch, sampled in settings(vocab_sizes, batches):
         if time.monotonic() > until:
@@ -37,6 +44,14 @@ def measure(
         rows += _setting(clock, vocab, batch, sampled, device)
         torch.cuda.empty_cache()
     return {"rows": rows, "left_out": left_out}
+
+
+def compile_policy(setting: tuple[int, str, torch.device]) -> None:
+    """Put the kernels of (vocabulary, policy, device) into Triton's cache, where another process finds them."""
+    vocab, name, device = setting
+    for sampled in (False, True):
+        timed_case(vocab, 1, sampled, device).ours(generated.POLICIES[name], generated.arbiter(32, 32))
+    torch.cuda.synchronize(device)
 
 
 def _setting(clock: Clock, vocab: int, batch: int, sampled: bool, device: torch.device) -> list[dict[str, Any]]:

@@ -28,15 +28,15 @@ class Tuning:
     """How the work of a program is laid out; no result but the last bits of a sum depends on it."""
 
     tile_size: int  # logits at a time in the first pass: of bfloat16, 16 bytes for each thread
-    mismatch_tile_bytes: int  # where two rows lie side by side, the same for every type
+    programs: int  # that a GPU runs side by side, about
     mismatch: dict[str, int]
     scan: dict[str, int]
 
 
 # Left alone, ptxas loads so far ahead in the mismatch pass that half as many programs fit on a multiprocessor, and
 # spills a pointer or two of the scan to fit more there. AMD's compiler does not know the option, nor need it.
-NVIDIA = Tuning(1024, 4096, {"num_warps": 8, "maxnreg": 128}, {"maxnreg": 255})
-AMD = Tuning(2048, 4096, {"num_warps": 4}, {})
+NVIDIA = Tuning(1024, 512, {"num_warps": 8, "maxnreg": 128}, {"maxnreg": 255})
+AMD = Tuning(2048, 512, {"num_warps": 4}, {})
 tuning = AMD if torch.version.hip is not None else NVIDIA
 
 
@@ -159,15 +159,18 @@ class _Stages:
             return
         rows, slots = self._rows, self._slots
         raw, draft = readable(rows.raw, self._vocab_size), readable(self._draft, self._vocab_size)
-        mismatch.mismatch_kernel[(self._num_requests, self._num_blocks)](
+        mismatch.mismatch_kernel[(self._num_requests, self._num_blocks, self._shares())](
             self._space.partials, self._space.rows, *raw, *(draft if self._draft is not None else (None, 0, 0, 0)),
             rows.drafted, rows.first, rows.request_slot,
             slots.max_overrides, slots.overrides_so_far, slots.max_regret, slots.regret_so_far,
             self._vocab_size, self._num_blocks,
-            BLOCK_SIZE=BLOCK_SIZE, TILE_SIZE=tuning.mismatch_tile_bytes // rows.raw.element_size(),
-            PADDED_STEPS=self._padded_steps, **vectors(self._vocab_size, raw, draft),
+            BLOCK_SIZE=BLOCK_SIZE, PADDED_STEPS=self._padded_steps, **vectors(self._vocab_size, raw, draft),
             **tuning.mismatch,
         )  # fmt: skip
+
+    def _shares(self) -> int:
+        """Return among how many programs the mismatches of a request's block are shared: several in a small batch."""
+        return max(1, min(self._rows.num_steps, tuning.programs // (self._num_requests * self._num_blocks)))
 
     def scan(self, temperature: Tensor | None, seed: Tensor) -> None:
         """Walk every block."""

@@ -32,7 +32,7 @@ from vllm_cospec.kernels.triton.layout import (
     TOP,
 )
 from vllm_cospec.kernels.triton.target import place_of
-from vllm_cospec.kernels.triton.tiles import aligned, base_of, combine, combine_moments, exp, load_logits
+from vllm_cospec.kernels.triton.tiles import LOG2_E, aligned, base_of, combine, combine_moments, exp, load_logits
 
 _REGRET_UNIT = tl.constexpr(REGRET_UNIT)
 
@@ -54,6 +54,18 @@ def _two_largest(first, second, other_first, other_second):
     """Merge two pairs of largest values."""
     rest = tl.maximum(tl.minimum(first, other_first), tl.maximum(second, other_second))
     return tl.maximum(first, other_first), rest
+
+
+@triton.jit
+def _two_largest_of(values, SIZE: tl.constexpr):
+    """The two largest of [SIZE] values; neighbours, which a thread holds, are merged as whole vectors."""
+    one, other = tl.split(tl.reshape(values, (SIZE // 2, 2)))
+    first, second = tl.maximum(one, other), tl.minimum(one, other)
+    for level in tl.static_range(2):
+        one, other = tl.split(tl.reshape(first, (SIZE // 4 >> level, 2)))
+        one_second, other_second = tl.split(tl.reshape(second, (SIZE // 4 >> level, 2)))
+        first, second = _two_largest(one, one_second, other, other_second)
+    return tl.reduce((first, second), 0, _two_largest)
 
 
 @triton.jit
@@ -84,52 +96,32 @@ def _candidates(
 
 
 @triton.jit
-def _store_draft_maxima(
-    partials,  # of this block, written
-    draft_row_ptr,  # [V]
-    block,
-    vocab_size,
-    width,
-    num_blocks,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """The two largest logits of a block of the draft's row -> the largest."""
-    lanes = tl.arange(0, TILE_SIZE)
-    first = tl.full((TILE_SIZE,), -INFINITY, tl.float32)
-    second = first
-    for tile in range(0, BLOCK_SIZE, TILE_SIZE):
-        draft = load_logits(draft_row_ptr, block * BLOCK_SIZE + tile + lanes, vocab_size, width, PADDED)
-        second = tl.maximum(second, tl.minimum(first, draft))
-        first = tl.maximum(first, draft)
-    largest, next_largest = tl.reduce((first, second), 0, _two_largest)
-    tl.store(partials + DRAFT_MAX * num_blocks, largest)
-    tl.store(partials + DRAFT_SECOND * num_blocks, next_largest)
-    return largest
+def _next_below(x):
+    """The largest float32 below a finite one."""
+    bits = x.to(tl.int32, bitcast=True)
+    below = tl.where(bits > 0, bits - 1, bits + 1)
+    below = tl.where((bits == 0) | (bits == -(2**31)), -(2**31) + 1, below)  # of both zeros
+    return below.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _store_second_choice(
-    partials,  # of this block, written
-    raw_row_ptr,  # [V]
-    top,  # t*
-    block,
-    vocab_size,
-    width,
-    num_blocks,
+def _rank_in_block(
+    logits,  # [BLOCK_SIZE]
+    logit,  # of the token that is ranked
+    offsets,  # [BLOCK_SIZE]
+    token,
+    start,  # first token of the block
     BLOCK_SIZE: tl.constexpr,
-    TILE_SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
 ):
-    """The largest logit of t*'s own block but for t* itself; of the other blocks it is known."""
-    lanes = tl.arange(0, TILE_SIZE)
-    second = tl.full((TILE_SIZE,), -INFINITY, tl.float32)
-    for tile in range(0, BLOCK_SIZE, TILE_SIZE):
-        offsets = block * BLOCK_SIZE + tile + lanes
-        logits = load_logits(raw_row_ptr, offsets, vocab_size, width, PADDED)
-        second = tl.maximum(second, tl.where(offsets == top, -INFINITY, logits))
-    tl.store(partials + SECOND * num_blocks, tl.max(second, axis=0))
+    """How many tokens of the block come before a token: larger ones, and equals whose number is smaller.
+
+    Only in the token's own block have equals to be told apart; elsewhere all of them come before it, or none.
+    """
+    if (token >= start) & (token < start + BLOCK_SIZE):
+        before = tl.sum(((logits > logit) | ((logits == logit) & (offsets < token))).to(tl.int32), axis=0)
+    else:
+        before = tl.sum((logits > tl.where(token < start, logit, _next_below(logit))).to(tl.int32), axis=0)
+    return before
 
 
 @triton.jit(
@@ -156,7 +148,6 @@ def mismatch_kernel(
     vocab_size,
     num_blocks,
     BLOCK_SIZE: tl.constexpr,
-    TILE_SIZE: tl.constexpr,  # few enough logits at a time that their sums stay in registers
     PADDED_STEPS: tl.constexpr,
     UNIT: tl.constexpr,
     PADDED: tl.constexpr,
@@ -168,55 +159,41 @@ def mismatch_kernel(
     steps = tl.arange(0, PADDED_STEPS)
     regret, max_regret = tl.load(regret_so_far_ptr + slot), tl.load(max_regret_ptr + slot)
     candidates = _candidates(rows_ptr, start, num_drafts, budget, regret, max_regret, PADDED_STEPS)
+    order = tl.cumsum(candidates.to(tl.int32), axis=0) - 1
+    candidates = candidates & (order % tl.num_programs(2) == tl.program_id(2))
     position = tl.min(tl.where(candidates, steps, PADDED_STEPS), axis=0)
-    width = aligned(raw_width, UNIT)
-    lanes = tl.arange(0, TILE_SIZE)
+    offsets = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     while position < PADDED_STEPS:
         row = start + position
         fields = rows_ptr + row * ROW_FIELDS
         partials = partials_ptr + row * MISMATCH_FIELDS * num_blocks + block
-        raw_row_ptr = raw_ptr + row * aligned(raw_stride, UNIT)
-        token = tl.load(drafted_ptr + row + 1).to(tl.int32)
-        logit_draft = tl.load(fields + LOGIT_DRAFT)
-        logit_top = tl.load(fields + LOGIT_TOP)
-        log_sum = tl.load(fields + LOG_SUM)
-        top = tl.load(fields + TOP).to(tl.int32)
-        moment = tl.zeros((TILE_SIZE,), tl.float32)
-        rank = tl.zeros((TILE_SIZE,), tl.int32)
+        # Both blocks stay in registers: every logit is on its way before the first is looked at.
+        logits = load_logits(
+            raw_ptr + row * aligned(raw_stride, UNIT), offsets, vocab_size, aligned(raw_width, UNIT), PADDED
+        )
         if draft_ptr is not None:
             draft_row_ptr = draft_ptr + slot * aligned(draft_stride_0, UNIT) + position * aligned(draft_stride_1, UNIT)
-            readable = aligned(draft_width, UNIT)
-            base = base_of(
-                _store_draft_maxima(
-                    partials, draft_row_ptr, block, vocab_size, readable, num_blocks, BLOCK_SIZE, TILE_SIZE, PADDED
-                )
-            )
-            total = tl.zeros((TILE_SIZE,), tl.float32)
-            draft_moment = tl.zeros((TILE_SIZE,), tl.float32)
-            cross = tl.zeros((TILE_SIZE,), tl.float32)
-        for tile in range(0, BLOCK_SIZE, TILE_SIZE):
-            offsets = block * BLOCK_SIZE + tile + lanes
-            logits = load_logits(raw_row_ptr, offsets, vocab_size, width, PADDED)
-            logprob = tl.maximum(logits - logit_top - log_sum, FLOOR)
-            moment += exp(logprob) * logprob
-            rank += ((logits > logit_draft) | ((logits == logit_draft) & (offsets < token))).to(tl.int32)
-            if draft_ptr is not None:  # the draft's logits have just been read: these loads find them in the cache
-                shifted = load_logits(draft_row_ptr, offsets, vocab_size, readable, PADDED) - base
-                weight = exp(shifted)
-                total += weight
-                # below the floor a term is nil, and 0 x -inf is not
-                draft_moment += weight * tl.maximum(shifted, FLOOR)
-                cross += weight * logprob
-        tl.store(partials + MOMENT * num_blocks, tl.sum(moment, axis=0))
-        tl.store(partials + RANK_IN_BLOCK * num_blocks, tl.sum(rank, axis=0).to(tl.float32))
+            draft = load_logits(draft_row_ptr, offsets, vocab_size, aligned(draft_width, UNIT), PADDED)
+        token = tl.load(drafted_ptr + row + 1).to(tl.int32)
+        top = tl.load(fields + TOP).to(tl.int32)
+        # logarithms to the base of 2 until they are summed, which spares a multiplication for every logit
+        log_sum = tl.load(fields + LOG_SUM) * LOG2_E
+        logprob = tl.maximum((logits - tl.load(fields + LOGIT_TOP)) * LOG2_E - log_sum, FLOOR * LOG2_E)
+        tl.store(partials + MOMENT * num_blocks, tl.sum(tl.exp2(logprob) * logprob, axis=0) / LOG2_E)
+        rank = _rank_in_block(logits, tl.load(fields + LOGIT_DRAFT), offsets, token, block * BLOCK_SIZE, BLOCK_SIZE)
+        tl.store(partials + RANK_IN_BLOCK * num_blocks, rank.to(tl.float32))
+        if top // BLOCK_SIZE == block:  # of the other blocks it is known
+            tl.store(partials + SECOND * num_blocks, tl.max(tl.where(offsets == top, -INFINITY, logits), axis=0))
         if draft_ptr is not None:
-            tl.store(partials + DRAFT_SUM * num_blocks, tl.sum(total, axis=0))
-            tl.store(partials + DRAFT_MOMENT * num_blocks, tl.sum(draft_moment, axis=0))
-            tl.store(partials + CROSS * num_blocks, tl.sum(cross, axis=0))
-        if (top >= block * BLOCK_SIZE) & (top < (block + 1) * BLOCK_SIZE):
-            _store_second_choice(
-                partials, raw_row_ptr, top, block, vocab_size, width, num_blocks, BLOCK_SIZE, TILE_SIZE, PADDED
-            )
+            largest, second = _two_largest_of(draft, BLOCK_SIZE)
+            shifted = draft - base_of(largest)
+            weight = exp(shifted)
+            tl.store(partials + DRAFT_MAX * num_blocks, largest)
+            tl.store(partials + DRAFT_SECOND * num_blocks, second)
+            tl.store(partials + DRAFT_SUM * num_blocks, tl.sum(weight, axis=0))
+            # below the floor a term is nil, and 0 x -inf is not
+            tl.store(partials + DRAFT_MOMENT * num_blocks, tl.sum(weight * tl.maximum(shifted, FLOOR), axis=0))
+            tl.store(partials + CROSS * num_blocks, tl.sum(weight * logprob, axis=0) / LOG2_E)
         position = tl.min(tl.where(candidates & (steps > position), steps, PADDED_STEPS), axis=0)
 
 
