@@ -22,7 +22,7 @@ from typing import Any
 
 REPORT = Path(__file__).parent / "results" / "kernel_offline.json"
 VOCAB_SIZE, NUM_DRAFT_TOKENS = 151_936, 5
-STOCK_DRAW_BLOCK, DRAW_BLOCK = 1_024, 4_096  # tokens that a program of the last stage draws from: stock's, ours
+STOCK_DRAW_BLOCK, DRAW_BLOCK = 1_024, 2_048  # tokens that a program of the last stage draws from: stock's, ours
 STOCK_FIRST_PASS = "_compute_local_logits_stats_kernel"
 TARGETS = {"H100": "sm_90", "MI300X": "gfx942"}
 RULE_SCAN = "scan_kernel of a rule"

@@ -1,7 +1,7 @@
 """The kit for a GPU: whether the kernels are right there, how fast they are, and whether an engine runs on them.
 
     make gpu
-    python -m benchmarks.gpu [--parts kernels,times,engine,sanitizer] [--minutes 10] [--workers N] [--json FILE] [--markdown FILE]
+    python -m benchmarks.gpu [--parts kernels,times,engine,sanitizer] [--minutes 10] [--workers N] [--json FILE]
 
 Needs CUDA or ROCm, torch, Triton 3.6 or newer, vLLM and this project installed; kernels and times also run without
 vLLM's compiled modules. Ends with code 1 after a wrong answer. Parts that the machine cannot run say so.
@@ -78,9 +78,7 @@ def wrong(kernels: dict[str, dict[str, Any]]) -> list[str]:
     return sentences + [f"{name}: nothing was compared" for name, one in kernels.items() if not one["requests"]]
 
 
-def measure(
-    parts: list[str], minutes: float, repetitions: int, workers: int, device: torch.device
-) -> dict[str, Any]:
+def measure(parts: list[str], minutes: float, repetitions: int, workers: int, device: torch.device) -> dict[str, Any]:
     """Run the parts, each for its share of the time; returns the report."""
     began, total = time.monotonic(), sum(PARTS[name] for name in parts)
     report: dict[str, Any] = {"schema": 1, "device": describe(device), "parts": parts, "problems": []}

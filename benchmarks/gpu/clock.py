@@ -13,7 +13,7 @@ import torch
 from vllm.triton_utils import tl, triton
 
 _COLD = 2**28  # bytes written between calls, more than the caches of today's GPUs hold
-_AHEAD = 8  # times that they are written, so long that the host has launched a whole call before the device begins it
+_AHEAD = 24  # times that they are written, so long that the host has launched a whole call before the device begins it
 
 
 @triton.jit

@@ -176,14 +176,14 @@ def mismatch_kernel(
             draft = load_logits(draft_row_ptr, offsets, vocab_size, aligned(draft_width, UNIT), PADDED)
         token = tl.load(drafted_ptr + row + 1).to(tl.int32)
         top = tl.load(fields + TOP).to(tl.int32)
-        # logarithms to the base of 2 until they are summed, which spares a multiplication for every logit
-        log_sum = tl.load(fields + LOG_SUM) * LOG2_E
-        logprob = tl.maximum((logits - tl.load(fields + LOGIT_TOP)) * LOG2_E - log_sum, FLOOR * LOG2_E)
-        tl.store(partials + MOMENT * num_blocks, tl.sum(tl.exp2(logprob) * logprob, axis=0) / LOG2_E)
         rank = _rank_in_block(logits, tl.load(fields + LOGIT_DRAFT), offsets, token, block * BLOCK_SIZE, BLOCK_SIZE)
         tl.store(partials + RANK_IN_BLOCK * num_blocks, rank.to(tl.float32))
         if top // BLOCK_SIZE == block:  # of the other blocks it is known
             tl.store(partials + SECOND * num_blocks, tl.max(tl.where(offsets == top, -INFINITY, logits), axis=0))
+        # logarithms to the base of 2 until they are summed, which spares a multiplication for every logit
+        log_sum = tl.load(fields + LOG_SUM) * LOG2_E
+        logprob = tl.maximum((logits - tl.load(fields + LOGIT_TOP)) * LOG2_E - log_sum, FLOOR * LOG2_E)
+        tl.store(partials + MOMENT * num_blocks, tl.sum(tl.exp2(logprob) * logprob, axis=0) / LOG2_E)
         if draft_ptr is not None:
             largest, second = _two_largest_of(draft, BLOCK_SIZE)
             shifted = draft - base_of(largest)

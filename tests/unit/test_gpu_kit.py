@@ -15,7 +15,7 @@ from scripts import benchmark
 from vllm_cospec.errors import ConfigError
 
 engine, report, sanitize = benchmark("gpu.engine"), benchmark("gpu.report"), benchmark("gpu.sanitize")
-kit = benchmark("gpu.__main__")
+kit, processes = benchmark("gpu.__main__"), benchmark("gpu.processes")
 
 
 def findings(**changes: Any) -> dict[str, Any]:
@@ -42,6 +42,12 @@ def test_parts_run_in_one_order_and_share_the_time() -> None:
         kit.chosen(" , ")
 
 
+def test_work_is_spread_over_processes_and_comes_back_in_order() -> None:
+    assert processes.spread(kit.chosen, ["times", "kernels,engine"], 2) == [["times"], ["kernels", "engine"]]
+    assert processes.spread(kit.chosen, ["times"], 1) == [["times"]]
+    assert 1 <= processes.available() <= 12
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_is_missing() -> None:
     with pytest.raises(ConfigError, match="needs a GPU, and torch finds neither CUDA nor ROCm"):
@@ -64,23 +70,43 @@ def test_an_engine_is_judged_by_stock_and_by_the_recorded_answers() -> None:
         "strict": {**seen, "tokens": [[1, 2], [4]], "verifications_that_did_not_wait": 3},
         "learned": {**seen, "tokens": [[1], [3]], "overrides": 1, "compiled_while_serving": ["scan_kernel"]},
     }
+    for mode in found.values():
+        mode["layers"] = "vLLM's"
     judged = engine.judge(found, [[1], [5]])
     assert judged["answers"] == 2
     assert judged["strict_same_as_stock"] == 1
     assert judged["learned_same_as_on_a_cpu"] == 1
     assert judged["learned_same_as_stock"] == 1
-    assert engine.problems(judged) == [
-        "engine: strict gave other answers than stock to 1 prompts",
-        "engine: compiled while serving: scan_kernel",
+    assert engine.problems({"V2": judged, "V1": findings()}) == [
+        "engine on V2: strict gave other answers than stock to 1 prompts",
+        "engine on V2: compiled while serving: scan_kernel",
     ]
 
 
 def test_a_sound_engine_has_no_problems_and_a_failed_one_says_why() -> None:
-    assert engine.problems(findings()) == []
-    assert engine.problems(findings(verifications_that_did_not_wait=0)) == [
-        "engine: no step was verified on the device"
+    assert engine.problems({"V1": findings(), "V2": findings()}) == []
+    assert engine.problems({"V1": findings(verifications_that_did_not_wait=0)}) == [
+        "engine on V1: no step was verified on the device"
     ]
-    assert engine.problems({"failed": "strict: no answers within 50 s"}) == ["engine: strict: no answers within 50 s"]
+    assert engine.problems({"V2": {"failed": "strict: no answers within 50 s"}}) == [
+        "engine on V2: strict: no answers within 50 s"
+    ]
+
+
+def test_an_engine_that_fails_leaves_the_other_runner_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = json.loads(engine.RECORD.read_text())["tokens"]
+
+    def answer(mode: str, on_device: bool, timeout: float, runner: str) -> dict[str, Any]:
+        assert on_device
+        if (mode, runner) == ("strict", "V2"):
+            raise RuntimeError("strict: no memory")
+        return {"tokens": recorded, "runner": runner, "layers": "vLLM's", "compiled_while_serving": [],
+                "verifications_that_did_not_wait": 3}  # fmt: skip
+
+    monkeypatch.setattr(engine, "in_its_own_process", answer)
+    found = engine.measure(5.0)
+    assert found["V2"] == {"failed": "strict: no memory"}
+    assert (found["V1"]["runner"], found["V1"]["strict_same_as_stock"]) == ("V1", len(recorded))
 
 
 def test_the_recorded_answers_are_of_the_prompts_that_are_asked() -> None:
@@ -127,7 +153,7 @@ def test_what_the_sanitizer_finds_is_told(tmp_path: Path) -> None:
     assert sanitize.check(clean, "memcheck", 6) == "clean"
     arguments = (tmp_path / "arguments").read_text()
     assert arguments.startswith("--tool memcheck --error-exitcode 86 ")
-    assert arguments.strip().endswith("-m benchmarks.gpu --parts kernels --repetitions 1 --minutes 0.1")
+    assert arguments.strip().endswith("-m benchmarks.gpu --parts kernels --repetitions 1 --workers 1 --minutes 0.1")
     found = tool(tmp_path, 'echo "========= Invalid __global__ read"; echo other; exit 86')
     assert sanitize.check(found, "racecheck", 6) == "exit code 86: ========= Invalid __global__ read"
     assert sanitize.problems({"memcheck": "clean", "racecheck": "exit code 86: x"}) == ["racecheck: exit code 86: x"]
@@ -150,7 +176,7 @@ def test_the_report_has_a_table_per_part() -> None:
             "device": {"name": "A Card", "architecture": "sm_90"}, "parts": ["kernels"], "minutes": 9.5,
             "kernels": {"run to run": comparison(cut_short=True)},
             "times": {"rows": [row], "left_out": [[32_000, 8, "sampled"]]},
-            "engine": findings(), "sanitizer": {"memcheck": "clean"}, "problems": ["a | b"],
+            "engine": {"V2": findings()}, "sanitizer": {"memcheck": "clean"}, "problems": ["a | b"],
         }
     )  # fmt: skip
     assert text.startswith("# Verification on A Card\n")
@@ -158,6 +184,7 @@ def test_the_report_has_a_table_per_part() -> None:
     assert "| 151,936 | 64 | greedy | learned | 85 | 1.50 | 2.00 | 120 | - |" in text
     assert "| 151,936 | 64 | greedy | learned | scan_kernel | 7.25 |" in text
     assert "Not timed, because the time was up: 32000/8/sampled." in text
+    assert "## Engine with the bundled pair, V2\n" in text
     assert "| compiled while serving | none |" in text
     assert "| memcheck | clean |" in text
     assert text.endswith("## Problems\n\n- a | b\n")

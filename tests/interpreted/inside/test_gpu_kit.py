@@ -33,14 +33,14 @@ try:
 except ModuleNotFoundError:
     import torch
     from benchmarks.gpu import compare, times
-    findings = compare.strict_against_stock(torch.device("cpu"), 1)
+    findings = compare.strict_against_stock(torch.device("cpu"), range(1))
     print("COMPARED", findings.requests, findings.differences)
 """
 
 
 def few() -> Any:
     """Some of the kit's batches: two policies, every regime."""
-    return itertools.islice(compare.generated_batches(1), 0, 20)
+    return itertools.islice(compare.generated_batches(0), 0, 20)
 
 
 @pytest.fixture
@@ -59,11 +59,16 @@ def test_right_kernels_pass() -> None:
     findings = compare.against_reference(few(), CPU)
     assert (findings.batches, findings.differences, findings.cut_short) == (20, [], False)
     assert findings.requests - findings.too_close_to_call >= 60
-    strict = compare.strict_against_stock(CPU, 5)
+    strict = compare.strict_against_stock(CPU, range(5))
     assert (strict.batches, strict.differences) == (5, [])
     assert strict.requests >= 15
     again = compare.run_to_run(CPU, 2, vocab=111)
     assert (again.requests, again.differences) == (32, [])
+
+
+def test_findings_of_several_processes_are_one() -> None:
+    few, cut = compare.Findings(1, 4, 1, ["a"]), compare.Findings(2, 8, 0, ["b"], cut_short=True)
+    assert compare.merged([few, cut]) == compare.Findings(3, 12, 1, ["a", "b"], cut_short=True)
 
 
 @pytest.mark.usefixtures("wrong_tokens")
@@ -71,7 +76,7 @@ def test_wrong_kernels_are_told_by_batch_request_and_what_is_wrong() -> None:
     findings = compare.against_reference(few(), CPU)
     assert findings.differences[0] == "typical, plain, seed 0, request 0: tokens"
     assert not any("statistics" in text for text in findings.differences)
-    assert compare.strict_against_stock(CPU, 2).differences[0] == "seed 0, request 0: other tokens than stock's"
+    assert compare.strict_against_stock(CPU, range(2)).differences[0] == "seed 0, request 0: other tokens than stock's"
     assert len(findings.summary()["first_differences"]) == 10
 
 
@@ -86,9 +91,11 @@ def test_a_run_that_differs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compare.run_to_run(CPU, 3, vocab=111).differences == ["seed 0: run 1 is not the first"]
 
 
-def test_a_comparison_stops_when_its_time_is_up() -> None:
+def test_a_comparison_stops_when_its_time_is_up_but_has_compared_something() -> None:
     findings = compare.against_reference(few(), CPU, until=0.0)
-    assert (findings.batches, findings.cut_short) == (0, True)
+    assert (findings.batches, findings.cut_short) == (1, True)
+    strict = compare.strict_against_stock(CPU, range(5), until=0.0)
+    assert (strict.batches, strict.cut_short) == (1, True)
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
