@@ -176,7 +176,7 @@ def run_to_run(device: torch.device, runs: int, vocab: int = 32_000) -> Findings
 
 
 @dataclass(frozen=True)
-class Task:
+class ComparisonShare:
     """A share of the comparisons, for one process."""
 
     name: str
@@ -186,7 +186,7 @@ class Task:
     """Which batches."""
 
 
-def run(task: Task) -> Findings:
+def run(task: ComparisonShare) -> Findings:
     """Make the comparisons of a task."""
     device, until = task.device, task.until
     parts: dict[str, Callable[[], Findings]] = {
@@ -211,9 +211,9 @@ def merged(findings: list[Findings]) -> Findings:
 
 def everything(device: torch.device, repetitions: int, until: float, workers: int) -> dict[str, dict[str, Any]]:
     """Run all comparisons; returns their summaries."""
-    tasks = [Task(LARGE, device, until), Task(RUNS, device, until)]
+    tasks = [ComparisonShare(LARGE, device, until), ComparisonShare(RUNS, device, until)]
     for number in range(repetitions):
-        tasks += [Task(GENERATED, device, until, number), Task(STRICT, device, until, number)]
+        tasks += [ComparisonShare(GENERATED, device, until, number), ComparisonShare(STRICT, device, until, number)]
     done = spread(run, tasks, workers)
     return {
         name: merged([one for task, one in zip(tasks, done, strict=True) if task.name == name]).summary()

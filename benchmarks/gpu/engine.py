@@ -126,10 +126,11 @@ def answer(mode: str, on_device: bool) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     pure = without_compiled_modules() if on_device else {}
+    shared: dict[str, Any] = {"gpu_memory_utilization": 0.1} if on_device else {}  # engines run side by side
     llm = LLM(
         str(BUNDLED / "target"), speculative_config=MODES[mode], dtype="float32", max_model_len=128, max_num_seqs=64,
         kv_cache_memory_bytes=2**28, enforce_eager=True, enable_prefix_caching=False, seed=0,
-        **({"gpu_memory_utilization": 0.1} if on_device else {}), **pure,
+        **shared, **pure,
     )  # fmt: skip
     warm = len(compiled.names)
     worker = llm.llm_engine.model_executor.driver_worker.worker
