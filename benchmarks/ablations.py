@@ -240,7 +240,7 @@ def measure(pool: Pool, row: AblationRow, weights: Weights, problems: Questions,
         bounds = [0.0, *sequence_bounds(found.scores[1:], found.scores[0], calibration.level)]
         saved = [found.steps_saved(i) for i in range(len(sequence))]
         margin, speed = calibration.max_accuracy_loss, config.learner.speed_weight
-        threshold = sequence[best_passed(bounds, found.scores.mean(axis=1), saved, margin, speed)]
+        threshold = sequence[best_passed(bounds, found.scores, saved, margin, speed)]
     test = judged(pool, key, weights, problems.test, (threshold,), row.temperature)
     return row.with_outcome(test.outcome(0), threshold)
 

@@ -101,7 +101,8 @@ def calibrate(
 
     The chosen threshold is the one with the most accuracy, where a gain in speed counts as much as in training, among
     those whose loss is bounded by ``calibration.max_accuracy_loss``; strict is one of them, and all there is where
-    nothing else passes.
+    nothing else passes. What is not significantly less, and faster, is preferred: see
+    :func:`vllm_cospec.training.measure.fixed_sequence.best_passed`.
 
     Args:
         directory: the artefact.
@@ -124,8 +125,7 @@ def calibrate(
     except ValueError as error:
         raise ConfigError(f"task.reward: {error}; use a reward from 0 to 1") from None
     saved = [found.steps_saved(i) for i in range(len(found.thresholds))]
-    accuracy = found.scores.mean(axis=1)
-    best = best_passed(bounds, accuracy, saved, calibration.max_accuracy_loss, config.learner.speed_weight)
+    best = best_passed(bounds, found.scores, saved, calibration.max_accuracy_loss, config.learner.speed_weight)
     rows = table_of({_name(t): found.outcome(i) for i, t in enumerate(found.thresholds)}, _name(found.thresholds[0]))
     for row, threshold, bound in zip(rows, found.thresholds, bounds, strict=True):
         row.update(threshold=threshold, loss_bound=float(bound))

@@ -47,19 +47,32 @@ def sequence_bounds(scores: np.ndarray, strict: np.ndarray, level: float) -> np.
 
 
 def best_passed(
-    bounds: Sequence[float] | np.ndarray,
-    accuracy: Sequence[float] | np.ndarray,
-    saved: Sequence[float],
-    margin: float,
-    speed_weight: float,
+    bounds: Sequence[float] | np.ndarray, scores: np.ndarray, saved: Sequence[float], margin: float, speed_weight: float
 ) -> int:
-    """Return the index of the best threshold that passes: accuracy plus ``speed_weight`` times the steps saved.
+    """Return the index of the threshold to serve among those that pass.
+
+    The value of a threshold is its accuracy plus ``speed_weight`` times the steps saved. Where strict verification has
+    the highest, it is strict's. Else thresholds whose value is not significantly lower than the highest, by one
+    standard error of the paired difference of the scores, count as equally good, and of these the one that saves most
+    steps is taken: all of them keep the margin, their scores do not tell them apart, and what they save is known far
+    better. It never leaves strict for one that is merely not much worse.
 
     Args:
-        bounds: of strict, which is 0, and of the others from :func:`sequence_bounds`.
-        accuracy, saved: mean score, and share of target steps saved, of each threshold.
+        bounds: of strict, which is 0, and of the others from :func:`sequence_bounds`, [T].
+        scores: of each threshold on each problem, strict first, [T, n].
+        saved: share of target steps saved by each threshold.
         margin: largest loss that is accepted.
         speed_weight: as in training.
     """
     passed = [i for i, bound in enumerate(bounds) if i == 0 or bound <= margin]
-    return max(passed, key=lambda i: accuracy[i] + speed_weight * saved[i])  # of equals the strictest
+    value = scores.mean(axis=1) + speed_weight * np.array(saved)
+    best = max(passed, key=lambda i: value[i])  # of equals the strictest
+    if best == 0:
+        return 0
+    ties = [i for i in passed if i and value[best] - value[i] <= _paired_error(scores[best], scores[i])]
+    return max(ties, key=lambda i: saved[i])
+
+
+def _paired_error(first: np.ndarray, second: np.ndarray) -> float:
+    """Standard error of the mean difference of two scores on the same problems."""
+    return float((first - second).std(ddof=1) / np.sqrt(len(first)))
