@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils as stock
 
 from benchmarks.offline import Launch, compile_launch, recorded_launches
 from vllm_cospec.arbiter import Arbiter
-from vllm_cospec.kernels.policies import Policy, policy_class, policy_names
-from vllm_cospec.kernels.triton import launch, layout, mismatch, scan, target, verdict
+from vllm_cospec.kernels.policy import JOINT, Policy, policy_class, policy_names
+from vllm_cospec.kernels.triton import joint, launch, layout, mismatch, scan, target, verdict
 from vllm_cospec.kernels.triton.launch import ServerShapes, warm_up
 from vllm_cospec.kernels.triton.policies import compile_policy
 
@@ -20,9 +21,12 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "cascade": {"alpha": 0.5},
     "kl": {"max_kl": 1.0},
     "random": {"rate": 0.5},
+    "ears": {"tolerance": 0.5},
+    "mixture": {"weight": 0.7},
+    "fsd": {"max_divergence": 0.3},
     "learned": {"artefact": "-"},
 }
-MODULES = (target, verdict, mismatch, scan, stock)
+MODULES = (target, verdict, mismatch, joint, scan, stock)
 """Where the kernels of a step are found."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPORTED = ("bf16",)
@@ -55,8 +59,10 @@ def launches(
                 for collect in (False, True):
                     program = compile_policy(policy, cpu, arbiter, collect)
                     with recorded_launches(*MODULES) as recorded:
-                        for v1 in (False, True):
-                            server = ServerShapes(vocab_size, dtype, logits, num_draft_tokens, cpu, given_verdict=v1)
+                        for v1, scores in product((False, True), {False, arbiter is not None}):
+                            server = ServerShapes(
+                                vocab_size, dtype, logits, num_draft_tokens, cpu, given_verdict=v1, counts_scores=scores
+                            )
                             warm_up(server, program)
                     for one in recorded:
                         if one.name.startswith("_"):  # stock's own, listed below
@@ -106,7 +112,7 @@ def _describe(one: Launch, dtype: str, policy: str) -> str:
     words = [dtype]
     if flags.get("SEPARATE"):
         words.append("processed fp32")
-    beside = one.name in ("mismatch_kernel", "scan_kernel") and flags["draft_ptr"] is not None
+    beside = one.name in ("mismatch_kernel", "joint_kernel", "scan_kernel") and flags["draft_ptr"] is not None
     if beside or flags.get("HAS_DRAFT_LOGITS"):
         words.append("draft logits")
     if one.name == "given_verdict_kernel":
@@ -117,9 +123,13 @@ def _describe(one: Launch, dtype: str, policy: str) -> str:
         words.append(policy)
         if flags["HIDDEN_1"] > 1:
             words.append(f"{flags['HIDDEN_1']}x{flags['HIDDEN_2']}" if flags["HIDDEN_2"] else f"{flags['HIDDEN_1']}")
+    elif one.name == "joint_kernel":
+        words.append({kind: name for name, kind in JOINT.items()}[flags["KIND"]])
     elif flags.get("KIND"):
         kinds = {layout.ENTROPY.value: "entropy", layout.RANK.value: "rank", layout.TOP_K.value: f"top {flags['K']}"}
         words.append(kinds[flags["KIND"]])
+    if flags.get("scores_ptr") is not None:
+        words.append("scores")
     if flags.get("COLLECT"):
         words.append("collect")
     return ", ".join(words)
@@ -134,7 +144,7 @@ def bytes_per_row(one: Launch, vocab_size: int) -> int:
 
     if one.name == "target_statistics_kernel":
         return size("processed_ptr") + size("draft_ptr") + (size("raw_ptr") if one.arguments["SEPARATE"] else 0)
-    if one.name == "mismatch_kernel":
+    if one.name in ("mismatch_kernel", "joint_kernel"):
         return size("raw_ptr") + size("draft_ptr")
     if one.name in ("_compute_local_logits_stats_kernel", "_resample_kernel"):
         return size("target_logits_ptr") + size("draft_logits_ptr")

@@ -23,6 +23,7 @@ from vllm_cospec.kernels.regret import REGRET_UNIT
 from vllm_cospec.kernels.statistics import LOGPROB_FLOOR, NUM_STATISTICS
 
 CEILING = -LOGPROB_FLOOR
+TINY = 2.0**-126  # smallest float32 with a full mantissa
 PLACEHOLDER = -1  # pads the output, as vLLM's own rejection sampler does
 CACHED_FLOATS = 2**17  # a row's passes run several times faster while it is in the second-level cache
 
@@ -99,12 +100,17 @@ class BatchResult:
     """What verification makes of a batch."""
 
     output: Tensor  # [B, max_draft_tokens + 1] int32, PLACEHOLDER where nothing is emitted
-    num_mismatches: int
+    mismatches: np.ndarray  # [B] int64
     """Drafts of arbitrated requests that can be delivered, whether the policy could be consulted or not."""
     overrides: np.ndarray  # [B] int64
     regret: np.ndarray  # [B] float64, nats, of the overrides
     overrides_per_position: np.ndarray  # [max_draft_tokens] int64
     consulted: list[Consulted] = field(default_factory=list)
+
+    @property
+    def num_mismatches(self) -> int:
+        """Of all requests together."""
+        return int(self.mismatches.sum())
 
 
 def logit_statistics(target: Tensor, draft: Tensor | None, token: Tensor, top: Tensor) -> Tensor:
@@ -158,6 +164,29 @@ def top_k_entropy(target: Tensor, k: int) -> Tensor:
     return -(logp.exp() * logp).sum(1)
 
 
+def divergence(target: Tensor, draft: Tensor, kind: str) -> Tensor:
+    """Return the Jensen-Shannon divergence ("js", nats) or total variation ("tv") of each pair of rows, float32 [M]."""
+    logp, logq = (torch.log_softmax(rows, dim=-1).clamp(min=LOGPROB_FLOOR) for rows in (target, draft))
+    p, q = logp.exp(), logq.exp()
+    if kind == "tv":
+        return (p - q).abs().sum(1) / 2
+    logm = ((p + q) / 2).clamp(min=TINY).log()
+    return (torch.linalg.vecdot(p, logp - logm) + torch.linalg.vecdot(q, logq - logm)) / 2
+
+
+def mixture_lead(target: Tensor, draft: Tensor, token: Tensor, weight: float) -> Tensor:
+    """Return by how much each ``token`` [M] leads all others in weight p + (1 - weight) q, float32 [M]."""
+    mixed = weight * target.softmax(-1) + (1 - weight) * draft.softmax(-1)
+    own = mixed.gather(1, token.unsqueeze(1)).squeeze(1)
+    return own - mixed.scatter_(1, token.unsqueeze(1), -1.0).amax(1)
+
+
+def _present(draft: Tensor | None) -> Tensor:
+    """The draft's rows; policies that read them are refused where the drafter has none."""
+    assert draft is not None
+    return draft
+
+
 def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchResult:
     """Verify one step of a batch.
 
@@ -177,7 +206,8 @@ def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchRe
     match_run = _runs(matches)
     matches_before = np.cumsum(matches, axis=1) - matches
     overrides, spent = np.zeros(len(n), np.int64), np.zeros(len(n), np.float64)
-    result = BatchResult(batch.draft_tokens, 0, overrides, spent, np.zeros(width, np.int64))
+    found = np.zeros(len(n), np.int64)
+    result = BatchResult(batch.draft_tokens, found, overrides, spent, np.zeros(width, np.int64))
     undecided = requests.arbitrated & ~requests.junk
     counts = (batch.draft_tokens >= 0).numpy()
     if batch.undeliverable is not None:
@@ -188,7 +218,7 @@ def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchRe
         request = request[counts[rows[request, position[request]]]]
         if not len(request):
             break
-        result.num_mismatches += len(request)
+        found[request] += 1
         undecided[:] = False
         given_up = _regret(batch, rows[request, position[request]])
         allowed = _may_override(batch, request, position[request], rows, overrides)
@@ -319,6 +349,8 @@ def _gather(
         acceptance_ratio=torch.zeros(len(row)) if batch.acceptance_ratio is None else batch.acceptance_ratio[index],
         uniform=torch.ones(len(row)) if batch.uniform is None else batch.uniform[index],
         top_k_entropy=lambda k: top_k_entropy(target, k),
+        divergence=lambda kind: divergence(target, _present(draft), kind),
+        mixture_lead=lambda weight: mixture_lead(target, _present(draft), token, weight),
     )
 
 

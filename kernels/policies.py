@@ -1,9 +1,7 @@
 """Policies: the rules that decide at a mismatch whether the draft token is kept.
 
-A policy is a pydantic model of its parameters: a :class:`Rule`, whose ``keep`` maps :class:`Mismatches` to a mask, or
-:class:`Learned`, whose network the runner holds. Policies are consulted only where strict verification would reject,
-and only where keeping the draft is legal. Like every configuration module this one imports no torch: the rules use
-methods of the tensors they are given.
+They are consulted only where strict verification would reject, and only where keeping the draft is legal. What all of
+them have in common is :mod:`vllm_cospec.kernels.policy`.
 
 p, q, d and t* are defined in :mod:`vllm_cospec.kernels.statistics`.
 """
@@ -11,118 +9,24 @@ p, q, d and t* are defined in :mod:`vllm_cospec.kernels.statistics`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
 from pydantic import Field
 
-from vllm_cospec.kernels.frozen import Frozen
-from vllm_cospec.kernels.statistics import INDEX, NAMES
+from vllm_cospec.kernels.policy import (  # noqa: F401 - some are for those who import this module
+    JOINT,
+    REGISTRY,
+    Mismatches,
+    Numbers,
+    Policy,
+    Rule,
+    policy_class,
+    policy_names,
+)
+from vllm_cospec.kernels.statistics import NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Mismatches:
-    """What is known about M mismatches at the moment they are decided. Every tensor has M rows."""
-
-    statistics: Tensor  # [M, 16] float32, see vllm_cospec.kernels.statistics
-    target_logit_draft: Tensor  # [M] float32, raw target logit of d
-    target_logit_top: Tensor  # [M] float32, raw target logit of t*
-    draft_token: Tensor  # [M] int64, d
-    target_token: Tensor  # [M] int64, t*
-    output_position: Tensor  # [M] int64, index of the token in the response
-    natively_accepted_after: Tensor  # [M] int64, consecutive following drafts strict verification accepts
-    block_remaining: Tensor  # [M] int64, draft tokens of the block after this one
-    acceptance_ratio: Tensor  # [M] float32, p(d) / q(d) of the processed distributions; 0 for greedy requests
-    uniform: Tensor  # [M] float32, the number strict verification compared it with; 1 for greedy requests
-    top_k_entropy: Callable[[int], Tensor]  # k -> [M] float32, -sum of p log p over the k most likely tokens
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Return one statistic of every mismatch, float32 [M]."""
-        return self.statistics[:, INDEX[name]]
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """The parameters of a rule as its device code takes them."""
-
-    first: float = 0.0
-    second: float = 0.0
-    seed: int = 0  # of the coin, weighted, modulo 2^32
-    window: int = 0  # of drafts that follow
-    top_k: int = 0  # how many of the target's largest logits the top-k entropy is taken over
-
-
-class Policy(Frozen):
-    """What all policies have in common: immutable parameters, no unknown ones, a name and a code.
-
-    A policy's name stands in its ``policy`` field alone, its code on the device in ``code``.
-    """
-
-    code: ClassVar[int]
-    """Number of the policy in device code; unique."""
-    reads: ClassVar[frozenset[str]] = frozenset()
-    """Which of the statistics a decision depends on."""
-    needs_draft_logits: ClassVar[bool] = False
-    """Whether the policy is meaningless for drafters without logits."""
-
-    policy: str
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Register every class that has a name."""
-        name = cls.model_fields["policy"].default
-        if isinstance(name, str):
-            codes = {known.code: other for other, known in _REGISTRY.items()}
-            if codes.get(cls.code, name) != name:
-                raise TypeError(f"{cls.__name__}: code {cls.code} belongs to policy {codes[cls.code]!r}")
-            _REGISTRY[name] = cls
-
-    @property
-    def arbiter(self) -> str | None:
-        """Directory or hub id of the network that decides; None for a rule."""
-        return None
-
-    def for_block_length(self, num_speculative_tokens: int) -> Self:
-        """Return the policy with everything settled that depends on K.
-
-        Raises:
-            ValueError: one sentence that begins with the parameter's name.
-        """
-        return self
-
-    def describe(self) -> str:
-        """Return the policy and its parameters in a few words, for logs and tables."""
-        parameters = ", ".join(f"{k}={v}" for k, v in self.model_dump(exclude={"policy"}).items())
-        return f"{self.policy}({parameters})" if parameters else self.policy
-
-
-_REGISTRY: dict[str, type[Policy]] = {}
-
-
-def policy_names() -> tuple[str, ...]:
-    """Return the names of all policies, as users write them in ``{"policy": NAME}``."""
-    return tuple(_REGISTRY)
-
-
-def policy_class(name: str) -> type[Policy]:
-    """Return the class of the policy with this name; raises KeyError."""
-    return _REGISTRY[name]
-
-
-class Rule(Policy):
-    """A policy without a network: its own code decides."""
-
-    def keep(self, rows: Mismatches) -> Tensor:
-        """Return a bool tensor [M]: True where the draft token is kept."""
-        raise NotImplementedError
-
-    def numbers(self) -> Numbers:
-        """Return the parameters as the branch of :mod:`vllm_cospec.kernels.triton.policies` reads them."""
-        return Numbers()
 
 
 class Strict(Rule):
@@ -343,8 +247,105 @@ class Learned(Policy):
         return self.artefact
 
 
-AnyPolicy: Any = Annotated[Union[tuple(_REGISTRY.values())], Field(discriminator="policy")]  # noqa: UP007
+class Entropy(Rule):
+    """Sampled requests: keep d when p(d)/q(d) >= u min(exp(-posterior_alpha H(p)), posterior_threshold).
+
+    vLLM Ascend's ``enable_entropy_verify`` (vllm-ascend #9772): strict verification's own number u counts for less
+    where the target is unsure. Greedy requests are strict, as there.
+    """
+
+    code: ClassVar[int] = 10
+    reads: ClassVar[frozenset[str]] = frozenset({"target_entropy"})
+
+    policy: Literal["entropy"] = "entropy"
+    posterior_threshold: float = Field(0.95, gt=0, le=1)
+    """What u is multiplied with where the target is sure."""
+    posterior_alpha: float = Field(0.4, ge=0)
+    """How fast that falls with the entropy; 0 leaves ``posterior_threshold`` alone."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        factor = (-self.posterior_alpha * rows["target_entropy"]).exp().clamp(max=self.posterior_threshold)
+        ratio = rows.acceptance_ratio
+        return (ratio > 0) & (ratio >= rows.uniform * factor)
+
+    def numbers(self) -> Numbers:
+        return Numbers(self.posterior_alpha, self.posterior_threshold)
+
+
+class Ears(Rule):
+    """Sampled requests: keep d when p(d)/q(d) >= u - tolerance (1 - p(t*)) (EARS, arXiv 2512.13194).
+
+    As in its implementation for vLLM (vllm-ascend #7845) the right side is at least 2^-23, so that a ratio of 0 never
+    passes. Greedy requests are strict, as there.
+    """
+
+    code: ClassVar[int] = 11
+    reads: ClassVar[frozenset[str]] = frozenset({"target_logprob_top"})
+
+    policy: Literal["ears"] = "ears"
+    tolerance: float = Field(ge=0, le=1)
+    """How much of the target's uncertainty is forgiven (beta); 0 is strict."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        bound = rows.uniform - self.tolerance * (1 - rows["target_logprob_top"].exp())
+        ratio = rows.acceptance_ratio
+        return (ratio > 0) & (ratio >= bound.clamp(min=EARS_FLOOR))
+
+    def numbers(self) -> Numbers:
+        return Numbers(self.tolerance)
+
+
+class Mixture(Rule):
+    """Verify against v = weight p + (1 - weight) q: speculative ensembles with a fixed weight (arXiv 2604.07622).
+
+    Sampled requests: keep d when u <= v(d)/q(d), that is 1 - weight + weight p(d)/q(d). Greedy ones: when no token is
+    more likely than d in v. transformers' ``assistant_ensemble_weight`` (#45979).
+    """
+
+    code: ClassVar[int] = 12
+    needs_draft_logits: ClassVar[bool] = True
+
+    policy: Literal["mixture"] = "mixture"
+    weight: float = Field(gt=0, le=1)
+    """Share of the target; 1 is strict but for ties."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        greedy = (rows.acceptance_ratio == 0) & (rows.uniform == 1)
+        drawn = rows.uniform <= 1 - self.weight + self.weight * rows.acceptance_ratio
+        return (greedy & (rows.mixture_lead(self.weight) >= 0)) | (~greedy & drawn)
+
+    def numbers(self) -> Numbers:
+        return Numbers(self.weight, joint=JOINT["mixture"])
+
+
+class Fsd(Rule):
+    """Keep d when the two distributions differ by ``max_divergence`` at most (FSD, arXiv 2502.20704).
+
+    "js": Jensen-Shannon divergence, the mean of KL(p || m) and KL(q || m) with m = (p + q) / 2, in nats. "tv": total
+    variation, half the sum of |p - q|. There every draft is judged so; here those strict verification rejects. The rule
+    with KL(q || p) is ``kl``.
+    """
+
+    code: ClassVar[int] = 13
+    needs_draft_logits: ClassVar[bool] = True
+
+    policy: Literal["fsd"] = "fsd"
+    divergence: Literal["js", "tv"] = "js"
+    """Which of them."""
+    max_divergence: float = Field(ge=0, le=1)
+    """Largest divergence at which the draft is trusted."""
+
+    def keep(self, rows: Mismatches) -> Tensor:
+        return rows.divergence(self.divergence) <= self.max_divergence
+
+    def numbers(self) -> Numbers:
+        return Numbers(self.max_divergence, joint=JOINT[self.divergence])
+
+
+AnyPolicy: Any = Annotated[Union[tuple(REGISTRY.values())], Field(discriminator="policy")]  # noqa: UP007
 """The discriminated union of all policies, for use as a pydantic field type."""
+
+EARS_FLOOR = 2.0**-23  # float32's epsilon
 
 COIN_SEED, COIN_POSITION, COIN_DRAFT, COIN_TARGET = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F
 """Weights of what the coin of :class:`Random` is a hash of."""

@@ -16,8 +16,9 @@ from vllm.triton_utils import triton
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils as stock
 
 from vllm_cospec.kernels import UNLIMITED
+from vllm_cospec.kernels.scores import NUM_BINS
 from vllm_cospec.kernels.statistics import NUM_STATISTICS
-from vllm_cospec.kernels.triton import layout, mismatch, scan, target, verdict
+from vllm_cospec.kernels.triton import joint, layout, mismatch, scan, target, verdict
 from vllm_cospec.kernels.triton.policies import Program
 from vllm_cospec.kernels.triton.step import Kept, Memory, Rows, Sampling, Slots, Trace, Verdict, Verified
 from vllm_cospec.kernels.triton.workspace import BLOCK_SIZE, RESAMPLE_BLOCK_SIZE, Workspace
@@ -59,6 +60,7 @@ def arbitrate(rows: Rows, sampling: Sampling, slots: Slots, program: Program, me
     stages.leave_out()
     stages.mismatches()
     stages.scan(sampling.temperature, sampling.seed)
+    stages.count_stops()
     stages.resample(sampling)
     return Verified(stages.sampled, stages.num_sampled, stages.trace)
 
@@ -82,6 +84,7 @@ def arbitrate_given(rows: Rows, given: Verdict, slots: Slots, program: Program, 
     stages.leave_out()
     stages.mismatches()
     stages.scan(None, given.seed)
+    stages.count_stops()
     return Kept(stages.sampled, stages.num_sampled, stages.trace)
 
 
@@ -162,14 +165,20 @@ class _Stages:
             return
         rows, slots = self._rows, self._slots
         raw, draft = readable(rows.raw, self._vocab_size), readable(self._draft, self._vocab_size)
-        mismatch.mismatch_kernel[(self._num_requests, self._num_blocks, self._shares())](
+        common = (
             self._space.partials, self._space.rows, *raw, *(draft if self._draft is not None else (None, 0, 0, 0)),
             rows.drafted, rows.first, rows.request_slot,
             slots.max_overrides, slots.overrides_so_far, slots.max_regret, slots.regret_so_far,
             self._vocab_size, self._num_blocks,
-            BLOCK_SIZE=BLOCK_SIZE, PADDED_STEPS=self._padded_steps, **vectors(self._vocab_size, raw, draft),
-            **tuning.mismatch[rows.raw.element_size()],
         )  # fmt: skip
+        work = {"BLOCK_SIZE": BLOCK_SIZE, "PADDED_STEPS": self._padded_steps, **vectors(self._vocab_size, raw, draft)}
+        grid, numbers = (self._num_requests, self._num_blocks), self._program.numbers
+        mismatch.mismatch_kernel[(*grid, self._shares())](*common, **work, **tuning.mismatch[rows.raw.element_size()])
+        if numbers.joint:
+            joint.joint_kernel[grid](
+                *common, float(numbers.first), KIND=numbers.joint, TILE_SIZE=tuning.tile_size,
+                PADDED_BLOCKS=self._padded_blocks, **work,
+            )
 
     def _shares(self) -> int:
         """Return among how many programs the mismatches of a request's block are shared: several in a small batch."""
@@ -179,6 +188,7 @@ class _Stages:
         """Walk every block."""
         rows, slots, program, trace, space = self._rows, self._slots, self._program, self.trace, self._space
         numbers, (hidden_1, hidden_2) = program.numbers, program.hidden
+        scores = (None, 0, 0) if slots.scores is None else (slots.scores, *slots.scores.stride())
         scan.scan_kernel[(self._num_requests,)](
             self.sampled, self.sampled.stride(0), self.num_sampled, space.target_lse, space.draft_lse,
             self._memory.counters,
@@ -187,15 +197,30 @@ class _Stages:
             *(_strided(self._draft) if self._draft is not None else (None, 0, 0)),
             rows.drafted, rows.first, rows.request_slot, rows.position, temperature, seed,
             slots.arbitrated, slots.threshold, slots.max_overrides, slots.overrides_so_far, slots.max_regret,
-            slots.regret_so_far, slots.response_start, slots.forced if program.collect else None,
+            slots.regret_so_far, slots.response_start,
+            *scores, space.score_edges if slots.scores is not None else None,
+            slots.forced if program.collect else None,
             program.weights, self._num_blocks, rows.num_steps,
             float(numbers.first), float(numbers.second), numbers.seed, numbers.window,
             BLOCK_SIZE=BLOCK_SIZE, PADDED_BLOCKS=self._padded_blocks, PADDED_STEPS=self._padded_steps,
-            POLICY=program.code, **self._extra, COLLECT=program.collect,
+            POLICY=program.code, JOINT=numbers.joint, **self._extra, COLLECT=program.collect,
             SAMPLE_ACTIONS=program.sample_actions, HIDDEN_1=hidden_1, HIDDEN_2=hidden_2,
             PADDED_1=triton.next_power_of_2(hidden_1), PADDED_2=triton.next_power_of_2(max(hidden_2, 16)),
             **tuning.scan,
         )  # fmt: skip
+
+    def count_stops(self) -> None:
+        """Count blocks that ended at a mismatch, by slot; with its overrides that makes a request's mismatches."""
+        rows, stops = self._rows, self._slots.stops
+        if stops is None:
+            return
+        fields = layout.ROW_FIELDS.value
+        table = self._space.rows[: self._num_rows * fields].view(self._num_rows, fields)
+        slot, first = rows.request_slot.long(), rows.first.long()
+        at = first[:-1] + self.num_sampled
+        ended = (at < first[1:] - 1) & (self._slots.arbitrated[slot] != 0)
+        ended &= table[at, layout.STATUS.value] != layout.NO_DRAFT.value
+        stops.index_add_(0, slot, ended.to(stops.dtype))
 
     def resample(self, sampling: Sampling) -> None:
         """Draw the bonus token, or the replacement of a sampled request's rejected draft, with vLLM's own kernels."""
@@ -259,6 +284,7 @@ class ServerShapes:
     device: torch.device
     use_fp64: bool = False
     given_verdict: bool = False  # Model Runner V1
+    counts_scores: bool = False
 
     @property
     def num_slots(self) -> int:
@@ -314,6 +340,7 @@ class ServerShapes:
             regret_so_far=self.constant(size, 0, torch.float32),
             response_start=self.constant(size, 1),
             forced=self.constant(size, -1),
+            scores=torch.zeros(size, NUM_BINS, dtype=torch.int32, device=self.device) if self.counts_scores else None,
         )
 
     def verdicts(self) -> list[Verdict]:

@@ -32,10 +32,10 @@ NOTHING, ENTROPY, RANK, TOP_K = map(tl.constexpr, range(4))
 # Status of a row. OPEN: the policy may decide here, were the budget not spent; NO_DRAFT: nothing was proposed here.
 CLOSED, OPEN, NO_DRAFT = map(tl.constexpr, range(3))
 
-# A block of target and draft row at a mismatch, stage 3.
+# A block of target and draft row at a mismatch, stage 3. A power of two of fields makes shifts of the addresses.
 (
-    MOMENT, RANK_IN_BLOCK, SECOND, DRAFT_MAX, DRAFT_SECOND, DRAFT_SUM, DRAFT_MOMENT, CROSS, MISMATCH_FIELDS,
-) = map(tl.constexpr, range(9))  # fmt: skip
+    MOMENT, RANK_IN_BLOCK, SECOND, DRAFT_MAX, DRAFT_SECOND, DRAFT_SUM, DRAFT_MOMENT, CROSS, JOINT, MISMATCH_FIELDS,
+) = map(tl.constexpr, (*range(9), 16))  # fmt: skip
 
 STATISTICS = tl.constexpr(NUM_STATISTICS)
 

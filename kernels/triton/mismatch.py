@@ -96,6 +96,24 @@ def _candidates(
 
 
 @triton.jit
+def candidates_of(
+    slot,
+    start,  # first row of the request
+    num_drafts,
+    rows_ptr,  # [num_rows, ROW_FIELDS] float32
+    max_overrides_ptr,  # [slots] int32
+    overrides_so_far_ptr,  # [slots] int32
+    max_regret_ptr,  # [slots] float32
+    regret_so_far_ptr,  # [slots] float32
+    PADDED_STEPS: tl.constexpr,
+):
+    """As :func:`_candidates`, within the budgets of the request's slot."""
+    budget = tl.load(max_overrides_ptr + slot) - tl.load(overrides_so_far_ptr + slot)
+    regret, max_regret = tl.load(regret_so_far_ptr + slot), tl.load(max_regret_ptr + slot)
+    return _candidates(rows_ptr, start, num_drafts, budget, regret, max_regret, PADDED_STEPS)
+
+
+@triton.jit
 def _next_below(x):
     """The largest float32 below a finite one."""
     bits = x.to(tl.int32, bitcast=True)
@@ -155,10 +173,11 @@ def mismatch_kernel(
     request = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     slot, start, num_drafts = place_of(request, request_slot_ptr, first_ptr)
-    budget = tl.load(max_overrides_ptr + slot) - tl.load(overrides_so_far_ptr + slot)
+    candidates = candidates_of(
+        slot, start, num_drafts, rows_ptr, max_overrides_ptr, overrides_so_far_ptr, max_regret_ptr, regret_so_far_ptr,
+        PADDED_STEPS,
+    )  # fmt: skip
     steps = tl.arange(0, PADDED_STEPS)
-    regret, max_regret = tl.load(regret_so_far_ptr + slot), tl.load(max_regret_ptr + slot)
-    candidates = _candidates(rows_ptr, start, num_drafts, budget, regret, max_regret, PADDED_STEPS)
     order = tl.cumsum(candidates.to(tl.int32), axis=0) - 1
     candidates = candidates & (order % tl.num_programs(2) == tl.program_id(2))
     position = tl.min(tl.where(candidates, steps, PADDED_STEPS), axis=0)

@@ -23,15 +23,16 @@ from vllm_cospec.kernels.statistics import DRAFT_STATISTICS, INPUT_LIMIT
 from vllm_cospec.kernels.triton import layout
 from vllm_cospec.kernels.triton.layout import STATISTICS
 
-TYPICAL, RELAXED_TOPK, THRESHOLD, CASCADE, MARS, FLY, KL, RANDOM, LEARNED = (
+TYPICAL, RELAXED_TOPK, THRESHOLD, CASCADE, MARS, FLY, KL, RANDOM, LEARNED, ENTROPY, EARS, MIXTURE, FSD = (
     tl.constexpr(policy.code)
     for policy in (
         policies.Typical, policies.RelaxedTopK, policies.Threshold, policies.Cascade, policies.Mars, policies.Fly,
-        policies.Kl, policies.Random, policies.Learned,
+        policies.Kl, policies.Random, policies.Learned, policies.Entropy, policies.Ears, policies.Mixture, policies.Fsd,
     )
 )  # fmt: skip
 _LIMIT = tl.constexpr(INPUT_LIMIT)
 _TILE = tl.constexpr(16)  # rows of the second layer at a time: 16 x 256 floats fit the registers of four warps
+_EARS_FLOOR = tl.constexpr(policies.EARS_FLOOR)
 _COIN_POSITION, _COIN_DRAFT, _COIN_TARGET = map(
     tl.constexpr, (policies.COIN_POSITION, policies.COIN_DRAFT, policies.COIN_TARGET)
 )
@@ -64,8 +65,8 @@ def compile_policy(policy: Policy, device: torch.device, arbiter: Any = None, co
     numbers = policy.numbers() if isinstance(policy, Rule) else Numbers()
     extra, rereads = _passes(policy.reads, numbers, collect)
     program = Program(
-        policy.code, numbers, extra=extra, rereads=rereads, collect=collect,
-        reads_draft=collect or not policy.reads.isdisjoint(DRAFT_STATISTICS),
+        policy.code, numbers, extra=extra, rereads=rereads or bool(numbers.joint), collect=collect,
+        reads_draft=collect or bool(numbers.joint) or not policy.reads.isdisjoint(DRAFT_STATISTICS),
     )  # fmt: skip
     if policy.arbiter is None:
         return program
@@ -160,6 +161,8 @@ def rule_keeps(
     logit_top,  # raw
     top_k_entropy,
     kl,
+    logprob_in_draft,  # log q(d)
+    joint,  # of both rows, see vllm_cospec.kernels.triton.joint
     acceptance_ratio,
     uniform,
     native_run,  # following drafts that strict verification accepts, consecutive
@@ -194,6 +197,19 @@ def rule_keeps(
         keep = (kl <= first) & (p_top <= 0.9)
     elif POLICY == RANDOM:
         keep = coin(seed, output_position, draft_token, target_token) < first
+    elif POLICY == ENTROPY:
+        factor = tl.minimum(tl.exp(-first * entropy), second)
+        keep = (acceptance_ratio > 0.0) & (acceptance_ratio >= uniform * factor)
+    elif POLICY == EARS:
+        bound = tl.maximum(uniform - first * (1.0 - p_top), _EARS_FLOOR)
+        keep = (acceptance_ratio > 0.0) & (acceptance_ratio >= bound)
+    elif POLICY == MIXTURE:
+        if (acceptance_ratio == 0.0) & (uniform == 1.0):  # greedy
+            keep = first * p_draft + (1.0 - first) * tl.exp(logprob_in_draft) >= joint
+        else:
+            keep = uniform <= 1.0 - first + first * acceptance_ratio
+    elif POLICY == FSD:
+        keep = joint <= first
     else:
         keep = rank < 0.0  # strict: nothing
     return keep

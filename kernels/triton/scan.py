@@ -8,6 +8,8 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.gumbel import tl_rand32
 
+from vllm_cospec.kernels.scores import SCORE_EDGES
+from vllm_cospec.kernels.triton.joint import joint_statistic
 from vllm_cospec.kernels.triton.layout import (
     ACCEPTED,
     BLOCK_FIELDS,
@@ -51,6 +53,7 @@ from vllm_cospec.kernels.triton.mismatch import affordable, draft_choices, given
 from vllm_cospec.kernels.triton.policies import LEARNED, network_score, rule_keeps
 from vllm_cospec.kernels.triton.target import place_of, temperature_of
 
+EDGES, PADDED_EDGES = tl.constexpr(len(SCORE_EDGES)), tl.constexpr(triton.next_power_of_2(len(SCORE_EDGES)))
 # Keeps the coin of a sampled action apart from the uniform strict verification draws at the same position, and from
 # vLLM's own offsets: positions stay far below it.
 _ACTION_OFFSET = tl.constexpr(1 << 29)
@@ -122,6 +125,21 @@ def _draft_side(
 
 
 @triton.jit
+def _joint_side(
+    partials_ptr,  # [num_rows, MISMATCH_FIELDS, num_blocks] float32, or None where they are not needed
+    row,
+    num_blocks,
+    PADDED_BLOCKS: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """What is known of both rows together, 0 where the policy does not ask."""
+    if partials_ptr is None:
+        return 0.0
+    else:
+        return joint_statistic(partials_ptr + row * MISMATCH_FIELDS * num_blocks, num_blocks, PADDED_BLOCKS, KIND)
+
+
+@triton.jit
 def _statistics_row(
     logprob_draft,
     logprob_top,
@@ -167,6 +185,22 @@ def _score_bound(threshold_ptr, seed_ptr, slot, position, SAMPLE_ACTIONS: tl.con
 
 
 @triton.jit
+def _count_score(
+    scores_ptr,  # [EDGES + 1] int32 of the slot, added to
+    stride,
+    edges_ptr,  # [EDGES] float32
+    score,
+    EDGES: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Count a score in its bin of the slot's histogram; a request has one program, so nobody else adds there."""
+    place = tl.arange(0, PADDED)
+    edges = tl.load(edges_ptr + place, mask=place < EDGES, other=2.0)
+    own = scores_ptr + tl.sum((score >= edges).to(tl.int32), axis=0).to(tl.int64) * stride
+    tl.store(own, tl.load(own) + 1)
+
+
+@triton.jit
 def _decided_beforehand(keep, forced, output_position):
     """Training: a decision made elsewhere, and what lies before it in the response is kept."""
     if output_position <= (forced >> 1):  # -1 >> 1 is -1
@@ -183,18 +217,25 @@ def _record(statistics_ptr, action_ptr, probability_ptr, row, x, keep, probabili
 
 
 @triton.jit(
-    do_not_specialize=["num_blocks", "num_steps", "first", "second", "seed", "window"],
+    do_not_specialize=[
+        "num_blocks",
+        "num_steps",
+        "first",
+        "second",
+        "seed",
+        "window",
+        "scores_stride_0",
+        "scores_stride_1",
+    ],
     do_not_specialize_on_alignment=["first_ptr", "request_slot_ptr", "drafted_ptr", "position_ptr"],
 )
 def scan_kernel(
-    sampled_ptr,  # [num_requests, K + 1] int64, written up to the first token that is not a draft
-    sampled_stride,
+    sampled_ptr, sampled_stride,  # [num_requests, K + 1] int64, written up to the first token that is not a draft
     num_sampled_ptr,  # [num_requests] int32, written: number of drafts kept
     target_lse_ptr, draft_lse_ptr,  # [num_requests] float32, written: of the rejected row of a sampled request
     counters_ptr,  # [K + 1] int64, added to: overrides per position, mismatches last
     trace_statistics_ptr,  # [num_rows, 16] float32, written for consulted rows when COLLECT; the next two likewise
-    trace_action_ptr,  # [num_rows] int32
-    trace_probability_ptr,  # [num_rows] float32
+    trace_action_ptr, trace_probability_ptr,  # [num_rows] int32, and float32
     rows_ptr,  # [num_rows, ROW_FIELDS] float32
     blocks_ptr,  # [num_rows, BLOCK_FIELDS + K - 1, num_blocks] float32
     partials_ptr,  # [num_rows, MISMATCH_FIELDS, num_blocks] float32, or None where they are not needed
@@ -211,19 +252,17 @@ def scan_kernel(
     max_overrides_ptr, overrides_so_far_ptr,  # [slots] int32; the latter added to
     max_regret_ptr, regret_so_far_ptr,  # [slots] float32; the latter added to
     response_start_ptr,  # [slots] int32
+    scores_ptr, scores_stride_0, scores_stride_1, edges_ptr,  # [slots, NUM_BINS] int32, added to, or None; float32
     forced_ptr,  # [slots] int32, when COLLECT
     weights_ptr,  # float32, of the learned policy
-    num_blocks,
-    num_steps,  # K
+    num_blocks, num_steps,  # the latter K
     first, second, seed, window,  # of the policy
-    BLOCK_SIZE: tl.constexpr,
-    PADDED_BLOCKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PADDED_BLOCKS: tl.constexpr,
     PADDED_STEPS: tl.constexpr,  # more than K
-    POLICY: tl.constexpr,
+    POLICY: tl.constexpr, JOINT: tl.constexpr,  # the latter is what it takes of both rows together
     KIND: tl.constexpr,  # of the statistic that the first pass took besides
     K: tl.constexpr,
-    COLLECT: tl.constexpr,
-    SAMPLE_ACTIONS: tl.constexpr,
+    COLLECT: tl.constexpr, SAMPLE_ACTIONS: tl.constexpr,
     HIDDEN_1: tl.constexpr, HIDDEN_2: tl.constexpr, PADDED_1: tl.constexpr, PADDED_2: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0).to(tl.int64)
@@ -277,12 +316,16 @@ def scan_kernel(
                         )  # fmt: skip
                     if POLICY == LEARNED:
                         probability = network_score(x, weights_ptr, HIDDEN_1, HIDDEN_2, PADDED_1, PADDED_2)
+                        if scores_ptr is not None:
+                            histogram = scores_ptr + slot * scores_stride_0
+                            _count_score(histogram, scores_stride_1, edges_ptr, probability, EDGES, PADDED_EDGES)
                         keep = probability > _score_bound(
                             threshold_ptr, seed_ptr, slot, tl.load(position_ptr + row), SAMPLE_ACTIONS
                         )
                     else:
                         keep = rule_keeps(
-                            logprob_draft, logprob_top, entropy, rank, logit_draft, logit_top, extra, kl,
+                            logprob_draft, logprob_top, entropy, rank, logit_draft, logit_top, extra, kl, q_draft,
+                            _joint_side(partials_ptr, row, num_blocks, PADDED_BLOCKS, JOINT),
                             tl.load(fields + RATIO), tl.load(fields + UNIFORM),
                             native_run, num_drafts - i - 1, output_position, draft_token, top.to(tl.int64),
                             first, second, seed, window, POLICY,

@@ -84,6 +84,8 @@ class Slots:
     regret_so_far: Tensor  # float32, nats, added to
     response_start: Tensor  # int32, tokens before the response
     forced: Tensor  # int32, 2 * (index in the response) + keep of a decision made beforehand, -1: none; for training
+    stops: Tensor | None = None  # int32, added to: blocks that ended at a mismatch; None where nobody asks
+    scores: Tensor | None = None  # [S, NUM_BINS] int32, added to: histogram of the learned policy's scores; likewise
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ The stages, one launch each, and what each reads of the logits:
    as strict verification needs them, with the draft's row at the request's temperature.
 2. ``verdict_kernel``, a program per row: combines the blocks, decides as strict verification does.
 3. ``mismatch_kernel``, a program per (request, block): target and draft row of every rejected position that the policy
-   may come to. Launched when the policy reads more than stages 1 and 2 know.
+   may come to. Launched when the policy reads more than stages 1 and 2 know. For the few rules that ask for something
+   of both distributions together ``joint_kernel`` reads them once more, now that both are known.
 4. ``scan_kernel``, a program per request: walks the block, consults the policy, emits.
 5. vLLM's own resampling kernels draw the one token of each request that is not a draft.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from vllm.triton_utils import triton
 
+from vllm_cospec.kernels.scores import SCORE_EDGES
 from vllm_cospec.kernels.triton import layout
 
 # As stock: the strict verdict is bit-identical only when sums are taken over the same blocks.
@@ -26,6 +27,7 @@ class Workspace:
         use_fp64: bool = False,
     ) -> None:  # fmt: skip
         self._device, self._vocab_size, self._top_k, self._use_fp64 = device, vocab_size, top_k, use_fp64
+        self.score_edges = torch.tensor(SCORE_EDGES, dtype=torch.float32, device=device)
         self.num_rows = self.num_requests = 0
         self.reserve(num_rows, num_requests, top_k)
 

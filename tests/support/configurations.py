@@ -33,6 +33,9 @@ PARAMETERS: dict[str, dict[str, float]] = {name: {} for name in policy_names()} 
     "cascade": {"alpha": 0.1},
     "kl": {"max_kl": 1.0},
     "random": {"rate": 0.2},
+    "ears": {"tolerance": 0.5},
+    "mixture": {"weight": 0.7},
+    "fsd": {"max_divergence": 0.3},
 }
 CURVE = tuple(
     CurvePoint(

@@ -233,8 +233,8 @@ def check_against_reference(case: Case, result: BatchResult, width: int) -> list
         for (_, statistics, _), row in zip(consulted, truth.statistics, strict=True):
             torch.testing.assert_close(statistics, row, **tolerance(vocabulary))
 
-    arbitrated = [truth for block, truth in zip(case.blocks, expected, strict=True) if block.arbitrated]
-    assert result.num_mismatches == sum(len(truth.mismatches) for truth in arbitrated)
+    counted = [len(truth.mismatches) * block.arbitrated for block, truth in zip(case.blocks, expected, strict=True)]
+    assert result.mismatches.tolist() == counted
     overrides = [position for truth in expected for position in truth.overrides]
     assert result.overrides_per_position.tolist() == np.bincount(overrides, minlength=width)[:width].tolist()
     return expected

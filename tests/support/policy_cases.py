@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from vllm_cospec.kernels.cpu import logit_statistics, top_k_entropy
+from vllm_cospec.kernels.cpu import divergence, logit_statistics, mixture_lead, top_k_entropy
 from vllm_cospec.kernels.policies import AnyPolicy, Mismatches, Rule
 
 INF = math.inf
@@ -76,6 +76,8 @@ def mismatches(
         acceptance_ratio=torch.zeros(len(rows)) if acceptance_ratio is None else torch.tensor(acceptance_ratio),
         uniform=torch.ones(len(rows)) if uniform is None else torch.tensor(uniform),
         top_k_entropy=lambda k: top_k_entropy(target, k),
+        divergence=lambda kind: divergence(target, draft, kind),
+        mixture_lead=lambda weight: mixture_lead(target, draft, token, weight),
     )
 
 

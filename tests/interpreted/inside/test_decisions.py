@@ -12,7 +12,7 @@ import torch
 from agreement import check
 from arbitration_cases import POLICIES, arbiter
 
-from vllm_cospec.kernels.policies import Learned, Strict
+from vllm_cospec.kernels.policies import Fsd, Learned, Mixture, Rule, Strict
 from vllm_cospec.kernels.triton import launch
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -76,6 +76,16 @@ def test_drafters_without_logits(name: str) -> None:
 def test_large_vocabularies_with_a_ragged_tail(vocab: int, dtype: torch.dtype) -> None:
     case = cases.make_case(vocab, vocab=vocab, k=2, requests=2, dtype=dtype, arbitrated=1.0, agreement=0.2, full=True)
     check(case, POLICIES["learned"], arbiter(32, 32))
+
+
+@pytest.mark.parametrize(
+    "rule", [Fsd(max_divergence=0.3), Fsd(divergence="tv", max_divergence=0.6), Mixture(weight=0.5)], ids=Rule.describe
+)
+def test_what_is_taken_of_both_rows_is_combined_over_their_blocks(rule: Rule) -> None:
+    case = cases.make_case(
+        17, vocab=17_001, k=3, requests=4, arbitrated=1.0, sampled=0.3, agreement=0.2, full=True, dtype=torch.float32
+    )
+    assert check(case, rule) >= 3
 
 
 @pytest.mark.parametrize(("agreement", "sampled"), [(1.0, 0.0), (0.0, 0.0), (1.0, 1.0)])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import arbitration_cases as cases
+import numpy as np
 import pytest
 import torch
 
 from vllm_cospec.arbiter import Arbiter
+from vllm_cospec.drift import histogram
 from vllm_cospec.kernels.policies import Policy
+from vllm_cospec.kernels.scores import SCORE_EDGES
 
 
 def check(case: cases.Case, policy: Policy, network: Arbiter | None = None) -> int:
@@ -27,10 +30,23 @@ def check(case: cases.Case, policy: Policy, network: Arbiter | None = None) -> i
         assert got.sampled[request, :count].tolist() == emitted[0][request, :count].tolist(), request
         slot = case.slot[request]
         assert int(slots.overrides_so_far[slot]) == int(case.slots.overrides_so_far[slot]) + len(result.overrides)
+        found = len(result.mismatches) * int(case.slots.arbitrated[slot])
+        assert case.slots.stops is not None
+        assert slots.stops is not None
+        assert int(slots.stops[slot]) == int(case.slots.stops[slot]) + found - len(result.overrides)
         # float32 sums, exact within a budget
         spent = float(case.slots.regret_so_far[slot]) + result.regret
         limited = bool(case.slots.max_regret[slot].isfinite())
         assert float(slots.regret_so_far[slot]) == (spent if limited else pytest.approx(spent, rel=1e-6))
+        assert case.slots.scores is not None
+        assert slots.scores is not None
+        own = []
+        if policy.arbiter is not None and network is not None:
+            own = [float(network(statistics[None])[0]) for statistics in result.statistics]
+        bins = torch.from_numpy(histogram(np.array(own, np.float32))).to(torch.int32)
+        assert int((slots.scores[slot] - case.slots.scores[slot]).sum()) == len(own)
+        if all(abs(score - edge) > 1e-6 + 1e-3 * edge for score in own for edge in SCORE_EDGES):
+            assert (slots.scores[slot] - case.slots.scores[slot]).tolist() == bins.tolist()
         consulted = [i for i in range(case.num_drafts[request]) if int(got.trace.action[start + i]) >= 0]
         assert len(consulted) == len(result.statistics)
         assert [i for i in consulted if int(got.trace.action[start + i]) == 1] == result.overrides
@@ -39,7 +55,7 @@ def check(case: cases.Case, policy: Policy, network: Arbiter | None = None) -> i
             torch.testing.assert_close(got.trace.statistics[start + position], statistics, rtol=1e-4, atol=2e-4)
         for position in result.overrides:
             per_position[position] += 1
-        mismatches += len(result.mismatches) * int(case.slots.arbitrated[slot])
+        mismatches += found
     if compared == len(want.results):
         assert counters.tolist() == [*per_position, mismatches]
     return compared

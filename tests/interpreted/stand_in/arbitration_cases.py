@@ -16,10 +16,11 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sam
 
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.kernels import UNLIMITED
-from vllm_cospec.kernels.cpu import top_k_entropy
+from vllm_cospec.kernels.cpu import divergence, mixture_lead, top_k_entropy
 from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
 from vllm_cospec.kernels.reference import Block, BlockResult, verify_block
 from vllm_cospec.kernels.regret import in_units
+from vllm_cospec.kernels.scores import NUM_BINS
 from vllm_cospec.kernels.triton.launch import arbitrate
 from vllm_cospec.kernels.triton.policies import compile_policy
 from vllm_cospec.kernels.triton.step import Memory, Rows, Sampling, Slots
@@ -141,6 +142,8 @@ def make_slots(size: int, generator: np.random.Generator, arbitrated: float = 0.
         regret_so_far=torch.zeros(size),
         response_start=torch.tensor(generator.integers(1, 5, size), dtype=torch.int32),
         forced=torch.full((size,), -1, dtype=torch.int32),
+        stops=torch.arange(size, dtype=torch.int32) % 3,
+        scores=(torch.arange(size * NUM_BINS, dtype=torch.int32) % 5).view(size, NUM_BINS),
     )
 
 
@@ -267,6 +270,21 @@ def regret_of(slots: Slots, slot: int) -> dict[str, Any]:
     return {"regret_so_far": float(slots.regret_so_far[slot]), "max_regret": budget if budget < torch.inf else None}
 
 
+def _mismatch(z: Tensor, y: Tensor, d: int, scale: float, **rest: Tensor) -> Mismatches:
+    """What a rule sees of a row of target logits z and draft logits y, [V], a little off by ``scale``."""
+    token = torch.tensor([d])
+    return Mismatches(
+        target_logit_draft=z[d][None] * scale,
+        target_logit_top=z.max()[None],
+        draft_token=token,
+        target_token=z.argmax()[None],
+        top_k_entropy=lambda count: top_k_entropy(z[None], count) * scale,
+        divergence=lambda kind: divergence(z[None], y[None], kind) * scale,
+        mixture_lead=lambda weight: mixture_lead(z[None], y[None], token, weight) + (scale - 1),
+        **rest,
+    )
+
+
 def expected(case: Case, policy: Policy, arbiter: Arbiter | None = None, u: Tensor | None = None) -> Expected:
     """Verify every request with the reference, on the CPU; ``u``: the uniforms, where kernels cannot run there."""
     u = uniforms(case) if u is None else u
@@ -321,26 +339,23 @@ def expected(case: Case, policy: Policy, arbiter: Arbiter | None = None, u: Tens
             while position + 1 + run < n and accepted[position + 1 + run]:  # noqa: B023
                 run += 1
             z = case.raw[row].float()
+            y = z if block.draft_logits is None else block.draft_logits[position]  # noqa: B023
             answers = [
                 bool(
                     policy.keep(
-                        Mismatches(
+                        _mismatch(
+                            z, y, drafts[position], scale,  # noqa: B023
                             statistics=statistics[None] * scale,
-                            target_logit_draft=z[drafts[position]][None] * scale,  # noqa: B023
-                            target_logit_top=z.max()[None],
-                            draft_token=torch.tensor([drafts[position]]),  # noqa: B023
-                            target_token=z.argmax()[None],
                             output_position=torch.tensor([block.output_position + position]),  # noqa: B023
                             natively_accepted_after=torch.tensor([run]),
                             block_remaining=torch.tensor([n - position - 1]),  # noqa: B023
                             acceptance_ratio=torch.tensor([ratios[position]]) * scale,  # noqa: B023
                             uniform=torch.ones(1) if temperature == 0 else u[row][None],  # noqa: B023
-                            top_k_entropy=lambda count: top_k_entropy(z[None], count) * scale,  # noqa: B023
                         )
                     )
                 )
                 for scale in (1.0, 1 - 1e-5, 1 + 1e-5)
-            ]
+            ]  # fmt: skip
             near[0] |= len(set(answers)) > 1  # noqa: B023
             return answers[0]
 

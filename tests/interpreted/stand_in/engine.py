@@ -51,16 +51,18 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         worker.cospec._verify = lambda logits, *args: chunks.append(len(logits)) or verify(logits, *args)  # type: ignore[func-returns-value]
     if request.get("dummy_runs"):
         _follow_with_dummy_runs(worker)
-    texts, logprobs = [], []
+    texts, logprobs, reports = [], [], []
     for batch in request["batches"]:
         entries = [dict(entry) for entry in batch]  # those of another batch may be the same ones
         prompts = [_prompt(entry, llm, worker) for entry in entries]
         outputs = llm.generate(prompts, [_parameters(entry) for entry in entries], use_tqdm=False)
         texts.append([list(output.outputs[0].token_ids) for output in outputs])
         logprobs.append([_logprobs(output.outputs[0]) for output in outputs])
+        reports.append([_report(output.outputs[0]) for output in outputs])
     answer: dict[str, Any] = {
         "tokens": texts,
         "logprobs": logprobs,
+        "reports": reports,
         "chunks": chunks,
         "runner": type(worker.model_runner).__module__,
     }
@@ -130,3 +132,9 @@ def _logprobs(completion: Any) -> list[float] | None:
     if completion.logprobs is None:
         return None
     return [entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
+
+
+def _report(completion: Any) -> dict[str, Any] | None:
+    """What vLLM and we counted of a completion, where that was asked for; vLLM counts from 0.33 on."""
+    metrics = getattr(completion, "spec_decode_metrics", None)
+    return None if metrics is None else metrics.to_dict()

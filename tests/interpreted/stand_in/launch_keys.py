@@ -23,6 +23,7 @@ from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from benchmarks import variants  # noqa: E402
 from benchmarks.offline import TARGETS, Launch, recorded_launches  # noqa: E402
+from vllm_cospec.kernels.scores import NUM_BINS  # noqa: E402
 from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate, arbitrate_given, warm_up  # noqa: E402
 from vllm_cospec.kernels.triton.policies import Program, compile_policy  # noqa: E402
 from vllm_cospec.kernels.triton.step import Memory, Rows, Sampling, Slots, Verdict  # noqa: E402
@@ -86,7 +87,9 @@ def step(
         **{
             name: torch.zeros(SLOTS, dtype=torch.float32 if name in FLOATS else torch.int32)
             for name in Slots.__dataclass_fields__
-        }
+            if name not in ("scores", "stops")  # the latter no kernel takes
+        },
+        scores=torch.zeros(NUM_BINS, SLOTS, dtype=torch.int32).T if server.counts_scores else None,
     )
     counters = torch.zeros(server.num_steps + 1, dtype=torch.int64)
     memory = Memory(counters, Workspace(CPU, server.vocab_size, total, batch))
@@ -116,8 +119,8 @@ def missed(vocab: int, k: int, dtype: torch.dtype, has_draft: bool, v1: bool) ->
     """Return how many programs the steps of a server reach, and those among them that ``warm_up`` left out."""
     reached, left_out = set(), set()
     draft = torch.zeros(SLOTS, k, vocab, dtype=dtype) if has_draft else None
-    server = ServerShapes(vocab, dtype, draft, k, CPU, given_verdict=v1)
     for policy, arbiter in variants.policies(k):
+        server = ServerShapes(vocab, dtype, draft, k, CPU, given_verdict=v1, counts_scores=arbiter is not None)
         if policy.needs_draft_logits and not has_draft:
             continue
         for collect in (False, True):

@@ -29,6 +29,8 @@ def coins(policy: Random, positions: torch.Tensor, drafts: torch.Tensor, targets
             acceptance_ratio=zeros,
             uniform=zeros,
             top_k_entropy=lambda k: zeros,
+            divergence=lambda kind: zeros,
+            mixture_lead=lambda weight: zeros,
         )
     )
 

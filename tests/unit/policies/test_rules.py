@@ -299,4 +299,5 @@ def test_kl_by_hand() -> None:
     assert Kl(max_kl=0.17).keep(row).tolist() == [False]
     assert Kl(max_kl=99).keep(one(logs(0.91, 0.09), 1)).tolist() == [False]  # a sure target is never overruled
     assert Kl.needs_draft_logits
-    assert not any(policies.policy_class(name).needs_draft_logits for name in policies.policy_names() if name != "kl")
+    needing = {name for name in policies.policy_names() if policies.policy_class(name).needs_draft_logits}
+    assert needing == {"kl", "mixture", "fsd"}
