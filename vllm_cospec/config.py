@@ -25,6 +25,8 @@ DRAFT_METHODS: dict[str, bool] = {
     "eagle": True,
     "eagle3": True,
     "mtp": True,
+    "dflash": True,
+    "dspark": True,
     "ngram": False,
     "suffix": False,
 }
@@ -43,7 +45,8 @@ class CoSpecConfig(Frozen):
     arbiter: AnyPolicy | None = None
     """Who decides at a mismatch: the directory or hub id of a trained arbiter, or {"policy": NAME, ...parameters}."""
     draft_method: str | None = Field(None)
-    """vLLM's method for the drafter (draft_model, eagle, eagle3, mtp, ngram, suffix); left out: what vLLM detects."""
+    """vLLM's method for the drafter (draft_model, eagle, eagle3, mtp, dflash, dspark, ngram, suffix); left out: what
+    vLLM detects."""
     threshold: float | None = Field(None, ge=0, le=1)
     """Learned policy: keep the draft when the score exceeds it; left out: the artefact's."""
     max_accuracy_loss: float | None = Field(None, gt=0, le=1)
@@ -52,8 +55,7 @@ class CoSpecConfig(Frozen):
     """Learned policy, served otherwise than calibrated (draft, K, dtype, chat template, a request's temperature or
     top_p): say so, or refuse. With max_accuracy_loss always refused: the bound would not hold."""
     on_drift: Literal["log", "strict"] = "log"
-    """Learned policy, when requests no longer look like those of calibration: say so, or verify strictly. Watched on
-    Model Runner V1 on a CPU."""
+    """Learned policy, when requests no longer look like those of calibration: say so, or verify strictly."""
     drift_pause: int | None = Field(None, ge=1, le=2**31 - 1)
     """With on_drift strict: requests after which arbitration comes back. Left out: not before a restart."""
     max_overrides: int | None = Field(None, ge=0, le=2**31 - 1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from vllm_cospec import tokenizers
+from vllm_cospec import compat, tokenizers
 from vllm_cospec.calibration import STRICT_THRESHOLD, Conditions, calibrated_threshold, differences
 from vllm_cospec.config import DRAFT_METHODS, WHERE, Calibrated, CoSpecConfig, Settings
 from vllm_cospec.drift import Traffic
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.cospec")
 
-OWN_WEIGHTS = ("draft_model", "eagle", "eagle3")
+OWN_WEIGHTS = ("draft_model", "eagle", "eagle3", "dflash", "dspark")
 """Methods whose drafter is a model of its own, not a part of the target or none at all."""
+PARALLEL = ("dflash", "dspark")
+"""Methods that draft a block at once and are supported, on Model Runner V2."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def settle_loaded(
     from vllm_cospec.metrics import counters_directory
 
     if speculative_config.parallel_drafting:
-        raise ConfigError(f"{WHERE}.model: drafts in parallel, which cospec does not support; use another drafter")
+        _check_parallel(speculative_config.method)
     target, draft = target_model_config, speculative_config.draft_model_config or target_model_config
     models = Models(
         method=speculative_config.method,
@@ -103,6 +105,20 @@ def settle_loaded(
         reasoning_parser=reasoning_parser,
     )
     return settle(config, models, counters_directory())
+
+
+def _check_parallel(method: str) -> None:
+    """Refuse drafters that draft a block at once where nothing follows what their cache holds."""
+    if method not in PARALLEL:
+        raise ConfigError(
+            f"{WHERE}.model: a {method!r} head that drafts in parallel runs on Model Runner V1 alone, where cospec "
+            f"does not follow what such a drafter's cache holds; use another drafter"
+        )
+    if compat.placement().runner == "v1":
+        raise ConfigError(
+            f"{WHERE}.draft_method: {method!r} drafts in parallel, and on Model Runner V1 cospec does not follow what "
+            f"such a drafter's cache holds; serve on Model Runner V2, or use another drafter"
+        )
 
 
 def _tokenizer(target: Any, name: str, revision: str | None, hub: Hub) -> Any:

@@ -23,7 +23,7 @@ from vllm_cospec.errors import CompatibilityError, ConfigError, first_sentence, 
 from vllm_cospec.kernels.policies import Learned, policy_names
 from vllm_cospec.patches import replace_front_end, sentence_alone, under_vllms_command
 from vllm_cospec.recipe import RECIPE_FILE, Hub, is_file, load_recipe, locate_artefact, looks_local
-from vllm_cospec.settle import settle_loaded
+from vllm_cospec.settle import OWN_WEIGHTS, settle_loaded
 
 logger = init_logger("vllm.cospec")
 
@@ -138,7 +138,7 @@ def _check_inner(config: CoSpecConfig, inner: dict[str, Any], target: str) -> No
     if config.draft_method is not None:
         inner["method"] = config.draft_method
     model, count = inner.get("model"), inner.get("num_speculative_tokens")
-    if model is None and config.draft_method in (None, "draft_model", "eagle", "eagle3"):
+    if model is None and config.draft_method in (None, *OWN_WEIGHTS):
         raise ConfigError(
             f"{WHERE}.model: missing, and {target!r} has no {RECIPE_FILE} that names a draft model; "
             f'pass "model": DRAFT, or "draft_method": "ngram" to draft without one'
@@ -162,14 +162,16 @@ def _check_inner(config: CoSpecConfig, inner: dict[str, Any], target: str) -> No
         raise ConfigError(
             f"{WHERE}.num_speculative_tokens: missing; pass the number of draft tokens per step, for example 5"
         )
-    for key, only in (
-        ("rejection_sample_method", "standard"),
-        ("use_heterogeneous_vocab", False),
-        ("enable_adaptive_verification", False),
-        ("num_speculative_tokens_per_batch_size", None),  # as many drafts as the load allows: texts that depend on it
+    load = ": how much of a block is verified would depend on what else is served, and with it an arbitrated text"
+    for key, only, why in (
+        ("rejection_sample_method", "standard", ""),
+        ("use_heterogeneous_vocab", False, ""),
+        ("enable_adaptive_verification", False, load),
+        ("num_speculative_tokens_per_batch_size", None, load),
     ):
         if inner.get(key, only) != only:
-            raise ConfigError(f"{WHERE}.{key}: {shorten(inner[key])} cannot be combined with cospec; leave it out")
+            value = shorten(inner[key])
+            raise ConfigError(f"{WHERE}.{key}: {value} cannot be combined with cospec{why}; leave it out")
 
 
 def _translate(

@@ -92,3 +92,38 @@ def random_target(directory: Path, pair: Path) -> Path:
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def random_parallel_head(directory: Path, pair: Path, dspark: bool) -> Path:
+    """Write a one-layer DFlash or DSpark head with random weights that fits the bundled target."""
+    config = json.loads((pair / "target" / "config.json").read_text())
+    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    generator = torch.Generator().manual_seed(6)
+    layers, rank = [1, 2], 8  # of the target, whose states it reads; of DSpark's second stage
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    tensors = {
+        "fc.weight": random(hidden, len(layers) * hidden),
+        "hidden_norm.weight": torch.ones(hidden),
+        "norm.weight": torch.ones(hidden),
+        **{f"layers.0.self_attn.{name}_proj.weight": random(hidden, hidden) for name in "qkvo"},
+        **{f"layers.0.self_attn.{name}_norm.weight": torch.ones(config["head_dim"]) for name in "qk"},
+        "layers.0.mlp.gate_proj.weight": random(inner, hidden),
+        "layers.0.mlp.up_proj.weight": random(inner, hidden),
+        "layers.0.mlp.down_proj.weight": random(hidden, inner),
+        "layers.0.input_layernorm.weight": torch.ones(hidden),
+        "layers.0.post_attention_layernorm.weight": torch.ones(hidden),
+    }
+    if dspark:
+        tensors |= {f"markov_head.markov_w{i}.weight": random(vocabulary, rank) * 10 for i in (1, 2)}
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config |= {
+        "architectures": ["Qwen3DSparkModel" if dspark else "DFlashDraftModel"], "model_type": "qwen3",
+        "num_hidden_layers": 1, "tie_word_embeddings": False, "markov_rank": rank, "block_size": 3,
+        "dflash_config": {"target_layer_ids": layers, "mask_token_id": 3},
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory

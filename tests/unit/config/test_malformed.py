@@ -159,7 +159,10 @@ ENGINES_KEYS = {
         f"draft_tensor_parallel_size {name}": ({"draft_tensor_parallel_size": value}, "draft_tensor_parallel_size")
         for name, value in {"zero": 0, "negative": -1, "text": "two", "fraction": 1.5, "list": [1], "other": 2}.items()
     },
-    "enable_adaptive_verification": ({"enable_adaptive_verification": True}, "enable_adaptive_verification"),
+    "enable_adaptive_verification": (
+        {"enable_adaptive_verification": True},
+        "how much of a block is verified would depend on what else is served",
+    ),
     "num_speculative_tokens_per_batch_size": (
         {"num_speculative_tokens_per_batch_size": [[1, 4, 3]]},
         "num_speculative_tokens_per_batch_size",

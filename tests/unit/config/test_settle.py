@@ -100,13 +100,17 @@ def test_settings_carry_every_field() -> None:
 
 @pytest.mark.parametrize(
     ("method", "draft_logits"),
-    [("draft_model", True), ("eagle", True), ("eagle3", True), ("mtp", True), ("ngram", False), ("suffix", False)],
+    [
+        *((name, True) for name in ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark")),
+        ("ngram", False),
+        ("suffix", False),
+    ],
 )
 def test_drafters_with_and_without_logits_are_told_apart(method: str, draft_logits: bool) -> None:
     assert settled(method=method).draft_logits is draft_logits
 
 
-@pytest.mark.parametrize("method", ["medusa", "mlp_speculator", "dflash", "dspark", "custom_class", "ngram_gpu"])
+@pytest.mark.parametrize("method", ["medusa", "mlp_speculator", "custom_class", "ngram_gpu"])
 def test_a_drafter_that_vllm_detects_and_we_do_not_know_is_refused(method: str) -> None:
     with pytest.raises(ConfigError) as caught:
         settled(method=method)

@@ -65,11 +65,15 @@ def test_another_drafter_than_it_holds_is_refused(checkpoint: Path) -> None:
     refused(checkpoint, {"method": "cospec", **RULE, "draft_method": "ngram"}, "draft_method: 'ngram', and the drafter")
 
 
-@pytest.mark.parametrize("kind", ["dflash", "peagle"])
-def test_a_drafter_we_do_not_support_is_refused_by_its_name(pair: Pair, tmp_path: Path, kind: str) -> None:
-    directory = write_checkpoint(tmp_path / "other", pair, kind, mask_token_id=3)
+def test_a_head_that_drafts_in_parallel_on_v1_is_refused(pair: Pair, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "other", pair, "peagle", mask_token_id=3)
     error = refused(directory, {"method": "cospec", **RULE}, "is a speculators checkpoint whose drafter")
-    assert ("drafting in parallel" in str(error)) == (kind == "peagle")
+    assert "drafting in parallel" in str(error)
+
+
+def test_one_that_v2_runs_is_refused_where_v1_would_run_it(pair: Pair, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "other", pair, "dflash", mask_token_id=3, aux_hidden_state_layer_ids=[1])
+    refused(directory, {"method": "cospec", **RULE}, "'dflash' drafts in parallel, and on Model Runner V1")
 
 
 def test_the_short_flag_beside_it_is_refused(checkpoint: Path) -> None:
