@@ -15,7 +15,7 @@ LONGEST := tests/engine/test_training.py
 
 COMPAT := 0.33.0
 COMPAT_TESTS := tests/compat tests/unit/test_compat.py tests/unit/test_scheduler.py tests/engine/test_strict_parity.py \
-  tests/engine/test_features.py tests/engine/test_company.py tests/engine/test_head_health.py \
+  tests/engine/test_features.py tests/engine/test_company.py tests/engine/test_head_health.py tests/engine/test_reports.py \
   tests/interpreted/test_in_the_interpreter.py
 
 .PHONY: help venv demo serve test-fast test test-all test-engines test-others compat lint gpu pair smollm2 code-pair clean

@@ -23,10 +23,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from vllm_cospec.kernels.frozen import Frozen
+from vllm_cospec.kernels.scores import SCORE_EDGES
 
-SCORE_EDGES = (1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
-"""Between the bins of the histogram of scores, close together where most of a trained arbiter's scores lie; a score on
-an edge belongs to the bin above it."""
 FIGURES = 3 + len(SCORE_EDGES)
 LIMIT = 2e6  # 10,000 calibrated requests raise an alarm with a chance of 0.5 % at most
 RANGE_ERROR = 0.005

@@ -36,6 +36,9 @@ V2_STANDALONE = f"{V2}.spec_decode.standalone_ar.speculator:StandaloneARSpeculat
 V2_KERNELS = f"{V2}.spec_decode.rejection_sampler_utils"
 PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 
+STEP_OUTPUT = "vllm.v1.outputs:AsyncModelRunnerOutput.get_output"
+OUTPUTS = "vllm.v1.engine.output_processor:OutputProcessor.process_outputs"
+
 ENDPOINTS = "vllm.entrypoints.openai"
 HANDLERS = (
     f"{ENDPOINTS}.completion.serving:OpenAIServingCompletion.create_completion",
@@ -56,6 +59,7 @@ HOOKS: tuple[Hook, ...] = (
          ("self", "request", "num_computed_tokens", "num_new_tokens"), "config"),
     Hook("keep blocks whole", f"{SCHEDULER}._preempt_request", None, "config"),
     Hook("keep blocks whole", f"{SCHEDULER}._get_local_prefix_cache_hit", None, "config"),
+    Hook("watch requests for drift", f"{SCHEDULER}._free_request", None, "config"),
     Hook("keep blocks whole", f"{SCHEDULER}._update_after_schedule", ("self", "scheduler_output"), "config"),
     Hook("keep blocks whole", f"{SCHEDULER}.update_draft_token_ids", ("self", "draft_token_ids"), "config"),
     Hook("keep blocks whole", "vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks",
@@ -70,6 +74,11 @@ HOOKS: tuple[Hook, ...] = (
          ("self", "request_id", "prompt", "params", "supported_tasks"), "config"),
     *(Hook("read a request's keys as written", handler, ("self", "request", "raw_request"), "config")
       for handler in HANDLERS),
+    Hook("report per request", OUTPUTS,
+         ("self", "engine_core_outputs", "engine_core_timestamp", "iteration_stats", "weight_version"), "config"),
+    Hook("report per request", STEP_OUTPUT, ("self",), "config"),
+    Hook("report per request", f"{SCHEDULER}.update_from_output",
+         ("self", "scheduler_output", "model_runner_output"), "config"),
     Hook("export counters", "vllm.v1.metrics.loggers:PrometheusStatLogger._spec_decoding_cls", None, "config"),
     Hook("export counters", "vllm.v1.spec_decode.metrics:SpecDecodingProm.__init__",
          ("self", "speculative_config", "labelnames", "per_engine_labelvalues", "is_diffusion"), "config"),
@@ -112,8 +121,13 @@ HOOKS: tuple[Hook, ...] = (
     Hook("mend per-request sampling on the CPU", "vllm.triton_utils.dispatcher:register_kernels",
          ("overrides",), "cpu"),
     Hook("mend it before the runner is built", "vllm.v1.worker.cpu_worker:CPUWorker.init_device", ("self",), "cpu"),
+    Hook("report per request", "vllm.v1.worker.cpu_worker:CPUWorker.sample_tokens", ("self", "grammar_output"), "cpu"),
+    Hook("fall back to strict", "vllm.v1.worker.cpu_worker:CPUWorker.execute_model",
+         ("self", "scheduler_output"), "cpu"),
     Hook("install before warm-up", "vllm.v1.worker.cpu_worker:CPUWorker.load_model",
          ("self", "load_dummy_weights"), "cpu"),
+    Hook("report per request", "vllm.v1.worker.gpu_worker:Worker.sample_tokens", ("self", "grammar_output"), "gpu"),
+    Hook("fall back to strict", "vllm.v1.worker.gpu_worker:Worker.execute_model", ("self", "scheduler_output"), "gpu"),
     Hook("install before warm-up", "vllm.v1.worker.gpu_worker:Worker.load_model",
          ("self", "load_dummy_weights"), "gpu"),
     Hook("count no request of the warm-up", "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",

@@ -9,9 +9,11 @@ from vllm_cospec.hooks import (
     BLOCK_POOL,
     CONNECTOR,
     HANDLERS,
+    OUTPUTS,
     PROPOSER,
     RUNNER,
     SAMPLER,
+    STEP_OUTPUT,
     V2,
     V2_NGRAM,
     V2_SAMPLER,
@@ -73,6 +75,21 @@ PATCHES: tuple[Patch, ...] = (
             when="cospec is asked for",
         )
         for handler in HANDLERS
+    ),
+    Patch(
+        OUTPUTS,
+        why="what was counted of a request has no field of its own in the engine's messages",
+        how="takes it out of the histogram it travels in, then calls the original",
+        remove_when="vLLM's metrics of a request have room for a plugin's",
+        when="cospec is asked for, and vLLM counts per request (0.33)",
+    ),
+    Patch(
+        STEP_OUTPUT,
+        why="the counts of a step's requests are known when its kernels have run, and travel with its output",
+        how="calls the original of the step's output, then adds the counts",
+        remove_when="vLLM's output of a step has room for a plugin's",
+        when="a GPU worker runs with counts per request, or watches for drift",
+        level="instance",
     ),
     Patch(
         "vllm.v1.metrics.loggers:PrometheusStatLogger._spec_decoding_cls",

@@ -9,23 +9,22 @@ which built the configuration creates and removes; workers on other machines can
 from __future__ import annotations
 
 import atexit
-import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from prometheus_client import Gauge
+from prometheus_client import Gauge, Histogram
 from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
 from vllm_cospec.config import Settings
 from vllm_cospec.health import REASONS
+from vllm_cospec.kernels.scores import SCORE_EDGES
+from vllm_cospec.shared_counts import SharedCounts, WatchCounters
 
 logger = init_logger("vllm.cospec.metrics")
 
@@ -67,36 +66,17 @@ class Totals(NamedTuple):
         return cls(int(row[k]), row[:k], row[k + 1 :])
 
 
-class Counters:
+class Counters(SharedCounts):
     """The counters of one engine, shared between processes.
 
-    Layout, int64: overrides at each of K positions, mismatches, positions verified strictly for each of R reasons; then
-    the same K + 1 + R numbers as already exported. Of the tensor-parallel ranks, which all decide alike, one writes;
-    data-parallel ranks are engines with files of their own. Mismatches stand after the overrides and are written first,
-    so a reader never sees more overrides than mismatches.
+    Layout: overrides at each of K positions, mismatches, positions verified strictly for each of R reasons. Of the
+    tensor-parallel ranks, which all decide alike, one writes; data-parallel ranks are engines with files of their own.
+    Mismatches stand after the overrides and are written first, so a reader never sees more overrides than mismatches.
     """
 
     def __init__(self, directory: str, engine: int, num_positions: int):
+        super().__init__(Path(directory) / f"engine-{engine}", num_positions + 1 + len(REASONS))
         self.num_positions = num_positions
-        self.path = Path(directory) / f"engine-{engine}"
-        self._length = num_positions + 1 + len(REASONS)
-        self._values: np.memmap | None = None
-        self._file: Any = None
-
-    def open(self, create: bool) -> bool:
-        """Map the file; returns False when it does not exist and ``create`` is False."""
-        if self._values is not None:
-            return True
-        size = 2 * self._length
-        if create:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.truncate(size * 8)
-        elif not self.path.exists() or self.path.stat().st_size != size * 8:
-            return False
-        self._file = self.path.open("r+b")  # kept open: the lock outlives a cleaner of temporary directories
-        self._values = np.memmap(self._file, np.int64, "r+", shape=(size,))
-        return True
 
     def add(self, num_mismatches: int, overrides: np.ndarray, unhealthy: np.ndarray | None = None) -> None:
         """Count; called by the one worker that owns the file.
@@ -106,8 +86,7 @@ class Counters:
             overrides: int [K], or less, at each position of a block.
             unhealthy: int [R], positions verified strictly for each of ``REASONS``; None for none.
         """
-        values = self._values
-        assert values is not None
+        values = self._mapped()
         values[self.num_positions] += num_mismatches
         values[: len(overrides)] += overrides
         if unhealthy is not None:
@@ -115,38 +94,19 @@ class Counters:
 
     def totals(self) -> Totals:
         """Return what was counted since the engine started."""
-        if not self.open(create=False):
-            return Totals.of(np.zeros(self._length, np.int64))
-        return Totals.of(self._snapshot())
+        return Totals.of(self._row())
 
     def take_unexported(self) -> Totals:
         """Return what no process has taken yet, and mark it taken."""
-        if not self.open(create=False):
-            return Totals.of(np.zeros(self._length, np.int64))
-        with self._locked():
-            values = self._values
-            assert values is not None
-            now = self._snapshot()
-            new = now - values[self._length :]
-            values[self._length :] = now
-        return Totals.of(new)
+        return Totals.of(self._take())
 
     def _snapshot(self) -> np.ndarray:
         """Copy overrides, then the rest: one copy of both may read its tail first."""
-        values = self._values
-        assert values is not None
+        values = self._mapped()
         now = np.empty(self._length, np.int64)
         now[: self.num_positions] = values[: self.num_positions]
         now[self.num_positions :] = values[self.num_positions : self._length]
         return now
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
 def counters_of_this_rank(settings: Settings, engine: int) -> Counters | None:
@@ -163,7 +123,7 @@ def counters_of_this_rank(settings: Settings, engine: int) -> Counters | None:
 class CoSpecDecodingProm(SpecDecodingProm):
     """vLLM's Prometheus counters of speculative decoding, and this package's beside them."""
 
-    _gauge_cls = Gauge
+    _gauge_cls, _histogram_cls = Gauge, Histogram
 
     def __init__(
         self,
@@ -175,6 +135,7 @@ class CoSpecDecodingProm(SpecDecodingProm):
         super().__init__(speculative_config, labelnames, per_engine_labelvalues, is_diffusion)
         settings = getattr(speculative_config, "cospec", None)
         self.cospec: dict[int, Counters] = {}
+        self.cospec_watch: dict[int, WatchCounters] = {}
         if settings is None:
             return
         k = settings.num_speculative_tokens
@@ -211,6 +172,45 @@ class CoSpecDecodingProm(SpecDecodingProm):
         }
 
         self._inform(settings.described(), labelnames, per_engine_labelvalues)
+        if settings.traffic is not None:
+            self._watch(settings, labelnames, per_engine_labelvalues)
+
+    def _watch(self, settings: Settings, labelnames: list[str], values: dict[int, list[object]]) -> None:
+        """Export what is watched of responses, where they are."""
+        self.cospec_watch = {engine: WatchCounters(settings.counters, engine) for engine in values}
+        self.cospec_alarms = self._counters(
+            "vllm:cospec_num_drift_alarms",
+            "Times that requests were found to be unlike those of calibration.",
+            labelnames,
+            values,
+        )
+        overrides = self._histogram_cls(
+            name="vllm:cospec_overrides_per_response",
+            documentation="Overrides of each response that has ended; more than 64 count as 64 in the sum.",
+            labelnames=labelnames,
+            buckets=(0, 1, 2, 4, 8, 16, 32, 63),
+        )
+        scores = self._histogram_cls(
+            name="vllm:cospec_score",
+            documentation="Scores of the arbiter; its sum is of the middles of the buckets.",
+            labelnames=labelnames,
+            buckets=SCORE_EDGES,
+        )
+        self.cospec_responses = {engine: overrides.labels(*labels) for engine, labels in values.items()}
+        self.cospec_scores = {engine: scores.labels(*labels) for engine, labels in values.items()}
+
+    def _observe_watch(self, engine: int) -> None:
+        """Export what was counted of responses since the last call."""
+        new = self.cospec_watch[engine].take_unexported()
+        self.cospec_alarms[engine].inc(new.alarms)
+        edges = np.array([0.0, *SCORE_EDGES, 1.0])
+        for histogram, bins, counts in (
+            (self.cospec_responses[engine], np.arange(len(new.overrides)), new.overrides),
+            (self.cospec_scores[engine], (edges[1:] + edges[:-1]) / 2, new.scores),
+        ):
+            for value, count in zip(bins.tolist(), counts.tolist(), strict=True):
+                for _ in range(count):
+                    histogram.observe(value)
 
     def _inform(self, described: dict[str, Any], labelnames: list[str], values: dict[int, list[object]]) -> None:
         """Export the settings as labels of a gauge that is 1."""
@@ -237,6 +237,8 @@ class CoSpecDecodingProm(SpecDecodingProm):
         super().observe(spec_decoding_stats, engine_idx)
         if engine_idx not in self.cospec:
             return
+        if engine_idx in self.cospec_watch:
+            self._observe_watch(engine_idx)
         new = self.cospec[engine_idx].take_unexported()
         self.cospec_mismatches[engine_idx].inc(new.mismatches)
         self.cospec_overrides[engine_idx].inc(int(new.overrides.sum()))

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_cospec import compat, hooks
+from vllm_cospec import compat, hooks, reports
 from vllm_cospec.errors import ConfigError, CoSpecError
 from vllm_cospec.requests import DECLARES_TOOLS, check_keys, check_sampling, keep_strict
 
@@ -54,6 +54,8 @@ def replace_front_end() -> None:
     compat.replace("vllm.v1.engine.input_processor:InputProcessor.process_inputs", _make_process_inputs)
     for handler in hooks.HANDLERS:
         compat.replace(handler, _make_handler)
+    if reports.request_metrics() is not None:
+        compat.replace(hooks.OUTPUTS, reports.make_process_outputs)
     compat.replace("vllm.v1.metrics.loggers:LoggingStatLogger.log", _make_log)
 
     def prom(original: Any) -> Any:

@@ -17,8 +17,9 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_cospec import compat
+from vllm_cospec import compat, reports
 from vllm_cospec.hooks import BLOCK_POOL, CONNECTOR
+from vllm_cospec.watch import RequestWatch
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -85,6 +86,11 @@ class WholeBlocks(Scheduler):
         drafting = speculative_config.max_num_new_slots_for_drafting if speculative_config is not None else 0
         self._tokens_alone = min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens - drafting)
 
+        settings = getattr(speculative_config, "cospec", None)
+        self._watch: RequestWatch | None = None
+        if settings is not None and settings.traffic is not None:
+            self._watch = RequestWatch(settings, self.vllm_config.parallel_config.data_parallel_index)
+
         heads = speculative_config is not None and speculative_config.use_eagle()
         self._behind: Behind | None = None
         # from 0.33 on, hashes cover what a head reads ahead, but for some settings
@@ -147,6 +153,17 @@ class WholeBlocks(Scheduler):
             return self.kv_cache_manager.empty_kv_cache_blocks, 0
         return self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens), num_tokens
 
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """As the scheduler's; what was counted of each request joins what vLLM counts, if it does."""
+        reports.take_in(model_runner_output, self.requests)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the scheduler's; every request that ends comes here."""
+        if self._watch is not None:
+            self._watch.ended(request)
+        return super()._free_request(request, *args, **kwargs)
+
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
         """As the scheduler's, which ignores what is proposed after a chunk that is not a prompt's last."""
         for request_id in draft_token_ids.req_ids:
@@ -156,6 +173,8 @@ class WholeBlocks(Scheduler):
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         """As the scheduler's; where drafts stay in the worker, placeholders are set for them here."""
         super()._update_after_schedule(scheduler_output)
+        if self._watch is not None:
+            self._watch.scheduled(scheduler_output, map(self.requests.get, scheduler_output.num_scheduled_tokens))
         if any(self._foreign_blocks):
             setattr(scheduler_output, FOREIGN, self._foreign_blocks)
             self._foreign_blocks = [[] for _ in self._foreign_blocks]

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 from vllm.logger import init_logger
 
 from vllm_cospec.config import Settings
 from vllm_cospec.drift import DriftDetector, Finished
+from vllm_cospec.reports import COUNTS, RequestCounts
+from vllm_cospec.requests import request_settings, served_settings
+from vllm_cospec.shared_counts import WatchCounters
 
 logger = init_logger("vllm.cospec")
+
+STRICT = "cospec_strict"  # attribute of vLLM's SchedulerOutput: everything is verified strictly
+UNWATCHED = "cospec_unwatched"  # attribute of vLLM's Request: it was verified strictly in part
 
 
 class Watch:
@@ -26,8 +36,8 @@ class Watch:
         self.strict = False
         """Whether verification is strict now."""
 
-    def finished(self, request: Finished | None) -> None:
-        """Take in a request that has ended.
+    def finished(self, request: Finished | None) -> bool:
+        """Take in a request that has ended; returns whether it raised an alarm.
 
         Args:
             request: what was counted of it; None where it had settings of its own, or was verified strictly in part.
@@ -38,9 +48,9 @@ class Watch:
                 self.strict = False
                 self._detector.reset()
                 logger.warning("CoSpec: requests are arbitrated again, and watched from here on.")
-            return
+            return False
         if request is None or self._detector.alarm or not self._detector.add(request):
-            return
+            return False
         self.strict = self._falls_back
         self._left = self._pause or 0
         what = "go on being arbitrated (on_drift='log')"
@@ -51,3 +61,50 @@ class Watch:
             "CoSpec: traffic is not what the arbiter was calibrated on (%s, noticed after %d requests); requests %s.",
             self._detector.reason(), self._detector.requests, what,
         )  # fmt: skip
+        return True
+
+
+class RequestWatch:
+    """Tells the watch of requests, in the scheduler, which knows when they end and what of them was delivered."""
+
+    def __init__(self, settings: Settings, engine: int):
+        """Begin with what calibration saw.
+
+        Args:
+            settings: with ``traffic``.
+            engine: which of the server's engines this is, for the counters.
+        """
+        self._settings = settings
+        self._watch = Watch(settings)
+        self._usual = request_settings(None, settings)  # what is watched
+        self._counters = WatchCounters(settings.counters, engine)
+        self._counters.open(create=True)
+
+    def scheduled(self, scheduler_output: Any, requests: Iterable[Any]) -> None:
+        """Say on the way to the workers what holds for a step.
+
+        Args:
+            scheduler_output: vLLM's SchedulerOutput.
+            requests: that are in it, vLLM's Request.
+        """
+        if self._watch.strict:
+            setattr(scheduler_output, STRICT, True)
+            for request in requests:
+                setattr(request, UNWATCHED, True)
+
+    def ended(self, request: Any) -> None:
+        """Take in a request, vLLM's Request, that has ended or was given up."""
+        counts: RequestCounts | None = getattr(request, COUNTS, None)
+        found = None
+        if counts is not None and not getattr(request, UNWATCHED, False):
+            scores = np.array(counts.scores, np.int64)
+            self._counters.count_response(counts.overrides, scores)
+            if served_settings(request.sampling_params, self._settings) == self._usual:
+                found = Finished(request.num_output_tokens, int(scores.sum()), counts.overrides, scores)
+        if self._watch.finished(found):
+            self._counters.count_alarm()
+
+
+def strict(scheduler_output: Any) -> bool:
+    """Return whether everything is verified strictly in a step, in a worker."""
+    return getattr(scheduler_output, STRICT, False)

@@ -176,8 +176,12 @@ class _Stages:
         mismatch.mismatch_kernel[(*grid, self._shares())](*common, **work, **tuning.mismatch[rows.raw.element_size()])
         if numbers.joint:
             joint.joint_kernel[grid](
-                *common, float(numbers.first), KIND=numbers.joint, TILE_SIZE=tuning.tile_size,
-                PADDED_BLOCKS=self._padded_blocks, **work,
+                *common,
+                float(numbers.first),
+                KIND=numbers.joint,
+                TILE_SIZE=tuning.tile_size,
+                PADDED_BLOCKS=self._padded_blocks,
+                **work,
             )
 
     def _shares(self) -> int:

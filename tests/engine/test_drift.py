@@ -35,10 +35,12 @@ def test_other_traffic_makes_verification_strict_and_the_calibrated_does_not(pai
         "num_speculative_tokens": 7,
         "on_drift": "strict",
     }
-    result = run_engine(runs, config)["runs"]
+    done = run_engine(runs, config)
+    result, metrics = done["runs"], done["metrics"]
 
     def tokens(name: str) -> list[list[int]]:
         return [completions[0]["token_ids"] for completions in result[name]]
 
     assert sum(one != two for one, two in zip(tokens("usual"), tokens("strict usual"), strict=False)) > 15
     assert tokens("after") == tokens("strict")
+    assert metrics["vllm:cospec_num_drift_alarms"] == 1

@@ -148,6 +148,7 @@ def completion(output: Any) -> dict[str, Any]:
         "text": output.text,
         "finish_reason": output.finish_reason,
         "logprobs": logprobs,
+        "metrics": metrics.to_dict() if (metrics := getattr(output, "spec_decode_metrics", None)) else None,
     }
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from vllm_cospec.kernels.policies import Policy
+    from vllm_cospec.reports import RequestCounts
     from vllm_cospec.runners.trace import Decision
 
 
@@ -17,6 +20,9 @@ class ArbitratingSampler(Protocol):
     sample_actions: bool
     """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
 
+    strict: bool
+    """Whether every request is verified strictly."""
+
     def set_arbiter(self, state_dict: dict[str, Tensor]) -> None:
         """Replace the arbiter's weights in memory; takes effect at the next step."""
 
@@ -25,6 +31,9 @@ class ArbitratingSampler(Protocol):
 
     def take_decisions(self) -> list[Decision]:
         """Return what was recorded since the last call, and forget it."""
+
+    def request_counts(self) -> Callable[[], dict[str, RequestCounts]]:
+        """Note what was counted of every request of the last step; the result returns it, by request id."""
 
     def warm_up(self) -> None:
         """Compile whatever serving would have to compile."""

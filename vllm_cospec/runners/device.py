@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_cospec.config import WHERE, Settings
-from vllm_cospec.errors import CompatibilityError
+from vllm_cospec.config import Settings
 from vllm_cospec.health import REASONS
 from vllm_cospec.kernels.policies import Policy
 from vllm_cospec.kernels.triton.policies import Program, compile_policy, flatten_weights
@@ -156,13 +155,3 @@ class DevicePolicy:
         steps, self._steps = self._steps, []
         has_probability = self._settings.policy.arbiter is not None
         return [decision for step in steps for decision in step.decisions(has_probability)]
-
-
-def refuse_drift(settings: Settings) -> None:
-    """Refuse to promise a fallback: requests are watched on Model Runner V1 on a CPU alone.
-
-    Raises:
-        CompatibilityError: ``on_drift`` is strict.
-    """
-    if settings.on_drift == "strict":
-        raise CompatibilityError(f"{WHERE}.on_drift: 'strict' is there on Model Runner V1 on a CPU alone; leave it out")

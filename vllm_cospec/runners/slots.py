@@ -7,6 +7,7 @@ requests about in its batch; there each is placed in a slot for as long as it ru
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,9 @@ from vllm_cospec.config import Settings
 from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.reach import STOPS
 from vllm_cospec.kernels.regret import in_units
+from vllm_cospec.kernels.scores import NUM_BINS
 from vllm_cospec.kernels.triton.step import Slots
+from vllm_cospec.reports import RequestCounts, counted
 from vllm_cospec.requests import response_ends, served_settings
 from vllm_cospec.runners.parts import Parts
 
@@ -73,22 +76,50 @@ def slot_entry(sampling_params: Any, settings: Settings, room: int) -> SlotEntry
 class Spent:
     """What the request in each slot has spent of its budgets. One that loses its slot takes it along to the next."""
 
-    def __init__(self, size: int, device: torch.device):
-        self.overrides = torch.zeros(size, dtype=torch.int32, device=device)  # [S], the kernels add to it
-        self.regret = torch.zeros(size, dtype=torch.float32, device=device)  # [S], likewise; nats
+    def __init__(self, size: int, device: torch.device, scores: bool):
+        self._table = torch.zeros(3 + NUM_BINS * scores, size, dtype=torch.int32, device=device)
+        self.overrides = self._table[0]  # [S], the kernels add to it
+        self.regret = self._table[1].view(torch.float32)  # [S], likewise; nats
+        self.stops = self._table[2]  # [S], likewise; blocks that ended at a mismatch
+        self.scores = self._table[3:].T if scores else None  # [S, NUM_BINS], likewise; histogram of the arbiter's
 
-    def enter(self, slot: int, entry: SlotEntry, carried: tuple[Tensor, Tensor] | None) -> None:
+    def enter(self, slot: int, entry: SlotEntry, carried: Tensor | None) -> None:
         """Start a slot with what the request has carried along, or with what its settings say."""
         if carried is None:
+            self._table[:, slot].fill_(0)
             self.overrides[slot].fill_(entry.overrides)
-            self.regret[slot].fill_(0.0)
         else:
-            self.overrides[slot].copy_(carried[0])
-            self.regret[slot].copy_(carried[1])
+            self._table[:, slot].copy_(carried)
 
-    def leave(self, slot: int) -> tuple[Tensor, Tensor]:
+    def leave(self, slot: int) -> Tensor:
         """Return what was spent in a slot, to be carried along."""
-        return self.overrides[slot].clone(), self.regret[slot].clone()
+        return self._table[:, slot].clone()
+
+    def counts(self, slots: dict[str, int]) -> Callable[[], dict[str, RequestCounts]]:
+        """Send what was spent to the host; what is returned waits for it, and gives what the requests have spent.
+
+        Args:
+            slots: of each request, by its id.
+        """
+        device = self._table.device
+        copy = self._table.clone() if device.type == "cpu" else self._table.to("cpu", non_blocking=True)
+        sent = None if device.type == "cpu" else torch.Event(device)
+        if sent is not None:
+            sent.record()
+
+        def read() -> dict[str, RequestCounts]:
+            if sent is not None:
+                sent.synchronize()
+            overrides, regret, stops = copy[0].tolist(), copy[1].view(torch.float32).tolist(), copy[2].tolist()
+            scores = copy[3:].numpy()
+            return {
+                request_id: RequestCounts(
+                    overrides[slot] + stops[slot], overrides[slot], regret[slot], tuple(scores[:, slot].tolist())
+                )
+                for request_id, slot in slots.items()
+            }
+
+        return read
 
 
 class StagedSlots:
@@ -106,9 +137,10 @@ class StagedSlots:
         self._forced = UvaBackedTensor(size, dtype=torch.int32)
         self._max_regret = UvaBackedTensor(size, dtype=torch.float32)
         self._ends = UvaBackedTensor((size, 1 + STOPS), dtype=torch.int32)
-        self._spent = Spent(size, runner.device)
+        self._spent = Spent(size, runner.device, settings.traffic is not None)
         self.parts = Parts(size, settings, runner.device)
-        self._preempted: dict[str, tuple[Tensor, Tensor]] = {}
+        self._preempted: dict[str, Tensor] = {}
+        self._reports = counted(runner.vllm_config, settings)
 
     def add_request(self, slot: int, request: Any) -> None:
         """Take up a request, vLLM's NewRequestData; slots are recycled, so everything is overwritten."""
@@ -162,7 +194,13 @@ class StagedSlots:
             regret_so_far=self._spent.regret,
             response_start=response_start,
             forced=self._forced.gpu,
+            stops=self._spent.stops if self._reports else None,
+            scores=self._spent.scores,
         )
+
+    def counts(self) -> Callable[[], dict[str, RequestCounts]]:
+        """Note what was counted of every request; what is returned gives it."""
+        return self._spent.counts(dict(self._runner.req_states.req_id_to_index))
 
 
 class PlacedSlots:
@@ -180,8 +218,9 @@ class PlacedSlots:
         self._floats = np.zeros((len(_FLOATS), self.size), np.float32)
         self._seed = np.zeros(self.size, np.int64)
         self._ends = np.zeros((self.size, 1 + STOPS), np.int32)
-        self._spent = Spent(self.size, runner.device)
+        self._spent = Spent(self.size, runner.device, settings.traffic is not None)
         self.parts = Parts(self.size, settings, runner.device)
+        self._reports = counted(runner.vllm_config, settings)
         self._send()
 
     def place(self) -> tuple[np.ndarray, list[int]]:
@@ -236,7 +275,19 @@ class PlacedSlots:
             arbitrated[left_out] = 0
             columns["arbitrated"] = async_tensor_h2d(arbitrated, self._runner.device)
         spent = self._spent
-        return Slots(overrides_so_far=spent.overrides, regret_so_far=spent.regret, **columns), self._sent[2]
+        table = Slots(
+            overrides_so_far=spent.overrides, regret_so_far=spent.regret,
+            stops=spent.stops if self._reports else None, scores=spent.scores, **columns,
+        )  # fmt: skip
+        return table, self._sent[2]
+
+    def counts(self) -> Callable[[], dict[str, RequestCounts]]:
+        """Note what was counted of every request of the runner's batch; what is returned gives it."""
+        batch = {request_id: self.slot_of(self._runner.requests[request_id]) for request_id in self._batch()}
+        return self._spent.counts({request_id: slot for request_id, slot in batch.items() if slot is not None})
+
+    def _batch(self) -> list[str]:
+        return list(self._runner.input_batch.req_ids)
 
     def _give(self, slot: int, request: Any) -> None:
         before = self._owners[slot]()

@@ -75,6 +75,8 @@ class V1Sampler(RejectionSampler):
     """Whether :meth:`scan` takes rows out of all logits, so that unprocessed ones need no copy."""
 
     recorder: V1Drafter
+    strict = False
+    """Whether every request is verified strictly."""
 
     def __init__(self, runner: Any):
         super().__init__(runner.rejection_sampler.sampler, runner.speculative_config, runner.device)
@@ -169,7 +171,7 @@ class V1Sampler(RejectionSampler):
 
     def _find_arbitrated(self, metadata: SpecDecodeMetadata) -> bool:
         """Match the drafts with what was proposed; returns whether any of the requests is arbitrated."""
-        wanted = self.find_wanted()
+        wanted = self.find_wanted() & (not self.strict)
         self._left_out = np.zeros(len(wanted), bool)
         if not wanted.any():
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_cospec.config import Settings
-from vllm_cospec.drift import Finished, histogram
+from vllm_cospec.drift import histogram
 from vllm_cospec.health import Reason
 from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.cpu import Batch, BatchResult, Requests, argmax, verify_batch
@@ -21,12 +21,12 @@ from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
 from vllm_cospec.kernels.reach import ANSWERING, SCOPES, out_of_scope, part_after, parts, undeliverable
 from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.metrics import Counters, counters_of_this_rank
-from vllm_cospec.requests import RequestSettings, action_coin, request_settings, response_ends, served_settings
+from vllm_cospec.reports import RequestCounts
+from vllm_cospec.requests import RequestSettings, action_coin, response_ends, served_settings
 from vllm_cospec.runners.recorder import ProposedBlock, Recorder, draft_probabilities
 from vllm_cospec.runners.replay import Replay
 from vllm_cospec.runners.trace import Decision
 from vllm_cospec.runners.v1 import V1Sampler, V1Step
-from vllm_cospec.watch import Watch
 
 STATE = "cospec_state"  # attribute of vLLM's CachedRequestState: lives and dies with the request
 
@@ -38,14 +38,12 @@ class RequestState:
     settings: RequestSettings
     seed: int | None  # of the request
     ends: list[int]  # see vllm_cospec.kernels.reach.ends_of
+    mismatches: int = 0
     overrides: int = 0
     regret: float = 0.0  # nats, of the overrides
     part: int = ANSWERING  # of the response that its next token belongs to, see vllm_cospec.kernels.reach
     seen: int = 0  # output tokens looked at for it
-    watched: bool = True  # for drift
-    consulted: int = 0  # mismatches that the policy decided
-    kept: int = 0
-    scores: np.ndarray = field(default_factory=lambda: histogram(np.zeros(0)))  # int64 [bins]
+    scores: np.ndarray = field(default_factory=lambda: histogram(np.zeros(0)))  # int64 [bins], where they are watched
 
 
 class V1CPUSampler(V1Sampler):
@@ -64,10 +62,6 @@ class V1CPUSampler(V1Sampler):
         self.decisions: list[Decision] = []
         self.sample_actions = False
         """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
-        self._watch = None if settings.traffic is None else Watch(settings)
-        self._usual = request_settings(None, settings)  # what is watched
-        if self._watch is not None:
-            self.recorder.finished = self._finished
         self._arbiter: Any = None
         if settings.policy.arbiter is not None:
             from vllm_cospec.arbiter import load_artefact
@@ -90,10 +84,6 @@ class V1CPUSampler(V1Sampler):
         self._states = [
             self._state(self._runner.requests[request_id]) for request_id in self._runner.input_batch.req_ids
         ]
-        if self._watch is not None and self._watch.strict:
-            for state in self._states:
-                state.watched = False
-            return np.zeros(len(self._states), bool)
         return np.array([state.settings.arbitrated for state in self._states], bool)
 
     def find_reasons(self, metadata: SpecDecodeMetadata) -> list[Reason | None]:
@@ -137,7 +127,7 @@ class V1CPUSampler(V1Sampler):
             legal=legal,
             undeliverable=beyond,
         )
-        collect = self._settings.collect or self._watch is not None
+        collect = self._settings.collect or self._settings.traffic is not None
         result = verify_batch(batch, self._decide(requests, self._states), collect)
         self._account(result, self._states)
         return result.output
@@ -154,6 +144,18 @@ class V1CPUSampler(V1Sampler):
         """Return what was recorded since the last call, and forget it."""
         taken, self.decisions = self.decisions, []
         return taken
+
+    def request_counts(self) -> Callable[[], dict[str, RequestCounts]]:
+        """As the contract's."""
+        found = {}
+        for request_id in self._runner.input_batch.req_ids:
+            state = getattr(self._runner.requests[request_id], STATE, None)
+            if state is None:
+                found[request_id] = RequestCounts(0, 0, 0.0)
+            else:
+                scores = tuple(state.scores.tolist())
+                found[request_id] = RequestCounts(state.mismatches, state.overrides, state.regret, scores)
+        return lambda: found
 
     def warm_up(self) -> None:
         """There is nothing to compile."""
@@ -196,18 +198,6 @@ class V1CPUSampler(V1Sampler):
             forced_at=forced_at,
             forced_keep=forced_keep,
         )
-
-    def _finished(self, cached: Any) -> None:
-        """Tell the watch of a request that has ended."""
-        assert self._watch is not None
-        state = getattr(cached, STATE, None)
-        if state is None or not state.watched or state.settings != self._usual:
-            self._watch.finished(None)
-            return
-        length, *stops = state.ends
-        tokens = cached.output_token_ids[:length]
-        delivered = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
-        self._watch.finished(Finished(delivered, state.consulted, state.kept, state.scores))
 
     def _reach(self, step: V1Step, output_position: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return which drafts may be kept, and which cannot reach their responses, bool [N] each."""
@@ -265,17 +255,16 @@ class V1CPUSampler(V1Sampler):
 
     def _account(self, result: BatchResult, states: list[RequestState]) -> None:
         """Carry counts over to the requests, the counters and the record."""
-        for index in np.flatnonzero(result.overrides):
+        for index in np.flatnonzero(result.mismatches):
+            states[index].mismatches += int(result.mismatches[index])
             states[index].overrides += int(result.overrides[index])
             states[index].regret += float(result.regret[index])
         if result.num_mismatches and self._counters is not None:
             self._counters.add(result.num_mismatches, result.overrides_per_position)
-        for consulted in result.consulted if self._watch is not None else ():
+        for consulted in result.consulted if self._settings.traffic is not None else ():
             assert consulted.probability is not None
             scores = consulted.probability.numpy()
             for i, request in enumerate(consulted.request):
-                states[request].consulted += 1
-                states[request].kept += int(consulted.kept[i])
                 states[request].scores += histogram(scores[i : i + 1])
         ids = self._runner.input_batch.req_ids
         for consulted in result.consulted if self._settings.collect else ():

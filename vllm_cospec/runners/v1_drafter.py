@@ -8,7 +8,7 @@ left, wherever they come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,8 +35,6 @@ class V1Drafter:
         self._drafter = drafter = runner.drafter
         self._cache: DraftCache | None = None
         self._group = -1  # of the KV cache
-        self.finished: Callable[[Any], None] = lambda request: None
-        """Called with each request that has ended, vLLM's CachedRequestState, before the runner forgets it."""
         self._ends: list[int] = []  # of the requests' tokens that the running step computes
         self._entered: set[str] = set()  # requests that are new in this step, or back
         self._outgrown: Tensor | None = None  # bool [B], of the batch that is being drafted for
@@ -58,9 +56,6 @@ class V1Drafter:
 
     def update_states(self, scheduler_output: Any) -> Any:
         """As the runner's: learn which requests a step is for."""
-        for request_id in scheduler_output.finished_req_ids:
-            if request_id in self._runner.requests:
-                self.finished(self._runner.requests[request_id])
         old, new = scheduler_output.scheduled_cached_reqs, scheduler_output.scheduled_new_reqs
         entered = {request.req_id: (request, request.num_computed_tokens) for request in new} | {
             request_id: (self._runner.requests[request_id], num_computed)

@@ -7,7 +7,7 @@ here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ from vllm_cospec.kernels.reach import undeliverable
 from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate_given, warm_up
 from vllm_cospec.kernels.triton.step import Rows, Verdict
 from vllm_cospec.metrics import Counters, counters_of_this_rank
-from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, refuse_drift
+from vllm_cospec.reports import RequestCounts
+from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep
 from vllm_cospec.runners.device_recorder import DeviceRecorder
 from vllm_cospec.runners.slots import PlacedSlots
 from vllm_cospec.runners.v1 import V1Sampler, V1Step
@@ -183,12 +184,16 @@ class V1GPUSampler(DevicePolicy, V1Sampler):
             self._known = layout, differing[layout.request] != 0
         return self._known
 
+    def request_counts(self) -> Callable[[], dict[str, RequestCounts]]:
+        """As the contract's."""
+        return self._table.counts()
+
     def warm_up(self) -> None:
         """Compile every kernel these settings can launch."""
         config = self._runner.model_config
         server = ServerShapes(
             config.get_vocab_size(), config.head_dtype, self.recorder.logits, self._settings.num_speculative_tokens,
-            self._runner.device, given_verdict=True,
+            self._runner.device, given_verdict=True, counts_scores=self._settings.traffic is not None,
         )  # fmt: skip
         warm_up(server, self.program)
         self.recorder.warm_up()
@@ -227,7 +232,11 @@ def install(runner: Any, settings: Settings, engine_index: int) -> V1GPUSampler:
         raise CompatibilityError(
             f"{WHERE}.rejection_sample_method: {method!r} cannot be combined with cospec; leave it out"
         )
-    refuse_drift(settings)
+    if runner.speculative_config.parallel_drafting:
+        raise CompatibilityError(
+            f"{WHERE}.draft_method: {runner.speculative_config.method!r} drafts in parallel, and vLLM has chosen Model "
+            f"Runner V1, where cospec does not follow what such a drafter's cache holds; use another drafter"
+        )
     sampler = V1GPUSampler(runner, settings, counters_of_this_rank(settings, engine_index))
     draft_logits = sampler.recorder.logits
     if draft_logits is not None:

@@ -7,9 +7,11 @@ Legality needs no care of ours: on V2 vLLM's top-k and top-p leave the rows of r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
@@ -22,9 +24,10 @@ from vllm_cospec.kernels.reach import undeliverable
 from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate, warm_up
 from vllm_cospec.kernels.triton.step import Rows, Sampling
 from vllm_cospec.metrics import Counters, counters_of_this_rank
-from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, refuse_drift
+from vllm_cospec.reports import RequestCounts
+from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep
 from vllm_cospec.runners.slots import StagedSlots
-from vllm_cospec.runners.v2_drafter import DraftHealth, NgramMatches, ResumedRequests, protect
+from vllm_cospec.runners.v2_drafter import Arbitrated, DraftHealth, NgramMatches, ResumedRequests, protect
 
 logger = init_logger("vllm.cospec")
 
@@ -39,6 +42,10 @@ class V2Sampler(DevicePolicy, RejectionSampler):
         self._resumed = ResumedRequests(runner)
         self._counters = DeviceCounters(counters, settings.num_speculative_tokens, runner.device)
         self._health = DraftHealth(runner, settings, self._counters)
+        self.strict = False
+        """Whether every request is verified strictly."""
+        slots = torch.zeros(runner.max_num_reqs, dtype=torch.int32, device=runner.device)
+        self._nobody = Arbitrated(np.zeros(runner.max_num_reqs, np.int32), slots)
         speculator = runner.speculator
         protect(speculator, self._health.context, runner.max_model_len)
         self._matches = NgramMatches(speculator) if isinstance(speculator, NgramGPUSpeculator) else None
@@ -80,6 +87,9 @@ class V2Sampler(DevicePolicy, RejectionSampler):
         invalid_drafts: Tensor | None = None,
     ) -> Any:
         """Verify one step; arguments and result are those of the stock sampler."""
+        if self.strict:
+            self._arbitrated = self._nobody
+            return super().__call__(logits, input_batch, draft_logits, invalid_drafts)
         self._arbitrated = self._health.arbitrated(input_batch, self._slots.arbitrated)
         if self._matches is not None and self._arbitrated.on_host[input_batch.idx_mapping_np].any():
             absent = self._matches.absent(input_batch, self._arbitrated.on_device)
@@ -141,12 +151,17 @@ class V2Sampler(DevicePolicy, RejectionSampler):
             )  # fmt: skip
         return processed, verified.sampled, verified.num_sampled
 
+    def request_counts(self) -> Callable[[], dict[str, RequestCounts]]:
+        """As the contract's."""
+        return self._slots.counts()
+
     def warm_up(self) -> None:
         """Compile every kernel these settings can launch."""
         runner = self._runner
         server = ServerShapes(
             runner.vocab_size, runner.vllm_config.model_config.head_dtype, runner.speculator.draft_logits,
             self.num_speculative_steps, runner.device, use_fp64=self.sampler.use_fp64_gumbel,
+            counts_scores=self._settings.traffic is not None,
         )  # fmt: skip
         warm_up(server, self.program)
 
@@ -195,7 +210,6 @@ def install(runner: Any, settings: Settings, engine_index: int) -> V2Sampler:
         CompatibilityError: something cospec cannot be combined with.
     """
     check(runner, settings)
-    refuse_drift(settings)
     counters = counters_of_this_rank(settings, engine_index)
     draft_logits = runner.speculator.draft_logits
     if draft_logits is not None:

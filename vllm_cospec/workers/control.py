@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_cospec import reports, watch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,6 +20,18 @@ class Control:
     cospec: ArbitratingSampler
 
     vllm_config: Any
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """As vLLM's; the scheduler says whether everything is verified strictly."""
+        self.cospec.strict = watch.strict(scheduler_output)
+        return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """As vLLM's; the output carries what was counted of its requests, where that was asked for."""
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        if reports.counted(self.vllm_config, self.vllm_config.speculative_config.cospec):
+            output = reports.attach(output, self.cospec.request_counts())
+        return output
 
     def cospec_describe(self) -> dict[str, Any]:
         """Return what is served: ``lossy``, and the settings, see :meth:`vllm_cospec.config.Settings.described`."""

@@ -165,7 +165,10 @@ class Runner:
         self.max_num_reqs = size
         self.max_model_len = 100_000
         self.rejection_sampler = RejectionSampler(Sampler())
-        self.speculative_config = SimpleNamespace(rejection_sample_method="standard", method="draft_model")
+        self.speculative_config = SimpleNamespace(
+            rejection_sample_method="standard", method="draft_model", parallel_drafting=False
+        )
+        self.vllm_config = SimpleNamespace(observability_config=SimpleNamespace())
         self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCAB, head_dtype=torch.float32)
         self.drafter = Drafter()
         self.requests: dict[str, CachedRequestState] = {}
