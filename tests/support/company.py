@@ -75,8 +75,8 @@ def mixed_requests(
             params["bad_words"] = ["="]
         elif kind == "minimum":
             params["min_tokens"] = max_tokens - 10
-        elif kind == "one token":
-            prompt = prompt[0]
+        elif kind == "one token":  # the one in front of every text: padded with placeholders where others decode
+            prompt, params["temperature"], params["seed"] = "", 0.8, i
         if rng.random() < 0.25:
             params["extra_args"] = {"cospec_policy": "strict"}
         jobs.append((prompt, params))
