@@ -24,11 +24,11 @@ def test_heads_are_arbitrated(
 ) -> None:
     head = random_head(tmp_path / method, pair, eagle3=method == "eagle3")
     keys = {"model": str(head), "num_speculative_tokens": 3}
-    runs = [{"name": "run", "prompts": prompts[:40], "params": GREEDY}]
-    stock = run_engine(runs, {"method": method, **keys})
-    cospec = {"method": "cospec", "draft_method": method, **keys}
-    strict = run_engine(runs, cospec | {"arbiter": {"policy": "strict"}})
-    assert strict["runs"] == stock["runs"]
-    some = run_engine(runs, cospec | {"arbiter": {"policy": "random", "rate": 0.3}, "collect": True})
-    assert some["metrics"]["vllm:cospec_num_overrides"] > 0
-    assert some["decisions"]
+    run = {"name": "run", "prompts": prompts[:40], "params": GREEDY}
+    stock = run_engine([run], {"method": method, **keys})
+    cospec = {"method": "cospec", "draft_method": method, "arbiter": {"policy": "random", "rate": 0.3}, "collect": True}
+    strict = run | {"name": "strict", "params": GREEDY | {"extra_args": {"cospec_policy": "strict"}}}
+    found = run_engine([strict, run], cospec | keys)
+    assert found["runs"]["strict"] == stock["runs"]["run"]
+    assert found["metrics"]["vllm:cospec_num_overrides"] > 0
+    assert found["decisions"]

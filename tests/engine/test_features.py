@@ -98,6 +98,7 @@ def check_logprobs(pair: Path, prompts: list[str], outputs: list[list[dict[str, 
 
 @pytest.mark.engine
 def test_budgets_hold_per_request(pair: Path, prompts: list[str], run_engine: RunEngine) -> None:
+    prompts = prompts[:100]
     runs = [
         {"name": "server", "prompts": prompts, "params": GREEDY},
         {"name": "request", "prompts": prompts,
@@ -135,6 +136,7 @@ def test_budgets_hold_per_request(pair: Path, prompts: list[str], run_engine: Ru
 @pytest.mark.engine
 def test_memory_pressure_caching_and_chunking(pair: Path, prompts: list[str], run_engine: RunEngine) -> None:
     """Output does not change, arbitrated or strict: blocks keep their boundaries over a preemption."""
+    prompts = prompts[:80]
     strict = GREEDY | {"extra_args": {"cospec_policy": "strict"}}
     runs = [
         {"name": "strict", "prompts": prompts, "params": strict},
@@ -172,7 +174,7 @@ def test_sampled_output_follows_the_target(pair: Path, run_engine: RunEngine) ->
     from scipy.stats import chisquare
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    prompt, temperature, top_k, n = "12+", 2.0, 8, 4000
+    prompt, temperature, top_k, n = "12+", 2.0, 8, 2500
     result = run_engine(
         [{"name": "run", "prompts": [prompt], "params":
           {"temperature": temperature, "top_k": top_k, "n": n, "max_tokens": 4, "ignore_eos": True, "seed": 1}}],
@@ -229,7 +231,7 @@ def test_what_is_counted_was_delivered(pair: Path, prompts: list[str], run_engin
 @pytest.mark.engine
 def test_drafts_are_kept_in_their_scope_only(pair: Path, prompts: list[str], run_engine: RunEngine) -> None:
     markers = begin, end = [build_tokenizer().get_vocab()[digit] for digit in "12"]
-    scopes = ("thinking", "answer", "all")
+    scopes, prompts = ("thinking", "answer", "all"), prompts[:80]
     runs = [
         {"name": scope, "prompts": prompts, "params": GREEDY | {"extra_args": {"cospec_scope": scope}}}
         for scope in scopes

@@ -62,17 +62,17 @@ def test_no_text_depends_on_the_company(method: str, pair: Path, run_engine: Run
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("drop", [True, False])
 def test_a_prefix_whose_last_entry_belongs_to_another_text_is_computed_again(
-    drop: bool, pair: Path, run_engine: RunEngine, tmp_path: Path
+    pair: Path, run_engine: RunEngine, tmp_path: Path
 ) -> None:
     """vLLM leaves out the last block of a hit, unless told otherwise; those before it may be another text's, too."""
     speculative, engine = setting("eagle", tmp_path, pair)
-    speculative["disable_eagle_block_drop"] = not drop
     params = {"temperature": 0, "max_tokens": 30, "ignore_eos": True}
     run = {"name": "run", "prompts": [*FAMILY, FAMILY[0]], "params": params, "one_at_a_time": True}
     alone = run_engine([run], speculative, **ROOMY, **engine)
-    found = run_engine([run], speculative, **ROOMY | {"enable_prefix_caching": True}, **engine)
-    assert token_ids(found["runs"]["run"]) == token_ids(alone["runs"]["run"])
-    assert found["metrics"]["vllm:prefix_cache_hits"] > 0
-    assert found["metrics"]["vllm:cospec_num_unhealthy"] == 0
+    for keep_the_last_block in (False, True):
+        settings = speculative | {"disable_eagle_block_drop": keep_the_last_block}
+        found = run_engine([run], settings, **ROOMY | {"enable_prefix_caching": True}, **engine)
+        assert token_ids(found["runs"]["run"]) == token_ids(alone["runs"]["run"]), keep_the_last_block
+        assert found["metrics"]["vllm:prefix_cache_hits"] > 0
+        assert found["metrics"]["vllm:cospec_num_unhealthy"] == 0

@@ -10,16 +10,20 @@ import pytest
 from heads import random_target
 
 RunEngine = Callable[..., dict[str, Any]]
+GREEDY = {"temperature": 0, "max_tokens": 30}
 
 
 @pytest.mark.engine
 def test_an_mtp_layer_is_arbitrated(pair: Path, prompts: list[str], run_engine: RunEngine, tmp_path: Path) -> None:
     target = str(random_target(tmp_path / "mimo", pair))
-    runs = [{"name": "run", "prompts": prompts[:40], "params": {"temperature": 0, "max_tokens": 30}}]
-    stock = run_engine(runs, {"method": "mtp", "num_speculative_tokens": 2}, model=target)
-    cospec = {"method": "cospec", "draft_method": "mtp", "num_speculative_tokens": 2}
-    strict = run_engine(runs, cospec | {"arbiter": {"policy": "strict"}}, model=target)
-    assert strict["runs"] == stock["runs"]
-    some = run_engine(runs, cospec | {"arbiter": {"policy": "random", "rate": 0.3}, "collect": True}, model=target)
-    assert some["metrics"]["vllm:cospec_num_overrides"] > 0
-    assert some["decisions"]
+    run = {"name": "run", "prompts": prompts[:40], "params": GREEDY}
+    stock = run_engine([run], {"method": "mtp", "num_speculative_tokens": 2}, model=target)
+    cospec = {
+        "method": "cospec", "draft_method": "mtp", "num_speculative_tokens": 2, "collect": True,
+        "arbiter": {"policy": "random", "rate": 0.3},
+    }  # fmt: skip
+    strict = run | {"name": "strict", "params": GREEDY | {"extra_args": {"cospec_policy": "strict"}}}
+    found = run_engine([strict, run], cospec, model=target)
+    assert found["runs"]["strict"] == stock["runs"]["run"]
+    assert found["metrics"]["vllm:cospec_num_overrides"] > 0
+    assert found["decisions"]

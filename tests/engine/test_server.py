@@ -59,7 +59,7 @@ def arbiter(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=["learned", "rule"])
+@pytest.fixture(scope="module", params=["learned", pytest.param("rule", marks=pytest.mark.slow)])
 def server(
     request: pytest.FixtureRequest, pair: Path, arbiter: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
@@ -203,7 +203,9 @@ def test_the_log_tells_the_override_rate(server: Server, prompts: list[str]) -> 
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGKILL, *(pytest.param(sent, marks=pytest.mark.slow) for sent in (signal.SIGINT, signal.SIGTERM))]
+)
 def test_an_interrupted_demo_leaves_no_process_behind(sent: signal.Signals) -> None:
     """Ctrl-C, a polite kill and one that leaves no time to clean up, while the engine core starts: its deafest hour."""
     command = [str(Path(sys.executable).with_name("cospec")), "demo"]
@@ -220,6 +222,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(sent: signal.Signals) -> N
         demo.send_signal(sent)
         demo.wait(60)
         _, alive = psutil.wait_procs(started, timeout=30)
-        assert not alive
+        # where nobody waits for orphans, as in a container without an init, they stay as zombies
+        assert not [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     finally:
         demo.kill()

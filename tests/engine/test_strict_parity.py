@@ -16,7 +16,7 @@ RunEngine = Callable[..., dict[str, Any]]
 GREEDY = {"temperature": 0, "max_tokens": 60}
 UNSEEDED = {"temperature": 1.0, "max_tokens": 60}
 SAMPLED = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 60}
-ALONE = 50  # of the prompts, one step of the engine for every few tokens
+ALONE = 12  # of the prompts, one step of the engine for every few tokens
 NGRAM = {"num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
 
 
@@ -25,7 +25,7 @@ def drafter(name: str, pair: Path) -> dict[str, Any]:
     return NGRAM if name == "ngram" else {"model": str(pair / "draft"), "num_speculative_tokens": 5}
 
 
-def jobs(prompts: list[str], extra_args: dict[str, Any] | None, drawn: bool) -> list[dict[str, Any]]:
+def jobs(prompts: list[str], alone: int, extra_args: dict[str, Any] | None, drawn: bool) -> list[dict[str, Any]]:
     """Greedy and seeded sampling, and unseeded where drafts are drawn, sixteen requests at a time, and some alone."""
 
     def params(base: dict[str, Any], i: int) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def jobs(prompts: list[str], extra_args: dict[str, Any] | None, drawn: bool) -> 
         {"name": f"{name}-{concurrency}", "prompts": prompts[:n], "params": [params(base, i) for i in range(n)],
          "one_at_a_time": concurrency == 1}
         for name, base in (("greedy", GREEDY), ("sampled", SAMPLED), ("unseeded", UNSEEDED))[: 2 + drawn]
-        for concurrency, n in ((1, ALONE), (16, len(prompts)))
+        for concurrency, n in ((1, alone), (16, len(prompts)))
     ]  # fmt: skip
 
 
@@ -47,21 +47,22 @@ def tokens(result: dict[str, Any]) -> dict[str, list[list[int]]]:
 
 @pytest.mark.engine
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("alone", [ALONE, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["draft_model", "ngram"])
-def test_strict_is_stock(name: str, pair: Path, prompts: list[str], run_engine: RunEngine) -> None:
+def test_strict_is_stock(name: str, alone: int, pair: Path, prompts: list[str], run_engine: RunEngine) -> None:
     keys = drafter(name, pair)
     sampling = {} if name == "ngram" else {"draft_sample_method": "probabilistic"}
-    stock = run_engine(jobs(prompts, None, name != "ngram"), {"method": name, **keys, **sampling}, mend=True)
+    stock = run_engine(jobs(prompts, alone, None, name != "ngram"), {"method": name, **keys, **sampling}, mend=True)
     by_server = run_engine(
-        jobs(prompts, None, name != "ngram"),
+        jobs(prompts, alone, None, name != "ngram"),
         {"method": "cospec", "draft_method": name, **keys, "arbiter": {"policy": "strict"}},
     )
     by_request = run_engine(
-        jobs(prompts, {"cospec_policy": "strict"}, name != "ngram"),
+        jobs(prompts, alone, {"cospec_policy": "strict"}, name != "ngram"),
         {"method": "cospec", "draft_method": name, **keys, "arbiter": {"policy": "cascade", "alpha": 1.0}},
     )
     expected = tokens(stock)
-    assert {len(run) for run in expected.values()} == {ALONE, len(prompts)}
+    assert {len(run) for run in expected.values()} == {alone, len(prompts)}
     assert len(prompts) >= 200
     assert len({tuple(t) for t in expected["sampled-16"]}) > 150  # the sampled run really sampled
     assert tokens(by_server) == expected

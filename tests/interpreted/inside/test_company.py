@@ -27,7 +27,15 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize(("v1", "count"), [(False, 60), (True, 60)], ids=["v2", "v1 on a device"])
+@pytest.mark.parametrize(
+    ("v1", "count"),
+    [
+        pytest.param(False, 15, id="v2"),
+        pytest.param(True, 15, id="v1 on a device"),
+        pytest.param(False, 60, id="v2, large", marks=pytest.mark.slow),
+        pytest.param(True, 60, id="v1 on a device, large", marks=pytest.mark.slow),
+    ],
+)
 def test_requests_in_company_get_the_texts_they_get_alone(v1: bool, count: int, draft: Path) -> None:
     entries: list[dict[str, Any]] = [
         {"prompt": prompt, **params} for prompt, params in mixed_requests(count, seed=11, max_tokens=20)

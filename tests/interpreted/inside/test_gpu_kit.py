@@ -59,9 +59,9 @@ def test_right_kernels_pass() -> None:
     findings = compare.against_reference(few(), CPU)
     assert (findings.batches, findings.differences, findings.cut_short) == (20, [], False)
     assert findings.requests - findings.too_close_to_call >= 60
-    strict = compare.strict_against_stock(CPU, range(5))
-    assert (strict.batches, strict.differences) == (5, [])
-    assert strict.requests >= 15
+    strict = compare.strict_against_stock(CPU, range(3))  # one of each vocabulary
+    assert (strict.batches, strict.differences) == (3, [])
+    assert strict.requests >= 9
     again = compare.run_to_run(CPU, 2, vocab=111)
     assert (again.requests, again.differences) == (32, [])
 
@@ -73,7 +73,7 @@ def test_findings_of_several_processes_are_one() -> None:
 
 @pytest.mark.usefixtures("wrong_tokens")
 def test_wrong_kernels_are_told_by_batch_request_and_what_is_wrong() -> None:
-    findings = compare.against_reference(few(), CPU)
+    findings = compare.against_reference(itertools.islice(few(), 6), CPU)
     assert findings.differences[0] == "typical, plain, seed 0, request 0: tokens"
     assert not any("statistics" in text for text in findings.differences)
     assert compare.strict_against_stock(CPU, range(2)).differences[0] == "seed 0, request 0: other tokens than stock's"
@@ -88,7 +88,7 @@ def test_a_run_that_differs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(result, sampled=result.sampled + (next(count) == 1))
 
     monkeypatch.setattr(generated, "arbitrate", unsteady)
-    assert compare.run_to_run(CPU, 3, vocab=111).differences == ["seed 0: run 1 is not the first"]
+    assert compare.run_to_run(CPU, 2, vocab=111).differences == ["seed 0: run 1 is not the first"]
 
 
 def test_a_comparison_stops_when_its_time_is_up_but_has_compared_something() -> None:
@@ -98,9 +98,16 @@ def test_a_comparison_stops_when_its_time_is_up_but_has_compared_something() -> 
     assert (strict.batches, strict.cut_short) == (1, True)
 
 
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("vocab", [1_090, 1_088])
-def test_what_is_timed_agrees_as_often_as_it_says(sampled: bool, vocab: int) -> None:
+@pytest.mark.parametrize(
+    ("vocab", "sampled"),
+    [
+        pytest.param(1_090, False, id="1090, greedy"),
+        pytest.param(1_088, True, id="1088, sampled"),
+        pytest.param(1_090, True, id="1090, sampled", marks=pytest.mark.slow),
+        pytest.param(1_088, False, id="1088, greedy", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_timed_agrees_as_often_as_it_says(vocab: int, sampled: bool) -> None:
     case = timed_case(vocab, 16, sampled, CPU, torch.float32)
     assert case.raw.shape == (96, vocab)
     assert case.raw.stride(0) == (1_152 if vocab == 1_090 else 1_088)  # rows as vLLM pads them

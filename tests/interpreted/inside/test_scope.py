@@ -25,7 +25,7 @@ BEGIN, END = (build_tokenizer().get_vocab()[digit] for digit in "12")
 @pytest.mark.engine
 @pytest.mark.parametrize("v1", [False, True])
 def test_an_engine_keeps_drafts_in_their_scope_only(v1: bool) -> None:
-    prompts = ["12+34*5?", "9*8+21?", "(7-2)*31?", "12+91-4?"]
+    prompts = ["12+34*5?", "9*8+21?", "(7-2)*31?"]
     entries: list[dict[str, Any]] = [
         {"prompt": prompt, "temperature": 0.0, "max_tokens": 24, "ignore_eos": True,
          "extra_args": {"cospec_scope": scope}}
