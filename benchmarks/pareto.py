@@ -56,6 +56,10 @@ def grid(num_speculative_tokens: int) -> dict[str, list[str]]:
             if w < num_speculative_tokens
         ],
         "kl": [f"kl(max_kl={k})" for k in (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0, 30.0)],
+        "fsd": [f"fsd(divergence=js, max_divergence={m})" for m in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.69)]
+        + [f"fsd(divergence=tv, max_divergence={m})" for m in (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)],
+        "mixture": [f"mixture(weight={w})" for w in (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)],
+        "ears": [f"ears(tolerance={t})" for t in (0.1, 0.3, 1.0)],  # strict where nothing is sampled
     }
     others = set(policy_names()) - own.keys() - {"strict", "learned", "random"}
     return own | {name: [name] for name in sorted(others)}

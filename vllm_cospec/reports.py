@@ -1,4 +1,4 @@
-"""What arbitration did to each request, beside vLLM's own figures of its speculative decoding (vLLM 0.33 and later).
+"""What arbitration did to each request, beside vLLM's own figures of its speculative decoding, where it keeps them.
 
 ``--per-request-spec-decode-metrics`` lets vLLM's scheduler count per request; the last output of a request carries the
 counts to the front end, for each choice of its own. What is ours travels with them: the worker hands its counts over
@@ -78,7 +78,7 @@ def take_in(output: Any, requests: dict[str, Any]) -> None:
         request = requests.get(request_id)
         if request is not None:
             setattr(request, COUNTS, counts)
-        metrics = getattr(request, "spec_decode_metrics", None)  # from vLLM 0.33 on
+        metrics = getattr(request, "spec_decode_metrics", None)  # where this vLLM has them
         if metrics is not None:
             regret = round(counts.regret / REGRET_UNIT)
             metrics.histogram[metrics.num_spec_tokens + 1 :] = [counts.mismatches, counts.overrides, regret]
@@ -86,7 +86,7 @@ def take_in(output: Any, requests: dict[str, Any]) -> None:
 
 @functools.cache
 def request_metrics() -> Any:
-    """Return the class of a request's metrics with what is ours beside vLLM's; None before vLLM 0.33."""
+    """Return the class of a request's metrics with what is ours beside vLLM's; None where vLLM has none."""
     base = getattr(stats, "RequestSpecDecodeMetrics", None)
     if base is None:
         return None

@@ -53,7 +53,7 @@ from vllm_cospec.kernels.triton.mismatch import affordable, draft_choices, given
 from vllm_cospec.kernels.triton.policies import LEARNED, network_score, rule_keeps
 from vllm_cospec.kernels.triton.target import place_of, temperature_of
 
-EDGES, PADDED_EDGES = tl.constexpr(len(SCORE_EDGES)), tl.constexpr(triton.next_power_of_2(len(SCORE_EDGES)))
+EDGES, PADDED_EDGES = tl.constexpr(len(SCORE_EDGES)), tl.constexpr(1 << (len(SCORE_EDGES) - 1).bit_length())
 # Keeps the coin of a sampled action apart from the uniform strict verification draws at the same position, and from
 # vLLM's own offsets: positions stay far below it.
 _ACTION_OFFSET = tl.constexpr(1 << 29)

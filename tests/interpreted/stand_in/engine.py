@@ -135,6 +135,6 @@ def _logprobs(completion: Any) -> list[float] | None:
 
 
 def _report(completion: Any) -> dict[str, Any] | None:
-    """What vLLM and we counted of a completion, where that was asked for; vLLM counts from 0.33 on."""
+    """What vLLM and we counted of a completion, where that was asked for."""
     metrics = getattr(completion, "spec_decode_metrics", None)
     return None if metrics is None else metrics.to_dict()
