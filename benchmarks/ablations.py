@@ -25,21 +25,20 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 if not __package__:  # run as a file: the package is found from the root
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.ablation_rows import AblationRow, markdown, paired, save_row, saved_rows
 from benchmarks.command import run as run_command
-from vllm_cospec.arbiter import Arbiter
-from vllm_cospec.kernels.statistics import INDEX, NUM_STATISTICS
+from vllm_cospec.kernels.statistics import INDEX
 from vllm_cospec.training.commands import DEMO_CONFIG, notice
 from vllm_cospec.training.config import TrainConfig, load_train_config
 from vllm_cospec.training.learning.learner import Learner
-from vllm_cospec.training.measure.calibrate import CHUNK, Answered, Part, SweepActor
+from vllm_cospec.training.learning.linear import linear_arbiter, logistic_regression
+from vllm_cospec.training.measure.calibrate import CHUNK, Answered, Part, SweepActor, chosen
 from vllm_cospec.training.measure.evaluate import evaluate
-from vllm_cospec.training.measure.fixed_sequence import STRICT, best_passed, sequence_bounds, threshold_sequence
+from vllm_cospec.training.measure.fixed_sequence import STRICT, threshold_sequence
 from vllm_cospec.training.measure.modes import parse_mode
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.measure.thresholds import Sweep
@@ -148,38 +147,14 @@ def warm_start(
 
 
 def logistic(config: TrainConfig, trained: Weights, statistics: np.ndarray, worth: np.ndarray) -> Weights:
-    """Fit logistic regression to labels, to its optimum; returns a network that computes it.
-
-    z = relu(z) - relu(-z): two units of each hidden layer carry the linear score, the others are 0.
-    """
-    arbiter = Arbiter(tuple(config.learner.hidden_sizes))
+    """Fit logistic regression to labels, to its optimum; returns a network that computes it."""
     mean, scale = standardised(trained)
     labelled = np.flatnonzero(worth)
     x = ((torch.from_numpy(statistics[labelled]) - mean) / scale).double()
-    label, weight = torch.from_numpy(worth[labelled] > 0).double(), torch.from_numpy(np.abs(worth[labelled])).double()
-    linear = torch.nn.Linear(NUM_STATISTICS, 1, dtype=torch.float64)
-    torch.nn.init.zeros_(linear.weight)
-    torch.nn.init.zeros_(linear.bias)
-    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=500, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        terms = binary_cross_entropy_with_logits(linear(x).squeeze(-1), label, weight=weight, reduction="sum")
-        loss = terms / weight.sum() + 1e-6 * linear.weight.square().sum()  # so that an optimum exists
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    weights = {name: torch.zeros_like(tensor) for name, tensor in arbiter.state_dict().items()}
-    weights["mean"], weights["scale"] = mean, scale
-    sign = torch.tensor([[1.0], [-1.0]])
-    weights["layers.0.weight"][:2] = sign * linear.weight.detach().float()
-    weights["layers.0.bias"][:2] = sign[:, 0] * linear.bias.detach().float()
-    last = len(arbiter.layers) - 1
-    for layer in range(1, last):
-        weights[f"layers.{layer}.weight"][:2, :2] = torch.eye(2)
-    weights[f"layers.{last}.weight"][0, :2] = sign[:, 0]
-    return weights
+    keep, weight = torch.from_numpy(worth[labelled] > 0).double(), torch.from_numpy(np.abs(worth[labelled])).double()
+    weights, bias = logistic_regression(x, keep, weight, penalty=1e-6)
+    found = linear_arbiter(weights.float(), bias.float(), tuple(config.learner.hidden_sizes))
+    return {**found.state_dict(), "mean": mean, "scale": scale}
 
 
 @dataclass(frozen=True)
@@ -236,11 +211,7 @@ def measure(pool: Pool, row: AblationRow, weights: Weights, problems: Questions,
     if row.variant != "strict":
         sequence = threshold_sequence(config.calibration.thresholds)
         found = judged(pool, key, weights, problems.calibration, sequence, row.temperature)
-        calibration = config.calibration
-        bounds = [0.0, *sequence_bounds(found.scores[1:], found.scores[0], calibration.level)]
-        saved = [found.steps_saved(i) for i in range(len(sequence))]
-        margin, speed = calibration.max_accuracy_loss, config.learner.speed_weight
-        threshold = sequence[best_passed(bounds, found.scores, saved, margin, speed)]
+        threshold = sequence[chosen(found, config)[1]]
     test = judged(pool, key, weights, problems.test, (threshold,), row.temperature)
     return row.with_outcome(test.outcome(0), threshold)
 

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from vllm_cospec.kernels.policies import Mismatches
 from vllm_cospec.kernels.regret import REGRET_UNIT
-from vllm_cospec.kernels.statistics import LOGPROB_FLOOR, NUM_STATISTICS
+from vllm_cospec.kernels.statistics import LOGPROB_FLOOR, NUM_STATISTICS, TINY
 
 CEILING = -LOGPROB_FLOOR
-TINY = 2.0**-126  # smallest float32 with a full mantissa
 PLACEHOLDER = -1  # pads the output, as vLLM's own rejection sampler does
 CACHED_FLOATS = 2**17  # a row's passes run several times faster while it is in the second-level cache
 

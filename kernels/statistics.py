@@ -18,6 +18,9 @@ SCHEMA_VERSION = 1
 
 LOGPROB_FLOOR = -100.0  # exp(-100) is below the smallest float32: nothing observable lies beneath it
 
+TINY = 2.0**-126
+"""The smallest float32 with a full mantissa: below it no logarithm is taken of a probability."""
+
 INPUT_LIMIT = 32.0
 """A network's standardised inputs are clamped to this magnitude: training has seen nothing so far off, and a
 statistic that hardly varied there would drown the others."""

@@ -35,7 +35,7 @@ def measure(
 ) -> dict[str, Any]:
     """Time every setting until the monotonic clock says ``until``; returns rows and what was left out."""
     if workers > 1:
-        spread(compile_policy, [(vocab, name, device) for vocab in vocab_sizes for name in policy_names()], workers)
+        spread(precompile, [(vocab, name, device) for vocab in vocab_sizes for name in policy_names()], workers)
     clock, rows, left_out = Clock(device), [], []
     for vocab, batch, sampled in settings(vocab_sizes, batches):
         if time.monotonic() > until:
@@ -46,7 +46,7 @@ def measure(
     return {"rows": rows, "left_out": left_out}
 
 
-def compile_policy(setting: tuple[int, str, torch.device]) -> None:
+def precompile(setting: tuple[int, str, torch.device]) -> None:
     """Put the kernels of (vocabulary, policy, device) into Triton's cache, where another process finds them."""
     vocab, name, device = setting
     for sampled in (False, True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from vllm.triton_utils import tl, triton
 
 from vllm_cospec.kernels.policy import JOINT as KINDS
+from vllm_cospec.kernels.statistics import TINY
 from vllm_cospec.kernels.triton.layout import (
     DRAFT_MAX,
     DRAFT_SUM,
@@ -25,12 +26,12 @@ from vllm_cospec.kernels.triton.layout import (
     MISMATCH_FIELDS,
     ROW_FIELDS,
 )
-from vllm_cospec.kernels.triton.mismatch import candidates_of
+from vllm_cospec.kernels.triton.mismatch import own_candidates
 from vllm_cospec.kernels.triton.target import place_of
 from vllm_cospec.kernels.triton.tiles import aligned, combine, exp, load_logits
 
 NONE, JS, TV, MIXTURE = map(tl.constexpr, (0, *KINDS.values()))
-_TINY = tl.constexpr(2.0**-126)
+_TINY = tl.constexpr(TINY)
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def joint_kernel(
     request = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     slot, start, num_drafts = place_of(request, request_slot_ptr, first_ptr)
-    candidates = candidates_of(
+    candidates = own_candidates(
         slot, start, num_drafts, rows_ptr, max_overrides_ptr, overrides_so_far_ptr, max_regret_ptr, regret_so_far_ptr,
         PADDED_STEPS,
     )  # fmt: skip

@@ -172,8 +172,8 @@ class _Stages:
             self._vocab_size, self._num_blocks,
         )  # fmt: skip
         work = {"BLOCK_SIZE": BLOCK_SIZE, "PADDED_STEPS": self._padded_steps, **vectors(self._vocab_size, raw, draft)}
-        grid, numbers = (self._num_requests, self._num_blocks), self._program.numbers
-        mismatch.mismatch_kernel[(*grid, self._shares())](*common, **work, **tuning.mismatch[rows.raw.element_size()])
+        grid, numbers = (self._num_requests, self._num_blocks, self._shares()), self._program.numbers
+        mismatch.mismatch_kernel[grid](*common, **work, **tuning.mismatch[rows.raw.element_size()])
         if numbers.joint:
             joint.joint_kernel[grid](
                 *common,

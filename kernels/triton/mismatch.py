@@ -69,34 +69,7 @@ def _two_largest_of(values, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _candidates(
-    rows_ptr,  # [num_rows, ROW_FIELDS] float32
-    start,  # first row of the request
-    num_drafts,
-    budget,  # overrides that are left
-    regret,  # nats given up so far
-    max_regret,
-    PADDED_STEPS: tl.constexpr,
-):
-    """Positions of a request that the policy may come to, bool [PADDED_STEPS].
-
-    They are rejected and open, and so is every rejected position before them; the budgets let all of those be kept.
-    """
-    steps = tl.arange(0, PADDED_STEPS)
-    present = steps < num_drafts
-    fields = rows_ptr + (start + steps) * ROW_FIELDS
-    rejected = present & (tl.load(fields + ACCEPTED, mask=present, other=1.0) == 0.0)
-    is_open = tl.load(fields + STATUS, mask=present, other=0.0) == OPEN
-    end = tl.min(tl.where(rejected & (not is_open), steps, PADDED_STEPS), axis=0)
-    candidate = rejected & (steps < end)
-    before = tl.cumsum(candidate.to(tl.int32), axis=0) - 1
-    logit_top = tl.load(fields + LOGIT_TOP, mask=candidate, other=0.0)
-    cost = given_up(logit_top, tl.load(fields + LOGIT_DRAFT, mask=candidate, other=0.0))
-    return candidate & (before < budget) & affordable(regret + tl.cumsum(cost, axis=0), max_regret)
-
-
-@triton.jit
-def candidates_of(
+def own_candidates(
     slot,
     start,  # first row of the request
     num_drafts,
@@ -107,10 +80,25 @@ def candidates_of(
     regret_so_far_ptr,  # [slots] float32
     PADDED_STEPS: tl.constexpr,
 ):
-    """As :func:`_candidates`, within the budgets of the request's slot."""
+    """This program's share of the positions that the policy may come to, bool [PADDED_STEPS].
+
+    They are rejected and open, and so is every rejected position before them; the budgets let all of those be kept.
+    Programs along the third axis of the grid take turns.
+    """
+    steps = tl.arange(0, PADDED_STEPS)
+    present = steps < num_drafts
+    fields = rows_ptr + (start + steps) * ROW_FIELDS
+    rejected = present & (tl.load(fields + ACCEPTED, mask=present, other=1.0) == 0.0)
+    is_open = tl.load(fields + STATUS, mask=present, other=0.0) == OPEN
+    end = tl.min(tl.where(rejected & (not is_open), steps, PADDED_STEPS), axis=0)
+    candidate = rejected & (steps < end)
+    before = tl.cumsum(candidate.to(tl.int32), axis=0) - 1
     budget = tl.load(max_overrides_ptr + slot) - tl.load(overrides_so_far_ptr + slot)
-    regret, max_regret = tl.load(regret_so_far_ptr + slot), tl.load(max_regret_ptr + slot)
-    return _candidates(rows_ptr, start, num_drafts, budget, regret, max_regret, PADDED_STEPS)
+    logit_top = tl.load(fields + LOGIT_TOP, mask=candidate, other=0.0)
+    cost = given_up(logit_top, tl.load(fields + LOGIT_DRAFT, mask=candidate, other=0.0))
+    regret = tl.load(regret_so_far_ptr + slot) + tl.cumsum(cost, axis=0)
+    candidate &= (before < budget) & affordable(regret, tl.load(max_regret_ptr + slot))
+    return candidate & (before % tl.num_programs(2) == tl.program_id(2))
 
 
 @triton.jit
@@ -173,13 +161,11 @@ def mismatch_kernel(
     request = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     slot, start, num_drafts = place_of(request, request_slot_ptr, first_ptr)
-    candidates = candidates_of(
+    candidates = own_candidates(
         slot, start, num_drafts, rows_ptr, max_overrides_ptr, overrides_so_far_ptr, max_regret_ptr, regret_so_far_ptr,
         PADDED_STEPS,
     )  # fmt: skip
     steps = tl.arange(0, PADDED_STEPS)
-    order = tl.cumsum(candidates.to(tl.int32), axis=0) - 1
-    candidates = candidates & (order % tl.num_programs(2) == tl.program_id(2))
     position = tl.min(tl.where(candidates, steps, PADDED_STEPS), axis=0)
     offsets = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     while position < PADDED_STEPS:

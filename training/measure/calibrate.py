@@ -91,6 +91,19 @@ class SweepActor(EngineActor):
         return Answered(sweep(engine.run, requests, part.thresholds, score), engine.dtype, tuple(failures))
 
 
+def chosen(found: Sweep, config: TrainConfig) -> tuple[np.ndarray, int]:
+    """Return the bound of each threshold's loss, float64 [T], and the index of the threshold to serve.
+
+    Raises:
+        ValueError: scores are not from 0 to 1.
+    """
+    calibration = config.calibration
+    bounds = np.concatenate([[0.0], sequence_bounds(found.scores[1:], found.scores[0], calibration.level)])
+    saved = [found.steps_saved(i) for i in range(len(found.thresholds))]
+    margin, speed = calibration.max_accuracy_loss, config.learner.speed_weight
+    return bounds, best_passed(bounds, found.scores, saved, margin, speed)
+
+
 def calibrate(
     directory: Path,
     config: TrainConfig,
@@ -121,11 +134,9 @@ def calibrate(
     task, calibration = config.task, config.calibration
     found, dtype = _answers(directory, config, problems, tick)
     try:
-        bounds = np.concatenate([[0.0], sequence_bounds(found.scores[1:], found.scores[0], calibration.level)])
+        bounds, best = chosen(found, config)
     except ValueError as error:
         raise ConfigError(f"task.reward: {error}; use a reward from 0 to 1") from None
-    saved = [found.steps_saved(i) for i in range(len(found.thresholds))]
-    best = best_passed(bounds, found.scores, saved, calibration.max_accuracy_loss, config.learner.speed_weight)
     rows = table_of({_name(t): found.outcome(i) for i, t in enumerate(found.thresholds)}, _name(found.thresholds[0]))
     for row, threshold, bound in zip(rows, found.thresholds, bounds, strict=True):
         row.update(threshold=threshold, loss_bound=float(bound))

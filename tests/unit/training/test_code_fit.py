@@ -8,7 +8,8 @@ from artefacts import some_statistics
 
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.kernels.statistics import NUM_STATISTICS
-from vllm_cospec.training.pairs.code.fit import fit_logistic, linear_arbiter, quality
+from vllm_cospec.training.learning.linear import linear_arbiter
+from vllm_cospec.training.pairs.code.fit import fit_logistic, quality
 
 
 def test_a_linear_function_fits_into_the_shape_of_an_arbiter() -> None:

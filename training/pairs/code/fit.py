@@ -19,34 +19,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.errors import ConfigError, CoSpecError
-from vllm_cospec.kernels.statistics import NUM_STATISTICS
 from vllm_cospec.training.artefact import portable
 from vllm_cospec.training.config import load_train_config
 from vllm_cospec.training.learning.learner import Learner
+from vllm_cospec.training.learning.linear import linear_arbiter, logistic_regression
 from vllm_cospec.training.measure.card import save_uncalibrated
 
 CONFIG = Path("training/configs/code.toml")
 HELD_OUT = 10  # one label in so many is not learnt from
 PENALTY = 1e-4  # of a logistic regression, on the squared weights of standardised statistics
-
-
-def linear_arbiter(weights: Tensor, bias: Tensor, hidden_sizes: tuple[int, int]) -> Arbiter:
-    """Return a logistic regression on standardised statistics in the shape of an arbiter: relu(z) - relu(-z) is z.
-
-    Args:
-        weights: [16].
-        bias: scalar.
-        hidden_sizes: at least two each.
-    """
-    arbiter = Arbiter(hidden_sizes)
-    state = {name: torch.zeros_like(tensor) for name, tensor in arbiter.state_dict().items()}
-    state["scale"] += 1
-    state["layers.0.weight"][:2] = torch.stack([weights, -weights])
-    state["layers.0.bias"][:2] = torch.stack([bias, -bias])
-    state["layers.1.weight"][:2, :2] = torch.eye(2)
-    state["layers.2.weight"][0, :2] = torch.tensor([1.0, -1.0])
-    arbiter.load_state_dict(state)
-    return arbiter
 
 
 def fit_logistic(arbiter: Arbiter, statistics: Tensor, labels: Tensor) -> Arbiter:
@@ -58,19 +39,8 @@ def fit_logistic(arbiter: Arbiter, statistics: Tensor, labels: Tensor) -> Arbite
         labels: [M], 1 where the draft is to be kept and -1 where it is not.
     """
     x = (statistics - arbiter.mean) / arbiter.scale
-    weights, bias = torch.zeros(NUM_STATISTICS, requires_grad=True), torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights, bias], max_iter=500, line_search_fn="strong_wolfe")
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = binary_cross_entropy_with_logits(x @ weights + bias, (labels > 0).float())
-        loss = loss + PENALTY * weights.square().sum()
-        loss.backward()
-        return loss.item()
-
-    optimizer.step(closure)
-    first, second = arbiter.hidden_sizes
-    fitted = linear_arbiter(weights.detach(), bias.detach(), (first, second))
+    weights, bias = logistic_regression(x, (labels > 0).float(), torch.ones(len(x)), PENALTY)
+    fitted = linear_arbiter(weights, bias, arbiter.hidden_sizes)
     fitted.mean.copy_(arbiter.mean)
     fitted.scale.copy_(arbiter.scale)
     return fitted
