@@ -53,6 +53,13 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
     assert not any(name.startswith(("kernels/", "training/", "tests/", "benchmarks/")) for name in names)
 
 
+def test_others_may_read_what_a_wheel_installs_as_the_umask_says(wheel: Path) -> None:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    modes = {info.filename: info.external_attr >> 16 & 0o444 for info in zipfile.ZipFile(wheel).infolist()}
+    assert {name for name, readable in modes.items() if readable != 0o444 & ~umask} == set()
+
+
 def test_an_installed_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """Installed into an empty folder and imported with nothing of the checkout on the path."""
     site = tmp_path / "site"

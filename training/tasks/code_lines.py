@@ -25,6 +25,7 @@ from vllm_cospec.training.tasks.code_corpus import Source, fingerprint, read_cor
 from vllm_cospec.training.tasks.protocol import Options, Problem, task
 from vllm_cospec.training.tasks.splits import Split
 
+Half = Literal["first", "second"]
 LEARNT_PACKAGE = "vllm"  # whose pretrain split the pair's draft has seen
 TRAINING = "training.json"  # beside the draft: what it was trained on
 CONTEXT = 220  # tokens of preceding lines, at most
@@ -50,7 +51,7 @@ class CodeLinesOptions(Options):
 
     package: str = "vllm"
     """Installed package whose lines are completed."""
-    half: Literal["first", "second"] | None = None
+    half: Half | None = None
     """Take only the files of one half of the package's directories; which half a directory is in, its name decides."""
     tokenizer: str | None = None
     """Directory of the tokenizer at whose token boundaries lines are cut; left out: the target of the code pair."""
@@ -130,7 +131,7 @@ def similarity(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
 
 
-def half_of(path: str) -> Literal["first", "second"]:
+def half_of(path: str) -> Half:
     """Return the half of a package that a file's directory, two levels deep at most, belongs to."""
     directory = "/".join(path.split("/")[:-1][:2])
     return "second" if hashlib.blake2b(directory.encode(), digest_size=1).digest()[0] % 2 else "first"

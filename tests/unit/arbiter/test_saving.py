@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ def test_an_artefact_is_three_readable_files_and_no_pickle(artefact: Path) -> No
     assert config["schema"] == current_schema(True).model_dump()
     assert (artefact / CARD_FILE).read_text() == "# Card\n"
     assert load_file(artefact / WEIGHTS_FILE).keys() == make_arbiter().state_dict().keys()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_others_read_an_artefact_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_artefact(tmp_path / "arbiter", make_arbiter(), make_config(), "# Card\n")
+    finally:
+        os.umask(before)
+    files = (tmp_path / "arbiter").iterdir()
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in files} == {
+        CARD_FILE: mode, CONFIG_FILE: mode, WEIGHTS_FILE: mode,
+    }  # fmt: skip
+    assert stat.S_IMODE((tmp_path / "arbiter").stat().st_mode) == 0o777 & ~umask
 
 
 def test_the_network_standardises_and_applies_its_layers() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import stat
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def test_what_is_saved_comes_back_and_only_the_last_two_are_kept(tmp_path: Path)
         "update-000003.safetensors",
         "update-000010.safetensors",
     ]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_others_read_a_checkpoint_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_checkpoint(tmp_path, checkpoint(1))
+    finally:
+        os.umask(before)
+    (saved,) = tmp_path.iterdir()
+    assert stat.S_IMODE(saved.stat().st_mode) == mode
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00" * 20, None])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
@@ -24,14 +24,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from vllm_cospec.atomic import new_file
-from vllm_cospec.errors import CoSpecError
+from vllm_cospec.errors import ConfigError, CoSpecError
 from vllm_cospec.kernels.cpu import logit_statistics
 from vllm_cospec.kernels.statistics import INDEX, NUM_STATISTICS
 from vllm_cospec.training.config import cached_pair
 from vllm_cospec.training.pairs.code.text import line_ends, token_stream
 from vllm_cospec.training.progress import progress_bar
 from vllm_cospec.training.tasks.code_corpus import read_corpus
-from vllm_cospec.training.tasks.code_lines import LEARNT_PACKAGE, load_tokenizer
+from vllm_cospec.training.tasks.code_lines import LEARNT_PACKAGE, Half, half_of, load_tokenizer
 
 LENGTH, FIRST = 320, 120  # tokens of a window; those before FIRST are context alone
 BATCH = 8
@@ -133,14 +133,18 @@ def main(
     split: Annotated[str, typer.Option(help="Whose files.")] = "train",
     seed: Annotated[int, typer.Option(help="Which windows, and where lines are cut.")] = 1,
     k: Annotated[int, typer.Option(min=1, help="Draft tokens per step.")] = 5,
+    half: Annotated[str | None, typer.Option(help="first or second: of the package's directories alone.")] = None,
     pair: Annotated[Path | None, typer.Option(help="Directory with target/ and draft/; the cache by default.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
     """Label mismatches along the files of a split."""
     torch.set_num_threads(threads)
+    if half not in (None, *get_args(Half)):
+        raise ConfigError(f"--half: {half!r} is none of {', '.join(get_args(Half))}")
     pair = pair or cached_pair("code")
     tokenizer = load_tokenizer(str(pair / "target"))
-    stream = token_stream([source for source in read_corpus(LEARNT_PACKAGE) if source.split == split], tokenizer).long()
+    sources = [source for source in read_corpus(LEARNT_PACKAGE) if source.split == split]
+    stream = token_stream([own for own in sources if half in (None, half_of(own.path))], tokenizer).long()
     rng = np.random.default_rng(seed)
     is_end = np.zeros(len(tokenizer), bool)
     is_end[line_ends(tokenizer)] = True

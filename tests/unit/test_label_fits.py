@@ -1,0 +1,61 @@
+"""Fits to labels are judged by what they say of labels that were not learnt from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scripts import benchmark
+
+from vllm_cospec.kernels.statistics import INDEX, NUM_STATISTICS
+from vllm_cospec.training.commands import DEMO_CONFIG
+from vllm_cospec.training.config import load_train_config
+
+label_fits, ablations = benchmark("label_fits"), benchmark("ablations")
+
+
+def labels(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Statistics, of which one decides."""
+    x = np.random.default_rng(3).standard_normal((count, NUM_STATISTICS)).astype(np.float32)
+    return x, np.where(x[:, INDEX["draft_entropy"]] > 0, 1.0, -1.0).astype(np.float32)
+
+
+def test_scores_are_judged_by_hand_worked_labels() -> None:
+    logit, truth = torch.tensor([3.0, 0.5, 0.1, -2.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    found = label_fits.judged(logit, truth)
+    assert found["auc"] == 0.75  # of four pairs, 0.1 against 0.5 is the wrong way round
+    assert found["right"] == 0.75
+    assert found["gain_0.5"] == 25.0  # three kept: two won, one lost
+    assert found["gain_0.7"] == 25.0  # 0.95 alone is kept
+    likelihood = torch.sigmoid(logit * truth).log().mean()
+    assert found["loss"] == pytest.approx(-float(likelihood), rel=1e-6)
+
+
+def test_a_fit_without_the_group_that_decides_is_blind() -> None:
+    demo = load_train_config(DEMO_CONFIG)
+    x, truth = labels(6000)
+    fits = label_fits.fits(demo, x, truth, seed=1)
+    assert list(fits) == [
+        "network on all statistics", "logistic regression", *(f"network without {group}" for group in ablations.GROUPS),
+    ]  # fmt: skip
+    auc = {}
+    for name in ("network on all statistics", "logistic regression", "network without draft", "network without target"):
+        logit = label_fits.scored(fits[name](), demo.learner.hidden_sizes, torch.from_numpy(x))
+        auc[name] = label_fits.judged(logit, torch.from_numpy(truth))["auc"]
+    blind = auc.pop("network without draft")
+    assert min(auc.values()) > 0.95
+    assert blind < 0.7
+
+
+def test_another_seed_learns_from_other_labels() -> None:
+    demo = load_train_config(DEMO_CONFIG)
+    x, truth = labels(400)
+    one, two, again = (label_fits.fits(demo, x, truth, seed)["logistic regression"]() for seed in (1, 2, 1))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["mean"], two["mean"])
+
+
+def test_the_table_has_means_and_the_range_of_the_seeds() -> None:
+    figures = {"auc": 0.8, "loss": 0.5, "right": 0.75, "gain_0.5": 20.0, "gain_0.7": 10.0}
+    table = label_fits.markdown({"fits": {"a": [figures, {**figures, "auc": 0.9}]}}).splitlines()
+    assert table[2] == "| a | 0.850 (0.800 to 0.900) | 0.500 | 75.0 % | +20.0 | +10.0 |"
