@@ -68,7 +68,7 @@ def auc(value: np.ndarray, positive: np.ndarray) -> float:
     return float(higher) / float(positive.sum() * (~positive).sum())
 
 
-class Answers:
+class AnsweredLines:
     """What was recorded of some lines, by mode."""
 
     def __init__(self, work: Path, familiarity: np.ndarray):
@@ -129,7 +129,7 @@ def main(
     model = AutoModelForCausalLM.from_pretrained(pair / "draft", dtype=torch.bfloat16).eval()
     with progress_bar("reading", sum(map(len, prompts.values()))) as tick:
         found = {work: log_likelihood(model, own, tick) for work, own in prompts.items()}
-    tuning, tested = Answers(calibration, found[calibration]), Answers(test, found[test])
+    tuning, tested = AnsweredLines(calibration, found[calibration]), AnsweredLines(test, found[test])
     cuts = {left: float(np.percentile(tuning.familiarity, left)) if left else None for left in DECILES}
     tried = [tuning.gated(mode, cut) for mode in MODES for cut in cuts.values()]
     best = max(tried, key=lambda row: (row["accuracy"], row["acceptance_length"]))

@@ -40,7 +40,7 @@ def work(tmp_path: Path) -> Path:
 
 
 def test_above_the_cut_the_arbiter_answers_and_below_it_the_target(work: Path) -> None:
-    answers = familiarity.Answers(work, np.array([2.0, 1.0, -1.0, -2.0]))
+    answers = familiarity.AnsweredLines(work, np.array([2.0, 1.0, -1.0, -2.0]))
     found = answers.gated(CAREFUL, 0.0)
     assert (found["asked"], found["accuracy"]) == (0.5, 0.75)
     assert (found["accuracy_seen_lines"], found["accuracy_new_lines"]) == (1.0, 0.5)
@@ -53,7 +53,7 @@ def test_above_the_cut_the_arbiter_answers_and_below_it_the_target(work: Path) -
 
 
 def test_it_is_said_how_well_familiarity_tells_lines_apart(work: Path) -> None:
-    found = familiarity.Answers(work, np.array([2.0, -1.0, 1.0, -2.0])).about()
+    found = familiarity.AnsweredLines(work, np.array([2.0, -1.0, 1.0, -2.0])).about()
     assert found["auc, seen against new lines"] == 0.75
     assert found[f"auc, {CAREFUL}: gained against lost"] == 1.0
 
