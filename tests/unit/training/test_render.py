@@ -14,7 +14,16 @@ from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.outcome import Outcome, table_of
 from vllm_cospec.training.measure.plots import SPEED as SPEED_AXIS
 from vllm_cospec.training.measure.plots import plot_accuracy, plot_curves
-from vllm_cospec.training.measure.render import COLUMNS, COUNTED, QUALITY, SPEED, markdown_table, named, rich_table
+from vllm_cospec.training.measure.render import (
+    CALIBRATED,
+    COLUMNS,
+    COUNTED,
+    QUALITY,
+    SPEED,
+    markdown_table,
+    named,
+    rich_table,
+)
 
 
 def rows() -> list[dict]:
@@ -48,6 +57,28 @@ def test_every_column_shows_a_row_that_lacks_it_as_blank() -> None:
         assert set(columns) <= set(COLUMNS)
         assert "nan" not in markdown_table([bare], columns)
     assert named({"learned": {"accuracy": 1}}) == [{"mode": "learned", "accuracy": 1}]
+
+
+@pytest.mark.parametrize("columns", [QUALITY, CALIBRATED, COUNTED, SPEED])
+def test_a_terminal_of_80_columns_shows_every_name_and_every_figure_whole(columns: tuple[str, ...]) -> None:
+    (row,) = (row for row in rows() if row["mode"] == "learned")
+    row |= {
+        "mode": "x" * 54, "loss_bound": 0.0123, "tokens_per_s": 12345.6, "ttft_ms_p50": 1234.5, "tpot_ms_p50": 123.4,
+        "itl_ms_p99": 1234.5, "num_mismatches": 123456, "num_overrides": 12345, "mean_output_tokens": 226.1,
+    }  # fmt: skip
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(rich_table([row], "title", columns))
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    (rule,) = (number for number, line in enumerate(lines) if line.startswith("─"))
+    heading, body = " ".join(lines[1:rule]), lines[rule + 1 :]
+    figures = 0
+    for column in (COLUMNS[one] for one in columns if one != "mode"):
+        assert set((column.narrow or column.heading).split()) <= set(heading.split()), column.heading
+        assert set(column.cell(row).split()) <= set(" ".join(body).split()), column.heading
+        figures += len(column.cell(row).split())
+    assert figures > 5
+    assert "".join(body).count("x") == 54
 
 
 def test_a_plot_draws_every_group_with_its_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
