@@ -10,36 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from changed_vllm import HOOK, run
+from engines import IMPORTED, forked
 
 HERE = Path(__file__).parent
-HOOK = "SpecDecodeBaseProposer._sample_draft_tokens"
+SUPPORT = HERE.parent / "support"
 
 
 def changed_environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(HERE / "broken_vllm")}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE / "broken_vllm", SUPPORT)))}
 
 
-def run_job(pair: Path, prompts: list[str], speculative_config: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    job = {
+def job(pair: Path, prompts: list[str], method: str, **keys: Any) -> dict[str, Any]:
+    speculative_config = {"method": method, "model": str(pair / "draft"), "num_speculative_tokens": 5, **keys}
+    return {
         "engine": {"model": str(pair / "target"), "speculative_config": speculative_config},
         "runs": [{"name": "run", "prompts": prompts[:4], "params": {"temperature": 0, "max_tokens": 30}}],
     }
-    return subprocess.run(
-        [sys.executable, str(HERE.parent / "support" / "engines.py")],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=changed_environment(),
-        check=False,
-    )
 
 
 def test_doctor_names_the_changed_hook() -> None:
     command = [str(Path(sys.executable).with_name("cospec")), "doctor", "--json"]
-    healthy = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert healthy.returncode == 0, healthy.stdout
-    assert json.loads(healthy.stdout)["ok"] is True
     changed = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=changed_environment(), check=False
     )
@@ -53,9 +44,10 @@ def test_doctor_names_the_changed_hook() -> None:
 
 @pytest.mark.engine
 def test_cospec_is_refused_at_start_up(pair: Path, prompts: list[str]) -> None:
-    process = run_job(
-        pair, prompts, {"method": "cospec", "model": str(pair / "draft"), "num_speculative_tokens": 5,
-                        "arbiter": {"policy": "typical"}},
+    process = subprocess.run(
+        [sys.executable, str(SUPPORT / "engines.py")],
+        input=json.dumps(job(pair, prompts, "cospec", arbiter={"policy": "typical"})),
+        capture_output=True, text=True, timeout=300, env=changed_environment(), check=False,
     )  # fmt: skip
     last = process.stderr.strip().splitlines()[-1]
     assert process.returncode != 0
@@ -66,8 +58,7 @@ def test_cospec_is_refused_at_start_up(pair: Path, prompts: list[str]) -> None:
 
 @pytest.mark.engine
 def test_vllm_without_cospec_still_serves(pair: Path, prompts: list[str]) -> None:
-    process = run_job(
-        pair, prompts, {"method": "draft_model", "model": str(pair / "draft"), "num_speculative_tokens": 5}
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert all(outputs[0]["text"] for outputs in json.loads(process.stdout)["runs"]["run"])
+    with pytest.raises(AssertionError, match=HOOK):  # it is the changed one
+        forked(run, job(pair, prompts, "cospec", arbiter={"policy": "typical"}), IMPORTED)
+    result = forked(run, job(pair, prompts, "draft_model"), IMPORTED)
+    assert all(outputs[0]["text"] for outputs in result["runs"]["run"])

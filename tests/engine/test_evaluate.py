@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from engines import IMPORTED, forked
 
 from vllm_cospec.arbiter import load_artefact
+from vllm_cospec.training.commands import DEMO_CONFIG
+from vllm_cospec.training.config import load_train_config
+from vllm_cospec.training.measure.evaluate import Chunk, EvaluationActor, engine_of, rows_of
+from vllm_cospec.training.measure.modes import Mode, at_temperature, parse_mode
+from vllm_cospec.training.rollout.actors import ACTOR_ENVIRONMENT
 from vllm_cospec.training.tasks import Problem, load_task
 
 MODES = ["strict", "learned", "learned(threshold=1.0)"]  # they share one engine
@@ -52,8 +60,38 @@ def test_modes_are_compared_on_the_same_problems(pair: Path, tmp_path: Path) -> 
     assert (arbiter / "model.safetensors").read_bytes() == weights
 
 
+def answers(job: tuple[str, Path, list[Mode]]) -> dict[str, Any]:
+    """What an engine of this process answers in modes that it fits."""
+    kind, arbiter, modes = job
+    os.environ |= ACTOR_ENVIRONMENT
+    config = load_train_config(DEMO_CONFIG)
+    problems = tuple(load_task("demo").problems(seed=9, n=60, split="test"))
+    actor = EvaluationActor(config.pair, config.task, kind, str(arbiter), config.rollout.max_tokens)
+    return {mode.name: actor.work(Chunk(mode, 0, problems), None) for mode in modes}
+
+
+def check_sampled(rows: list[dict[str, Any]]) -> None:
+    assert [row["mode"] for row in rows] == ["target, sampled", "strict", "learned"]
+    target, strict, learned = rows
+    assert target["paired_vs_target"] is None
+    assert abs(strict["paired_vs_target"]["difference"]) < 0.35  # other random numbers, the same distribution
+    low, high = learned["paired_vs_target"]["bootstrap_ci95"]
+    assert 0 < low < learned["paired_vs_target"]["difference"] < high
+
+
 @pytest.mark.engine
-def test_sampled_modes_are_compared_with_the_target_at_the_same_temperature(pair: Path, tmp_path: Path) -> None:
+def test_sampled_modes_are_compared_with_the_target_at_the_same_temperature(pair: Path) -> None:
+    found: dict[str, Any] = {}
+    modes = at_temperature([parse_mode("strict"), parse_mode("learned")], 1.0, "sampled")
+    for kind in ("target", "learned"):
+        own = [mode for mode in modes if engine_of(mode, artefact=True) == kind]
+        found |= forked(answers, (kind, pair / "arbiter", own), IMPORTED)
+    check_sampled(rows_of(found))
+
+
+@pytest.mark.engine
+@pytest.mark.slow  # the same by the whole command
+def test_the_command_compares_sampled_modes(pair: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     command = [str(Path(sys.executable).with_name("cospec")), "evaluate", "--artefact", str(pair / "arbiter")]
     command += ["--mode", "strict", "--mode", "learned", "--temperature", "1.0", "--baseline", "sampled"]
@@ -62,9 +100,4 @@ def test_sampled_modes_are_compared_with_the_target_at_the_same_temperature(pair
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(figures.read_text())
     assert result["problems"] == "60 test problems of demo, seed 9, temperature 1"
-    target, strict, learned = result["modes"].values()
-    assert list(result["modes"]) == ["target, sampled", "strict", "learned"]
-    assert target["paired_vs_target"] is None
-    assert abs(strict["paired_vs_target"]["difference"]) < 0.35  # other random numbers, the same distribution
-    low, high = learned["paired_vs_target"]["bootstrap_ci95"]
-    assert 0 < low < learned["paired_vs_target"]["difference"] < high
+    check_sampled([{"mode": mode, **row} for mode, row in result["modes"].items()])

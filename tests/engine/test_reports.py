@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from vllm_cospec.reports import request_metrics
-from vllm_cospec.server import Server
-from vllm_cospec.training.measure.demonstration import SERVER_ARGUMENTS
-
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(request_metrics() is None, reason="this vLLM does not count per request"),
-]
 
 RunEngine = Callable[..., dict[str, Any]]
 KEEP_HALF = {"policy": "random", "rate": 0.5}
@@ -25,6 +14,7 @@ SEVERAL = {"temperature": 0.7, "n": 3, "max_tokens": 40, "seed": 5}
 STRICT = {"temperature": 0, "max_tokens": 40, "extra_args": {"cospec_policy": "strict"}}
 
 
+@pytest.mark.engine
 def test_every_choice_says_what_was_done_to_it(pair: Path, prompts: list[str], run_engine: RunEngine) -> None:
     runs = [
         {"name": "several", "prompts": prompts[:10], "params": SEVERAL},
@@ -60,28 +50,3 @@ def test_every_choice_says_what_was_done_to_it(pair: Path, prompts: list[str], r
     for (choice,) in result["runs"]["strict"]:
         assert choice["metrics"]["cospec"] == {"num_mismatches": 0, "num_overrides": 0, "regret": 0.0}
         assert choice["metrics"]["num_spec_steps"] > 0
-
-
-def test_a_servers_answers_say_what_was_done_to_them(pair: Path, prompts: list[str], tmp_path: Path) -> None:
-    arguments = (*SERVER_ARGUMENTS, "--per-request-spec-decode-metrics", "detailed")
-    config = {"method": "cospec", "arbiter": KEEP_HALF}
-    reports = []
-    with Server(pair / "target", config, arguments, log=tmp_path / "server.log") as server:
-        server.wait_until_ready()
-        for prompt in prompts[:5]:
-            answer = ask(server, {"prompt": prompt, "temperature": 0, "max_tokens": 60})
-            speculative = answer["metrics"]["speculative_decoding"]
-            assert len(speculative["per_step_accepted"]) == speculative["num_spec_steps"]
-            reports.append(speculative["cospec"])
-        counters = server.counters()
-    assert sum(report["num_mismatches"] for report in reports) == counters["vllm:cospec_num_mismatches"]
-    assert sum(report["num_overrides"] for report in reports) == counters["vllm:cospec_num_overrides"] > 0
-
-
-def ask(server: Server, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(
-        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=240) as response:
-        found: dict[str, Any] = json.load(response)
-    return found

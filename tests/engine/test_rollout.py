@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import IMPORTED, forked
+from rollouts import main
 
 CONFIG = Path(__file__).parents[2] / "training" / "configs" / "demo.toml"
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """Everything, from one engine; see run_rollouts.py."""
-    process = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("run_rollouts.py")), str(CONFIG)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
+    """Everything, from one engine; see rollouts.py."""
+    return forked(main, CONFIG, IMPORTED)
 
 
 @pytest.mark.engine

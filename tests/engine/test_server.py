@@ -18,6 +18,7 @@ import openai
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from vllm_cospec.arbiter import Arbiter, ArtefactConfig, Provenance, current_schema, save_artefact, tokenizer_hash
@@ -59,13 +60,37 @@ def arbiter(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def write_adapter(directory: Path, target: Path) -> Path:
+    """An adapter of rank 8 on every layer's output projection, strong enough to change what the target writes."""
+    config = json.loads((target / "config.json").read_text())
+    size, rank = config["hidden_size"], 8
+    generator = torch.Generator().manual_seed(5)
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.o_proj"
+        weights[f"{name}.lora_A.weight"] = torch.randn(rank, size, generator=generator) / size**0.5
+        weights[f"{name}.lora_B.weight"] = torch.randn(size, rank, generator=generator) / rank**0.5
+    directory.mkdir()
+    save_file(weights, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["o_proj"], "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return directory
+
+
 @pytest.fixture(scope="module", params=["learned", pytest.param("rule", marks=pytest.mark.slow)])
 def server(
     request: pytest.FixtureRequest, pair: Path, arbiter: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
+    """A server with an adapter that counts per request."""
+    directory = tmp_path_factory.mktemp("server")
+    adapter = write_adapter(directory / "adapter", pair / "target")
+    arguments = (
+        *SERVER_ARGUMENTS, "--per-request-spec-decode-metrics", "detailed",
+        "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"adapter={adapter}",
+    )  # fmt: skip
     policy: Any = str(arbiter) if request.param == "learned" else {"policy": "typical", "posterior_threshold": 0.05}
-    log = tmp_path_factory.mktemp("server") / f"{request.param}.log"
-    with Server(pair / "target", {"method": "cospec", "arbiter": policy}, SERVER_ARGUMENTS, log=log) as server:
+    log = directory / f"{request.param}.log"
+    with Server(pair / "target", {"method": "cospec", "arbiter": policy}, arguments, log=log) as server:
         server.wait_until_ready()
         yield server
 
@@ -169,7 +194,7 @@ def test_keys_are_checked_with_beam_search_too(server: Server, prompts: list[str
 def test_strict_and_structured_requests_consult_nobody(server: Server, prompts: list[str]) -> None:
     before = check_counters(server)["vllm:cospec_num_mismatches"]
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as api:
-        for prompt in prompts[:20]:
+        for prompt in prompts[:8]:
             api.completions.create(
                 model="demo", prompt=prompt, temperature=0, extra_body={"vllm_xargs": {"cospec_policy": "strict"}}
             )
@@ -180,6 +205,51 @@ def test_strict_and_structured_requests_consult_nobody(server: Server, prompts: 
                 response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}},
             )
     assert check_counters(server)["vllm:cospec_num_mismatches"] == before
+
+
+def ask_several(server: Server, prompts: list[str], model: str, **keys: Any) -> tuple[list[str], float]:
+    """Return the texts, and how many mismatches were counted meanwhile."""
+    before = server.counters()["vllm:cospec_num_mismatches"]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as api:
+        answer = api.completions.create(
+            model=model, prompt=prompts, max_tokens=40, temperature=0, extra_body={"vllm_xargs": keys}
+        )
+    return [choice.text for choice in answer.choices], server.counters()["vllm:cospec_num_mismatches"] - before
+
+
+@pytest.mark.engine
+def test_a_request_with_an_adapter_is_strict_unless_it_names_the_policy(
+    server: Server, prompts: list[str], request: pytest.FixtureRequest
+) -> None:
+    """The drafter drafts as the target would without one."""
+    some, policy = prompts[:16], "learned" if "learned" in request.node.callspec.id else "typical"
+    base, disagreements = ask_several(server, some, "demo")
+    assert disagreements > 0
+    adapted, disagreements = ask_several(server, some, "adapter")
+    assert adapted != base
+    assert disagreements == 0
+    assert ask_several(server, some, "adapter", cospec_policy="strict") == (adapted, 0)
+    named, disagreements = ask_several(server, some, "adapter", cospec_policy=policy)
+    assert named != adapted
+    assert disagreements > 0
+
+
+@pytest.mark.engine
+def test_answers_say_what_was_done_to_them(server: Server, prompts: list[str], request: pytest.FixtureRequest) -> None:
+    before, reports = check_counters(server), []
+    keys = {"cospec_threshold": 0.3} if "learned" in request.node.callspec.id else {}  # untrained: about 0.5
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as api:
+        for prompt in prompts[:5]:
+            answer: Any = api.completions.create(
+                model="demo", prompt=prompt, temperature=0, max_tokens=60, extra_body={"vllm_xargs": keys}
+            )
+            speculative = answer.metrics["speculative_decoding"]
+            assert len(speculative["per_step_accepted"]) == speculative["num_spec_steps"]
+            reports.append(speculative["cospec"])
+    after = check_counters(server)
+    for name in ("num_mismatches", "num_overrides"):
+        counted = after[f"vllm:cospec_{name}"] - before[f"vllm:cospec_{name}"]
+        assert sum(report[name] for report in reports) == counted > 0, name
 
 
 @pytest.mark.engine

@@ -124,7 +124,9 @@ def test_what_is_wrong_is_said_in_one_sentence(
 def test_a_plugin_that_vllm_is_told_to_leave_out_is_said_by_doctor_and_demo(
     cospec: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert json.loads(cospec("doctor", "--json")[1])["problems"] == []
+    code, out, _ = cospec("doctor", "--json")
+    report = json.loads(out)
+    assert (code, report["ok"], report["problems"]) == (0, True, [])
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     code, out, _ = cospec("doctor", "--json")
     report = json.loads(out)

@@ -1,16 +1,12 @@
-"""Rolls out units on one real engine and prints what came of it as JSON; test_rollout.py says what must hold."""
+"""Rolls out units on one real engine; tests/engine/test_rollout.py says what must hold of what comes of it."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
@@ -19,6 +15,7 @@ from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.training.config import RolloutConfig, TaskConfig, TrainConfig, load_train_config
 from vllm_cospec.training.learning.advantages import group_advantages
 from vllm_cospec.training.learning.learner import initial_arbiter
+from vllm_cospec.training.rollout.actors import ACTOR_ENVIRONMENT
 from vllm_cospec.training.rollout.branches import branch_request, joined
 from vllm_cospec.training.rollout.collect import roll_out
 from vllm_cospec.training.rollout.engine import Engine, Request
@@ -87,11 +84,10 @@ def several_continuations(engine: Engine, unit: Unit, config: TrainConfig, grade
     }
 
 
-def main() -> None:
-    """Run everything on one engine."""
-    results_to = os.dup(1)
-    os.dup2(2, 1)  # the engine logs to standard output; results must stand alone there
-    config = load_train_config(Path(sys.argv[1]))
+def main(path: Path) -> dict[str, Any]:
+    """Run everything on one engine in this process, as a configuration has it."""
+    os.environ |= ACTOR_ENVIRONMENT
+    config = load_train_config(path)
     task = load_task("demo")
     graders = Graders(config.task)
     problems = task.problems(seed=5, n=48, split="train")
@@ -122,7 +118,7 @@ def main() -> None:
     found["roads"] = roads(engine, first, 0.0)
     found["sampled_roads"] = roads(engine, first, 1.0)
 
-    hanging = TaskConfig(reward="run_rollouts:hangs_at_some", reward_timeout_s=2.0)
+    hanging = TaskConfig(reward="rollouts:hangs_at_some", reward_timeout_s=2.0)
     with Graders(hanging) as slow:
         hung = roll_out(engine, first, config, slow)
     found["hanging"] = {
@@ -157,9 +153,4 @@ def main() -> None:
     several = config.rollout.model_copy(update={"temperature": 0.8, "top_p": 0.9, "continuations_per_action": 3})
     found["several"] = several_continuations(engine, first, config.model_copy(update={"rollout": several}), graders)
     graders.close()
-    with os.fdopen(results_to, "w") as out:
-        json.dump(found, out)
-
-
-if __name__ == "__main__":
-    main()
+    return found
