@@ -11,14 +11,18 @@ GPU_PYTHON ?= python3
 PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := vllm_cospec/demo
 LAYOUT := build/layout
-LONGEST := tests/engine/test_training.py
+RAY := $(addprefix tests/engine/test_,training.py shipped.py pool.py pool_faults.py evaluate.py tensor_parallel.py)
+FAST := not engine and not interpreted and not slow
+PARTS := test-engines test-ray test-interpreted test-unit
+ALONE := $(addprefix tests/unit/,arbiter cpu_kernel policies regret training)
 
 COMPAT := 0.33.0
 COMPAT_TESTS := tests/compat tests/unit/test_compat.py tests/unit/test_scheduler.py tests/engine/test_strict_parity.py \
   tests/engine/test_features.py tests/engine/test_company.py tests/engine/test_head_health.py tests/engine/test_reports.py \
+  tests/engine/test_server.py::test_answers_say_what_was_done_to_them \
   tests/interpreted/test_in_the_interpreter.py
 
-.PHONY: help venv demo serve test-fast test test-all test-engines test-others compat lint gpu pair smollm2 code-pair clean
+.PHONY: help venv demo serve test-fast test test-all test-vllm test-alone $(PARTS) compat lint gpu pair smollm2 code-pair clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -44,20 +48,33 @@ serve: $(STAMP) ## serve the bundled pair on PORT (8000) until stopped
 	@$(BIN)/cospec demo --serve --port $(PORT)
 
 test-fast: $(STAMP) ## run what starts no engine, server, Ray or interpreter, in two processes
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not engine and not interpreted and not slow'
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-vllm test-alone
 
-test: $(STAMP) ## run the tests but the slow ones: most engines on one core, the rest on another
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-engines test-others SELECT="-m 'not slow'"
+# Two halves that take about as long; only one of them waits for vLLM's import.
+test-vllm: $(STAMP)
+	$(BIN)/pytest -m '$(FAST)' tests/unit tests/compat $(addprefix --ignore=,$(ALONE))
+
+test-alone: $(STAMP)
+	$(BIN)/pytest -m '$(FAST)' $(ALONE)
+
+test: $(STAMP) ## run the tests but the slow ones, in four parts, two at a time
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line $(PARTS) SELECT="-m 'not slow'"
 
 test-all: $(STAMP) ## run every test, in the same way
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-engines test-others
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line $(PARTS)
 
-# Two halves that take about as long.
+# The longest first.
 test-engines: $(STAMP)
-	$(BIN)/pytest $(SELECT) tests/engine --ignore=$(LONGEST)
+	$(BIN)/pytest $(SELECT) tests/engine $(addprefix --ignore=,$(RAY))
 
-test-others: $(STAMP)
-	$(BIN)/pytest $(SELECT) $(LONGEST) $(filter-out tests/engine tests/support tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+test-ray: $(STAMP)
+	$(BIN)/pytest $(SELECT) $(RAY)
+
+test-interpreted: $(STAMP)
+	$(BIN)/pytest $(SELECT) tests/interpreted
+
+test-unit: $(STAMP)
+	$(BIN)/pytest $(SELECT) $(filter-out $(addprefix tests/,engine interpreted support __pycache__),$(patsubst %/,%,$(wildcard tests/*/)))
 
 # That version exists for GPUs alone: its Python code runs here over the compiled modules of the CPU build.
 compat: $(STAMP) ## run the engine tests, V1 and interpreted V2, on vLLM $(COMPAT) (fetched by name, 340 MB)

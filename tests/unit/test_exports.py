@@ -109,23 +109,42 @@ def test_the_scheduler_falls_back_when_requests_are_unlike_those_of_calibration(
     assert taken.scores.sum() == sum(int(f.histogram.sum()) for f in [*usual, *others, *others[:needed]])
 
 
-SERVER = """
-import sys
+SERVERS = """
+import multiprocessing, sys
 from types import SimpleNamespace
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_cospec.config import Settings
 from vllm_cospec.kernels.policies import Typical
 from vllm_cospec.metrics import CoSpecDecodingProm
 
-directory, k, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+directory, k = sys.argv[1], int(sys.argv[2])
 settings = Settings(policy=Typical(), threshold=0.5, max_overrides=None, exact_tokens=0, collect=False,
                     draft_logits=True, num_speculative_tokens=k, counters=directory)
-prom = CoSpecDecodingProm(SimpleNamespace(num_speculative_tokens=k, cospec=settings), ["engine"], {0: ["0"], 1: ["1"]})
-print("READY", flush=True)
+
+def serve(connection):
+    speculative = SimpleNamespace(num_speculative_tokens=k, cospec=settings)
+    prom = CoSpecDecodingProm(speculative, ["engine"], {0: ["0"], 1: ["1"]})
+    while True:
+        connection.send("ready")
+        connection.recv()
+        for engine in (0, 1):
+            prom.observe(SpecDecodingStats.new(k), engine)
+
+fork, servers = multiprocessing.get_context("fork"), {}
 for line in sys.stdin:
-    for engine in (0, 1):
-        prom.observe(SpecDecodingStats.new(k), engine)
-    print("DONE", flush=True)
+    command, name = line.split()
+    if command == "start":
+        ours, theirs = fork.Pipe()
+        servers[name] = fork.Process(target=serve, args=(theirs,), daemon=True), ours
+        servers[name][0].start()
+    elif command == "observe":
+        servers[name][1].send("")
+    if command == "kill":
+        servers[name][0].kill()
+        servers[name][0].join()
+    else:
+        servers[name][1].recv()
+    print("done", flush=True)
 """
 SCRAPE = """
 from prometheus_client import CollectorRegistry, multiprocess
@@ -146,40 +165,34 @@ def test_two_api_servers_and_one_that_is_started_again_export_every_engines_coun
     for engine in engines:
         engine.open(create=True)
 
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(counted), str(K), "1"], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+    # one process that has imported vLLM and forks a server for each name
+    servers = subprocess.Popen(
+        [sys.executable, "-c", SERVERS, str(counted), str(K)], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
 
-    def expect(server: subprocess.Popen[str], word: str) -> None:
-        assert server.stdout is not None
-        assert next((line for line in server.stdout if line.strip() == word), None) is not None
+    def tell(command: str, name: str) -> None:
+        assert servers.stdin is not None
+        assert servers.stdout is not None
+        servers.stdin.write(f"{command} {name}\n")
+        servers.stdin.flush()
+        assert "done" in (line.strip() for line in servers.stdout), "the servers ended"
 
-    def observe(server: subprocess.Popen[str]) -> None:
-        assert server.stdin is not None
-        server.stdin.write("\n")
-        server.stdin.flush()
-        expect(server, "DONE")
-
-    servers = [start(), start()]
-    for server in servers:
-        expect(server, "READY")
+    tell("start", "a")
+    tell("start", "b")
     engines[0].add(5, np.array([2, 0, 1]))
-    observe(servers[0])
+    tell("observe", "a")
     engines[0].add(1, np.array([1, 0, 0]))
     engines[1].add(7, np.array([0, 4, 0]))
-    observe(servers[1])
-    observe(servers[0])
-    servers[1].kill()  # what it has exported stays exported
-    servers[1].wait()
+    tell("observe", "b")
+    tell("observe", "a")
+    tell("kill", "b")  # what it has exported stays exported
     engines[1].add(2, np.array([0, 0, 2]))
-    servers[1] = start()
-    expect(servers[1], "READY")
-    observe(servers[1])
-    for server in servers:
-        server.kill()
-        server.wait()
+    tell("start", "c")
+    tell("observe", "c")
+    tell("kill", "a")
+    tell("kill", "c")
+    servers.communicate()
     done = subprocess.run([sys.executable, "-c", SCRAPE], env=environment, capture_output=True, text=True, check=True)
     assert "vllm:cospec_num_mismatches 0=6 1=9" in done.stdout
     assert "vllm:cospec_num_overrides 0=4 1=6" in done.stdout

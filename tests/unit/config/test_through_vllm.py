@@ -319,6 +319,7 @@ def test_without_cospec_everything_is_as_without_the_plugin(pair: Pair) -> None:
     assert "SAME 10" in result.stdout, result.stderr[-3000:]
 
 
+@pytest.mark.engine  # as a server does, until it has read its configuration
 def test_vllms_own_command_ends_with_the_sentence_alone(pair: Pair) -> None:
     """No traceback of vLLM's above it, and no engine process."""
     module = "vllm.entrypoints.openai.api_server"
