@@ -186,6 +186,14 @@ PATCHES: tuple[Patch, ...] = (
         level="instance",
     ),
     Patch(
+        f"{PROPOSER}.dummy_run",
+        why="dummy runs of a data-parallel rank write into the drafter's KV cache, where the last step has written",
+        how="maps every token nowhere, then calls the original",
+        remove_when="vLLM gives a drafter's dummy runs the slots it gives the target's",
+        when="cospec runs on Model Runner V1",
+        level="instance",
+    ),
+    Patch(
         f"{RUNNER}._input_fits_in_drafter",
         why="one sequence near the end of the drafter's context stops it for the whole batch, and leaves holes in its "
         "cache",

@@ -165,7 +165,8 @@ def keep_strict(request: EngineCoreRequest, speculative_config: Any) -> None:
     """Write into a request on its way to the engine that it is strict, where the drafter does not see what it asks.
 
     With a LoRA adapter it drafts as the target would without, which a request may accept by naming the policy. A prompt
-    of embeddings, or an image that only the target can see, it does not have at all.
+    of embeddings, or an image that only the target can see, it does not have at all. Where input comes in parts, vLLM
+    takes back the last token before each part, of which a head's cache is made already.
 
     Raises:
         ConfigError: the request names the policy where the drafter lacks a part of the prompt.
@@ -177,6 +178,8 @@ def keep_strict(request: EngineCoreRequest, speculative_config: Any) -> None:
         unseen = "a prompt of embeddings"
     elif request.mm_features and _reads_text_alone(speculative_config):
         unseen = "an image or sound"
+    elif request.resumable:
+        unseen = "where input that comes in parts goes on"
     if unseen and named not in (None, "strict"):
         raise ConfigError(f"{WHERE}.cospec_policy: {named!r} needs a drafter that sees {unseen}; leave it out")
     if unseen or (request.lora_request is not None and named is None):

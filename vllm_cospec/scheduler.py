@@ -91,10 +91,14 @@ class WholeBlocks(Scheduler):
         if settings is not None and settings.traffic is not None:
             self._watch = RequestWatch(settings, self.vllm_config.parallel_config.data_parallel_index)
 
-        heads = speculative_config is not None and speculative_config.use_eagle()
+        self._heads = speculative_config is not None and speculative_config.use_eagle()
         self._behind: Behind | None = None
         # from 0.33 on, hashes cover what a head reads ahead, but for some settings
-        if heads and self.cache_config.enable_prefix_caching and not getattr(self, "num_hash_lookahead_tokens", 0):
+        if (
+            self._heads
+            and self.cache_config.enable_prefix_caching
+            and not getattr(self, "num_hash_lookahead_tokens", 0)
+        ):
             self._behind = Behind(self.kv_cache_manager.block_pool, self.num_prefill_lookahead)
         self._foreign_blocks: list[list[int]] = [[] for _ in self.kv_cache_config.kv_cache_groups]
         if self.connector is not None:
@@ -115,8 +119,11 @@ class WholeBlocks(Scheduler):
             block = request.num_tokens_with_spec + request.num_output_placeholders - num_computed_tokens
             room = self.max_model_len - num_computed_tokens - self.num_sampled_tokens_per_step
             return num_new_tokens if num_new_tokens >= min(block, room, self._tokens_alone) else 0
-        if self._stops_before_last(request) and num_new_tokens > 1:
-            num_new_tokens -= num_computed_tokens + num_new_tokens == request.num_tokens
+        if num_new_tokens > 1:
+            end = num_computed_tokens + num_new_tokens
+            num_new_tokens -= (self._stops_before_last(request) and end == request.num_tokens) or (
+                self._heads and any(feature.mm_position.offset == end for feature in request.mm_features)
+            )  # a head reads one token ahead, and of an image that is not encoded yet it would read placeholders
         return num_new_tokens
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
@@ -127,6 +134,10 @@ class WholeBlocks(Scheduler):
     def _get_local_prefix_cache_hit(self, request: Any, *args: Any) -> tuple[Any, int, int, bool]:
         """As the scheduler's: (blocks, tokens in them, boundary, diverged); no more than the request can stand on."""
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *args)
+        if diverged and (self._behind is not None or self._stops_before_last(request)):
+            # deeper in some groups than in others, for a connector to fill: vLLM may look again, past this method
+            blocks, num_tokens, boundary = self.kv_cache_manager.get_computed_blocks(request, *args)
+            diverged = False
         limit = num_tokens
         if self._behind is not None:
             manager = self.kv_cache_manager.coordinator
@@ -184,6 +195,21 @@ class WholeBlocks(Scheduler):
                 request = self.requests[request_id]
                 if self._may_draft_again(request):
                     request.spec_token_ids = placeholders
+
+    def _handle_invalid_blocks(self, *args: Any) -> set[str]:
+        """As the scheduler's; what a step drafted behind a token that is taken back has no place in the text."""
+        failed = super()._handle_invalid_blocks(*args)
+        for request_id in failed:
+            request = self.requests[request_id]
+            request.spec_token_ids = []
+            request.is_prefill_chunk = True  # computed again from the blocks that failed to load
+        return failed
+
+    def _handle_stopped_request(self, request: Any) -> bool:
+        """As the scheduler's: whether the request has ended. What was drafted behind a stop goes with it."""
+        ended = super()._handle_stopped_request(request)
+        request.is_prefill_chunk = True  # with more input to come, it goes on with that
+        return ended
 
     def _drafts_unused(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> bool:
         """As the scheduler's, from vLLM 0.33 on."""

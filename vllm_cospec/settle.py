@@ -85,6 +85,7 @@ def settle_loaded(
 
     if speculative_config.parallel_drafting:
         _check_parallel(speculative_config.method)
+    _check_modules(speculative_config)
     target, draft = target_model_config, speculative_config.draft_model_config or target_model_config
     models = Models(
         method=speculative_config.method,
@@ -118,6 +119,20 @@ def _check_parallel(method: str) -> None:
         raise ConfigError(
             f"{WHERE}.draft_method: {method!r} drafts in parallel, and on Model Runner V1 cospec does not follow what "
             f"such a drafter's cache holds; serve on Model Runner V2, or use another drafter"
+        )
+
+
+def _check_modules(speculative_config: Any) -> None:
+    """Refuse heads of several modules, each with a cache of its own: nothing here follows the later ones."""
+    only_one = "pass 1"
+    if compat.placement().runner == "v2":
+        several = speculative_config.use_multi_module_mtp()
+    else:
+        several, only_one = speculative_config.use_step3p5_mtp(), "use another drafter"
+    if several:
+        raise ConfigError(
+            f"{WHERE}.num_speculative_tokens: {speculative_config.num_speculative_tokens} needs several modules of "
+            f"this model's MTP head, and cospec follows the cache of the first alone; {only_one}"
         )
 
 

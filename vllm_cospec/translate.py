@@ -166,6 +166,7 @@ def _check_inner(config: CoSpecConfig, inner: dict[str, Any], target: str) -> No
     for key, only, why in (
         ("rejection_sample_method", "standard", ""),
         ("use_heterogeneous_vocab", False, ""),
+        ("disable_padded_drafter_batch", False, ": heads drafted otherwise in company"),
         ("enable_adaptive_verification", False, load),
         ("num_speculative_tokens_per_batch_size", None, load),
     ):
@@ -189,6 +190,14 @@ def _translate(
             f"scheduler_cls: {engine_args.scheduler_cls!r} cannot be combined with cospec, which brings its own "
             f"scheduler; leave it out"
         )
+    for name, value in (
+        ("watermark_config", getattr(engine_args, "watermark_config", None)),
+        ("enable_batch_sharded_sampling", target_parallel_config.enable_batch_sharded_sampling),
+    ):
+        if value:
+            raise CompatibilityError(
+                f"{name}: is set, and cannot be combined with cospec, which brings its own verification; leave it out"
+            )
     hub = Hub(
         revision=target_model_config.revision,
         cache_dir=getattr(engine_args, "download_dir", None),
@@ -256,10 +265,10 @@ def _worker_class(parallel_config: Any) -> str:
             f"worker_cls: {parallel_config.worker_cls!r} cannot be combined with cospec, which brings its own worker; "
             f"leave it out"
         )
-    if parallel_config.pipeline_parallel_size > 1:
-        raise CompatibilityError(
-            f"pipeline_parallel_size: {parallel_config.pipeline_parallel_size} is not supported with cospec; use 1"
-        )
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel_config, name)
+        if size > 1:
+            raise CompatibilityError(f"{name}: {size} is not supported with cospec; use 1")
     compat.require_hooks(place.scopes)
     if not compat.version_supported(compat.vllm_version()):
         logger.warning("cospec was not tested with vLLM %s; every hook it needs is there.", compat.vllm_version())

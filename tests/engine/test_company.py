@@ -25,6 +25,8 @@ PRESSED = {
     "kv_cache_memory_bytes": 3 * 2**20,  # room for about four of sixteen sequences
 }  # fmt: skip
 
+UNREST = {"reset": 25, "pause": 10, "idle": 3, "guests": 6}  # see engines.interrupted
+
 
 def job(name: str, requests: list[Any], **more: Any) -> dict[str, Any]:
     return {"name": name, "prompts": [p for p, _ in requests], "params": [params for _, params in requests], **more}
@@ -58,7 +60,9 @@ def test_no_text_depends_on_the_company(
     orders = {f"company {seed}": shuffled(n, seed) for seed in seeds}
     alone = run_engine([job("alone", requests, one_at_a_time=True)], speculative_config, **ROOMY)
     pressed = run_engine(
-        [job(name, [requests[i] for i in order]) for name, order in orders.items()], speculative_config, **PRESSED
+        [job(name, [requests[i] for i in order], between_steps=UNREST) for name, order in orders.items()],
+        speculative_config,
+        **PRESSED,
     )
     expected = token_ids(alone["runs"]["alone"])
     for name, order in orders.items():

@@ -247,3 +247,20 @@ def test_drafts_are_kept_in_their_scope_only(pair: Path, prompts: list[str], run
     assert kept["answer", False] > 10
     assert kept["thinking", False] == kept["answer", True] == 0
     assert min(kept["all", True], kept["all", False]) > 10
+
+
+@pytest.mark.engine
+def test_input_that_comes_in_parts_is_answered_strictly(pair: Path, run_engine: RunEngine) -> None:
+    """Whatever was drafted behind the end of an answer, the request goes on with the next part."""
+    parts = ["384-14*2-146?", "12+34?", "9*8+7?"]
+    params = GREEDY | {"max_tokens": 9}
+    runs = [
+        {"name": "parts", "prompts": parts, "params": params, "in_parts": True},
+        {"name": "first", "prompts": parts[:1], "params": params | STRICT},
+    ]
+    result = run_engine(runs, cospec(pair))
+    responses = token_ids(result["runs"]["parts"])
+    assert len(responses) == 3
+    assert all(responses)
+    assert responses[0] == token_ids(result["runs"]["first"])[0]
+    assert result["metrics"]["vllm:cospec_num_mismatches"] == 0

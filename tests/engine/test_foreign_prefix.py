@@ -1,4 +1,4 @@
-"""What a request finds in the KV cache without its drafter having seen it, on Model Runner V1."""
+"""What a KV connector brings without the drafter having seen it, or does not bring, on Model Runner V1."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 RunEngine = Callable[..., dict[str, Any]]
 GREEDY = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
 STRICT = {"extra_args": {"cospec_policy": "strict"}}
+REPEATING = "12+34?" * 11  # two blocks and a few tokens; there is something to draft behind the first token
 PROMPT = "+".join(str(n) for n in range(1, 30)) + "?"  # two blocks of the KV cache, and 16 tokens
 
 
@@ -41,3 +42,28 @@ def test_a_prefix_that_came_without_the_drafts_layers_makes_a_request_strict(
     first, _, loaded, strict = ([c["token_ids"] for c in completions] for (completions,) in result["runs"].values())
     assert loaded == strict != first
     assert result["metrics"]["vllm:cospec_num_unhealthy"] == result["metrics"]["vllm:cospec_num_unhealthy[cache]"] >= 19
+
+
+@pytest.mark.engine
+def test_drafts_behind_a_token_that_is_taken_back_are_not_verified(
+    pair: Path, run_engine: RunEngine, tmp_path: Path
+) -> None:
+    """What a connector could not load is computed again; vLLM keeps what was drafted behind the token sampled first."""
+    params = GREEDY | {"max_tokens": 40}
+    result = run_engine(
+        [{"name": name, "prompts": [REPEATING], "params": params} for name in ("first", "failed")],
+        {
+            "method": "cospec", "draft_method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1,
+            "prompt_lookup_max": 4, "arbiter": {"policy": "random", "rate": 1.0},
+        },
+        block_size=32,
+        enable_prefix_caching=False,
+        kv_transfer_config={
+            "kv_connector": "FailingConnector", "kv_connector_module_path": "failing_connector", "kv_role": "kv_both",
+            "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+            "kv_load_failure_policy": "recompute",
+        },
+    )  # fmt: skip
+    first, failed = (completions[0]["token_ids"] for (completions,) in result["runs"].values())
+    assert failed == first
+    assert result["metrics"]["vllm:cospec_num_overrides"] > 0

@@ -8,7 +8,9 @@ As a program this file runs a job by itself, from standard input to standard out
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,7 +19,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -110,7 +112,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     Args:
         job: "engine": arguments of ``LLM`` beside ``DEFAULTS``; "mend": stock vLLM with its sampling mended; "runs":
             each {"name", "prompts", "params"}, ``params`` for all prompts or a list with one entry for each, and
-            optionally "one_at_a_time".
+            optionally "one_at_a_time"; "between_steps", see :func:`interrupted`; "in_parts": the prompts are the input
+            of one request, one after the other, see :func:`in_parts`.
 
     Returns:
         "runs": name -> for each prompt its completions; "metrics": vLLM's counters; "decisions": what was collected.
@@ -127,11 +130,71 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         prompts, params = run["prompts"], run["params"]
         per_prompt = [sampling_params(p) for p in (params if isinstance(params, list) else [params] * len(prompts))]
         groups = [[i] for i in range(len(prompts))] if run.get("one_at_a_time") else [list(range(len(prompts)))]
+        if run.get("in_parts"):
+            runs[run["name"]] = [[{"token_ids": tokens}] for tokens in in_parts(llm, prompts, per_prompt[0])]
+            continue
         outputs = []
-        for group in groups:
-            outputs += llm.generate([prompts[i] for i in group], [per_prompt[i] for i in group], use_tqdm=False)
+        with interrupted(llm, **run.get("between_steps", {})):
+            for group in groups:
+                outputs += llm.generate([prompts[i] for i in group], [per_prompt[i] for i in group], use_tqdm=False)
         runs[run["name"]] = [[completion(o) for o in output.outputs] for output in outputs]
     return {"runs": runs, "metrics": counters(llm), "decisions": decisions(llm)}
+
+
+def in_parts(llm: Any, prompts: list[str], params: Any) -> list[list[int]]:
+    """Return what a request responds to each part of its input, where the parts come one by one."""
+    engine = llm.llm_engine
+    for i in range(len(prompts) + 1):
+        prompt, more = (*prompts, prompts[0])[i], i < len(prompts)  # the last one only says that nothing follows
+        request = engine.input_processor.process_inputs(
+            "parts", prompt, params, supported_tasks=engine.get_supported_tasks(), resumable=more
+        )
+        engine.engine_core.add_request(request)
+    responses: list[list[int]] = [[]]
+    for _ in range(len(prompts) * params.max_tokens):
+        for output in engine.engine_core.get_output().outputs:
+            responses[-1] += output.new_token_ids
+            if output.finish_reason is not None:
+                responses.append([])
+    assert len(responses) > len(prompts), f"it stands still after {responses}"
+    return responses[:-1]
+
+
+@contextlib.contextmanager
+def interrupted(llm: Any, reset: int = 0, pause: int = 0, idle: int = 0, guests: int = 0) -> Iterator[None]:
+    """Do between an engine's steps what an operator, a client or a data-parallel rank may do; 0 for never.
+
+    Args:
+        llm: the engine.
+        reset: after every so many steps forget the KV cache, under the running requests.
+        pause: after every so many steps pause, keep the requests, and go on.
+        idle: after every so many steps run a batch of nothing, as a rank does while others work.
+        guests: after every so many steps abort a long strict request and send another.
+    """
+    engine, numbers, guest = llm.llm_engine, itertools.count(1), {"ignore_eos": True, "max_tokens": 80}
+    strict = sampling_params(guest | {"extra_args": {"cospec_policy": "strict"}})
+    step, present = engine.step, list[str]()
+
+    def step_and_more() -> Any:
+        outputs, number = step(), next(numbers)
+        if reset and number % reset == 0:
+            assert llm.reset_prefix_cache(reset_running_requests=True)
+        if pause and number % pause == 0:
+            llm.sleep(level=0, mode="keep")
+            assert llm.wake_up(tags=["scheduling"])
+        if idle and number % idle == 0:
+            engine.model_executor.driver_worker.execute_dummy_batch()
+        alone = engine.get_num_unfinished_requests() == len(present)
+        if guests and (alone or number % guests == 0):
+            engine.abort_request(present)
+            present[:] = [] if alone else [f"guest {number}"]
+            for name in present:
+                engine.add_request(name, "1+1?2;" * 8, strict)
+        return outputs
+
+    engine.step = step_and_more
+    yield
+    engine.step = step
 
 
 def sampling_params(keys: dict[str, Any]) -> Any:

@@ -53,8 +53,11 @@ def random_head(directory: Path, pair: Path, eagle3: bool) -> Path:
     return directory
 
 
-def random_target(directory: Path, pair: Path) -> Path:
-    """Write a two-layer MiMo with one MTP layer and random weights, with the bundled pair's tokenizer."""
+def random_target(directory: Path, pair: Path, num_modules: int = 1) -> Path:
+    """Write a two-layer MiMo with one MTP layer and random weights, with the bundled pair's tokenizer.
+
+    ``num_modules``: of the MTP head, as the configuration says.
+    """
     shutil.copytree(pair / "target", directory, ignore=shutil.ignore_patterns("*.safetensors", "cospec.json"))
     hidden, inner, vocabulary = 64, 128, json.loads((directory / "config.json").read_text())["vocab_size"]
     generator = torch.Generator().manual_seed(5)
@@ -86,7 +89,8 @@ def random_target(directory: Path, pair: Path) -> Path:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": inner,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_nextn_predict_layers": 1,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "num_nextn_predict_layers": num_modules,
         "vocab_size": vocabulary, "max_position_embeddings": 128, "tie_word_embeddings": False, "bos_token_id": 1,
         "eos_token_id": 2, "pad_token_id": 0, "hidden_act": "silu", "rms_norm_eps": 1e-6, "dtype": "float32",
     }  # fmt: skip

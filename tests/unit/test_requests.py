@@ -290,7 +290,7 @@ def processed(
 
     def original(self: Any, request_id: Any, prompt: Any, params: Any, supported_tasks: Any) -> Any:
         sampling = params.clone() if isinstance(params, SamplingParams) else None
-        request = {"prompt_embeds": None, "mm_features": None, "lora_request": None} | unseen
+        request = {"prompt_embeds": None, "mm_features": None, "lora_request": None, "resumable": False} | unseen
         return SimpleNamespace(sampling_params=sampling, **request)
 
     process_inputs = patches._make_process_inputs(original)
@@ -322,9 +322,12 @@ def test_without_cospec_the_keys_mean_nothing() -> None:
 IMAGE: dict[str, Any] = {"mm_features": [object()]}
 EMBEDDINGS: dict[str, Any] = {"prompt_embeds": object()}
 ADAPTER: dict[str, Any] = {"lora_request": object()}
+IN_PARTS: dict[str, Any] = {"resumable": True}
 
 
-@pytest.mark.parametrize("unseen", [IMAGE, EMBEDDINGS, ADAPTER], ids=["image", "embeddings", "adapter"])
+@pytest.mark.parametrize(
+    "unseen", [IMAGE, EMBEDDINGS, ADAPTER, IN_PARTS], ids=["image", "embeddings", "adapter", "in parts"]
+)
 def test_what_the_drafter_does_not_see_is_verified_strictly(unseen: Any) -> None:
     params = SamplingParams(extra_args={"mine": 1})
     request = processed(params, **unseen)
@@ -339,7 +342,7 @@ def test_a_request_with_an_adapter_may_name_the_policy_all_the_same() -> None:
     assert policy_of(processed(params, **ADAPTER)) == "learned"
 
 
-@pytest.mark.parametrize("unseen", [IMAGE, EMBEDDINGS], ids=["image", "embeddings"])
+@pytest.mark.parametrize("unseen", [IMAGE, EMBEDDINGS, IN_PARTS], ids=["image", "embeddings", "in parts"])
 def test_no_policy_judges_drafts_made_without_the_prompt(unseen: Any) -> None:
     with pytest.raises(VLLMValidationError, match=r"cospec_policy: 'learned' needs a drafter that sees"):
         processed(SamplingParams(extra_args={"cospec_policy": "learned"}), **unseen)

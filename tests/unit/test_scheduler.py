@@ -26,14 +26,20 @@ class Scheduler:
     use_v2_model_runner = False
 
     def __init__(
-        self, max_tokens: int = 64, long_prefill: int = 0, max_model_len: int = 128, connector: Any = None
+        self,
+        max_tokens: int = 64,
+        long_prefill: int = 0,
+        max_model_len: int = 128,
+        connector: Any = None,
+        heads: bool = False,
     ) -> None:
         self.scheduler_config = SimpleNamespace(
             long_prefill_token_threshold=long_prefill, max_num_batched_tokens=max_tokens
         )
         self.vllm_config = SimpleNamespace(
-            speculative_config=SimpleNamespace(max_num_new_slots_for_drafting=1, use_eagle=lambda: False)
+            speculative_config=SimpleNamespace(max_num_new_slots_for_drafting=1, use_eagle=lambda: heads)
         )
+        self.cache_config = SimpleNamespace(enable_prefix_caching=False)
         self.kv_cache_config = SimpleNamespace(
             kv_cache_groups=[SimpleNamespace(kv_cache_spec=full_attention(size)) for size in (4, 8)]
         )
@@ -42,8 +48,11 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.requests: dict[str, Any] = {}
         self.hit = 0
+        self.diverged = False
         self.kv_cache_manager = SimpleNamespace(
-            empty_kv_cache_blocks="none", truncate_computed_blocks=lambda blocks, n: f"{blocks} up to {n}"
+            empty_kv_cache_blocks="none",
+            truncate_computed_blocks=lambda blocks, n: f"{blocks} up to {n}",
+            get_computed_blocks=lambda request: ("blocks of every group", 8, 0),
         )
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -53,7 +62,16 @@ class Scheduler:
         request.num_computed_tokens, request.spec_token_ids = 0, []
 
     def _get_local_prefix_cache_hit(self, request: Any) -> tuple[str, int, int, bool]:
-        return "blocks", self.hit, 0, False
+        return "blocks", self.hit, 0, self.diverged
+
+    def _handle_stopped_request(self, request: Any) -> bool:
+        request.spec_token_ids = []
+        return False
+
+    def _handle_invalid_blocks(self, block_ids: set[int], num_scheduled_tokens: dict[str, int]) -> set[str]:
+        for name in num_scheduled_tokens:
+            self.requests[name].num_computed_tokens = 4
+        return set(num_scheduled_tokens)
 
     def update_draft_token_ids(self, drafts: Any) -> None:
         for name, tokens in zip(drafts.req_ids, drafts.draft_token_ids, strict=True):
@@ -69,7 +87,7 @@ def request(prompt: int = 10, output: int = 0, computed: int = 0, drafts: int = 
     own = SimpleNamespace(
         num_tokens=prompt + output, num_output_tokens=output, num_computed_tokens=computed,
         num_output_placeholders=0, spec_token_ids=[7] * drafts, is_prefill_chunk=computed < prompt + output - 1,
-        request_id="a",
+        request_id="a", mm_features=[],
     )  # fmt: skip
     own.num_tokens_with_spec = own.num_tokens + drafts
     return own
@@ -98,6 +116,14 @@ def test_a_block_is_cut_where_it_would_be_cut_alone() -> None:
 def test_a_prompt_takes_what_it_is_given() -> None:
     assert scheduler()._reserve_prefill_lookahead(request(prompt=40), 0, 7) == 7
     assert scheduler()._reserve_prefill_lookahead(request(prompt=40), 33, 7) == 7
+
+
+@pytest.mark.parametrize(("heads", "chunk", "granted"), [(True, 8, 7), (True, 9, 9), (True, 1, 1), (False, 8, 8)])
+def test_a_chunk_for_a_head_does_not_end_before_an_image(heads: bool, chunk: int, granted: int) -> None:
+    """It would be fed the image's placeholder with the last token, and keep that."""
+    own = request(prompt=40)
+    own.mm_features = [SimpleNamespace(mm_position=SimpleNamespace(offset=offset)) for offset in (2, 8)]
+    assert scheduler(heads=heads)._reserve_prefill_lookahead(own, 8 - chunk if chunk < 9 else 0, chunk) == granted
 
 
 def test_the_threshold_for_long_prompts_does_not_cut_blocks() -> None:
@@ -164,6 +190,34 @@ def test_a_hit_is_given_up_where_it_cannot_be_cut() -> None:
     it._preempt_request(own, 0.0)
     it.hit = 12
     assert it._get_local_prefix_cache_hit(own)[:2] == ("none", 0)
+
+
+def test_a_hit_that_goes_deeper_in_some_groups_is_looked_up_again_where_it_may_have_to_be_cut() -> None:
+    """vLLM looks again itself, past what is cut here, when a connector has nothing to add."""
+    own, it = request(output=3), scheduler()
+    it.hit, it.diverged = 12, True
+    assert it._get_local_prefix_cache_hit(own) == ("blocks", 12, 0, True)
+    it._preempt_request(own, 0.0)
+    assert it._get_local_prefix_cache_hit(own) == ("blocks of every group", 8, 0, False)
+
+
+def test_drafts_behind_a_token_that_is_taken_back_are_ignored() -> None:
+    own, other, it = request(computed=10), request(computed=10, output=1), scheduler()
+    own.is_prefill_chunk = other.is_prefill_chunk = False
+    it.requests |= {"a": own, "b": other}
+    assert it._handle_invalid_blocks({3}, {"a": 6}) == {"a"}
+    it.update_draft_token_ids(SimpleNamespace(req_ids=["a", "b"], draft_token_ids=[[1, 2], [3, 4]]))
+    assert own.spec_token_ids == []
+    assert other.spec_token_ids == [3, 4]
+
+
+def test_drafts_behind_a_stop_are_not_kept_for_what_comes_in_next() -> None:
+    own, it = request(output=3, computed=12, drafts=K), scheduler()
+    own.is_prefill_chunk = False
+    it.requests["a"] = own
+    assert not it._handle_stopped_request(own)
+    it.update_draft_token_ids(SimpleNamespace(req_ids=["a"], draft_token_ids=[[1, 2, 3]]))
+    assert own.spec_token_ids == []
 
 
 def test_a_head_stands_on_blocks_that_go_on_as_its_own_text_does() -> None:

@@ -179,10 +179,15 @@ class V1Sampler(RejectionSampler):
         for i, (reason, n) in enumerate(zip(self.find_reasons(metadata), metadata.num_draft_tokens, strict=True)):
             if reason is not None and wanted[i]:
                 self._left_out[i] = True
-                unhealthy[REASONS.index(reason)] += max(n, 1)
+                unhealthy[REASONS.index(reason)] += n or self._decodes(i)
         if unhealthy.any():
             self.count_unhealthy(unhealthy)
         return bool((wanted & ~self._left_out).any())
+
+    def _decodes(self, index: int) -> bool:
+        """Whether a request of the batch goes on with its response: nothing is drafted for what comes before."""
+        cached = self._runner.requests[self._runner.input_batch.req_ids[index]]
+        return bool(cached.output_token_ids) and not self._runner.discard_request_mask.np[index]
 
     def strict_verdict(self, step: V1Step) -> StrictVerdict:
         """Decide every position as strict verification does."""

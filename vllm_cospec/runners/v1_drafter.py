@@ -53,6 +53,7 @@ class V1Drafter:
             self._update_positions = compat.wrap(
                 f"{PROPOSER}._update_positions_dependent_metadata", drafter, self.update_positions
             )
+            self._dummy_run = compat.wrap(f"{PROPOSER}.dummy_run", drafter, self.dummy_run)
 
     def update_states(self, scheduler_output: Any) -> Any:
         """As the runner's: learn which requests a step is for."""
@@ -190,6 +191,11 @@ class V1Drafter:
             common_attn_metadata.slot_mapping.masked_fill_(self._outgrown, NO_SLOT)
             common_attn_metadata.seq_lens.masked_fill_(self._outgrown, 1)
         return positions
+
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        """As the drafter's: a run for nobody writes nothing. Stock leaves the slots of the last step where it reads."""
+        self._drafter._slot_mapping_buffer.fill_(NO_SLOT)
+        self._dummy_run(*args, **kwargs)
 
     def _draft_cache(self) -> DraftCache | None:
         """Return the book of the drafter's KV cache, None for drafters without one."""

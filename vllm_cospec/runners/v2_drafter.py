@@ -43,6 +43,8 @@ class DraftHealth:
         self._has_cache = settings.draft_logits  # ngram reads the tokens alone
         self.context = config.draft_model_config.max_model_len if self._has_cache else runner.max_model_len
         self._foreign_prefixes = transfer is not None and transfer.is_kv_consumer
+        # where a load fails, the token sampled meanwhile is taken back
+        self._takes_back = transfer is not None and transfer.kv_load_failure_policy == "recompute"
         self._unseen = np.zeros(runner.max_num_reqs, bool)
         self._shortened = np.zeros(runner.max_num_reqs, bool)
 
@@ -58,7 +60,7 @@ class DraftHealth:
             bool(request.mm_features) and not self._runner.speculator.supports_mm_inputs
         )
         prefix = request.num_computed_tokens > 0 and self._foreign_prefixes
-        self._unseen[slot] = self._has_cache and (blind or prefix)
+        self._unseen[slot] = (self._has_cache and (blind or prefix)) or (self._takes_back and prefix)
         self._shortened[slot] = params is not None and params.structured_outputs is not None  # by its own grammar
 
     def arbitrated(self, batch: Any, wanted: Any) -> Arbitrated:

@@ -48,6 +48,7 @@ def test_requests_in_company_get_the_texts_they_get_alone(v1: bool, count: int, 
         },
         [*([entry] for entry in entries), entries],
         v1=v1,
+        between_steps={"reset": 20, "pause": 10, "guests": 12},
         **PRESSED,
     )  # fmt: skip
     assert run["sampler"] == f"vllm_cospec.runners.{'v1_gpu' if v1 else 'v2'}"

@@ -14,10 +14,12 @@ import pytest
 import torch
 import v1_cases
 from vllm.v1.worker.gpu.sample import gumbel
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import GPUWatermarkSampler, RejectionSampler
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_cospec import compat
 from vllm_cospec.config import Settings
+from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.health import REASONS
 from vllm_cospec.kernels.policies import Kl
 from vllm_cospec.kernels.reach import STOPS
@@ -57,6 +59,43 @@ def test_the_worker_installs_and_warms_up_for_the_runner_vllm_chose(
     monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: calls.append("vLLM's warm-up"))
     worker.compile_or_warm_up_model()
     assert calls[4:] == ["vLLM's warm-up", "start_counts"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"enable_adaptive_verification": True},
+         "speculative_config.enable_adaptive_verification: True cannot be combined with cospec; leave it out"),
+        ({"watermark_key": 5}, "watermark_config: cannot be combined with cospec; leave it out"),
+        ({"rejection_sample_method": "block"},
+         "speculative_config.rejection_sample_method: 'block' cannot be combined with cospec; leave it out"),
+        ({"batch_sharder": object()}, "batch-sharded sampling: cannot be combined with cospec; switch it off"),
+        ({"draft_logits": None},
+         "speculative_config.draft_sample_method: 'greedy' keeps no draft logits, which arbitration reads; leave it "
+         "out, or pass 'probabilistic'"),
+        ({}, None),
+    ],
+    ids=["adaptive", "watermark", "block", "sharded", "no logits", "nothing"],
+)  # fmt: skip
+def test_what_arbitration_cannot_be_combined_with_on_v2_is_refused(
+    changes: dict[str, Any], sentence: str | None
+) -> None:
+    names = {"num_speculative_tokens": K, "enable_adaptive_verification": False, "rejection_sample_method": "standard"}
+    config: Any = SimpleNamespace(draft_sample_method="greedy", **{key: changes.get(key, names[key]) for key in names})
+    watermarking: Any = object.__new__(GPUWatermarkSampler)
+    runner = SimpleNamespace(
+        rejection_sampler=RejectionSampler(watermarking, config, META, watermark_key=changes.get("watermark_key")),
+        speculative_config=config,
+        batch_sharder=changes.get("batch_sharder"),
+        speculator=SimpleNamespace(draft_logits=changes.get("draft_logits", torch.zeros(0))),
+    )
+    settings: Any = SimpleNamespace(draft_logits=True)
+    if sentence is None:
+        v2.check(runner, settings)
+        return
+    with pytest.raises(CompatibilityError) as caught:
+        v2.check(runner, settings)
+    assert str(caught.value) == sentence
 
 
 @pytest.mark.parametrize("wanted", [None, True, False])

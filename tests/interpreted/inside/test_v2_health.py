@@ -43,14 +43,14 @@ def batch(**columns: Any) -> SimpleNamespace:
 
 def installed(device: torch.device = CPU, **changes: Any) -> tuple[DraftHealth, Any, SimpleNamespace]:
     """Health of six slots, whose requests all want to be arbitrated, with its counters."""
-    values = {"kv_consumer": False, "mm_drafter": False, "draft_logits": True, **changes}
-    transfer = SimpleNamespace(is_kv_consumer=True) if values["kv_consumer"] else None
+    values = {"kv_consumer": False, "failing": "fail", "mm_drafter": False, "draft_logits": True, **changes}
+    transfer = SimpleNamespace(is_kv_consumer=True, kv_load_failure_policy=values["failing"])
     runner = SimpleNamespace(
         device=device,
         max_num_reqs=6,
         max_model_len=MODEL_LENGTH,
         speculator=SimpleNamespace(supports_mm_inputs=values["mm_drafter"]),
-        vllm_config=SimpleNamespace(kv_transfer_config=transfer),
+        vllm_config=SimpleNamespace(kv_transfer_config=transfer if values["kv_consumer"] else None),
         speculative_config=SimpleNamespace(
             draft_model_config=SimpleNamespace(max_model_len=CONTEXT),
         ),
@@ -102,6 +102,7 @@ def test_a_draft_made_beyond_the_drafters_context_is_strict_by_what_the_device_k
         ({"mm_features": ["image"]}, {}, True),
         ({"mm_features": ["image"]}, {"mm_drafter": True}, False),
         ({"mm_features": ["image"], "num_computed_tokens": 16}, {"kv_consumer": True, "draft_logits": False}, False),
+        ({"num_computed_tokens": 16}, {"kv_consumer": True, "failing": "recompute", "draft_logits": False}, True),
     ],
 )
 def test_a_request_the_drafter_has_not_seen_is_strict_for_good(

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from engines import interrupted
 from triton.runtime import interpreter
 
 from vllm_cospec.health import REASONS
@@ -23,7 +24,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         request: ``target``, ``speculative_config``, and ``batches``: lists of {prompt, sampling parameters, ``regex``
             for a structured output, ``as_embeddings``}; ``options`` of the engine; ``v1_on_a_device``;
             ``max_chunk_logits``: verify at most so many rows at once; ``dummy_runs``: make one after every step, as a
-            data-parallel rank does that has nothing to do.
+            data-parallel rank does that has nothing to do; ``between_steps`` of batches: see ``engines.interrupted``.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if request.get("v1_on_a_device"):
@@ -55,7 +56,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     for batch in request["batches"]:
         entries = [dict(entry) for entry in batch]  # those of another batch may be the same ones
         prompts = [_prompt(entry, llm, worker) for entry in entries]
-        outputs = llm.generate(prompts, [_parameters(entry) for entry in entries], use_tqdm=False)
+        with interrupted(llm, **request.get("between_steps", {}) if len(entries) > 1 else {}):
+            outputs = llm.generate(prompts, [_parameters(entry) for entry in entries], use_tqdm=False)
         texts.append([list(output.outputs[0].token_ids) for output in outputs])
         logprobs.append([_logprobs(output.outputs[0]) for output in outputs])
         reports.append([_report(output.outputs[0]) for output in outputs])

@@ -29,8 +29,8 @@ def generate(
         speculative_config: as a user writes it.
         batches: lists of requests, as :mod:`engine` takes them.
         v1: on Model Runner V1.
-        options: ``target`` in place of the bundled one, ``max_chunk_logits`` and ``dummy_runs``, see :mod:`engine`; the
-            rest are the engine's.
+        options: ``target`` in place of the bundled one, ``max_chunk_logits``, ``dummy_runs`` and ``between_steps``, see
+            :mod:`engine`; the rest are the engine's.
     """
     request = {
         "target": str(options.pop("target", DEMO / "target")),
@@ -39,6 +39,7 @@ def generate(
         "v1_on_a_device": v1,
         "max_chunk_logits": options.pop("max_chunk_logits", 0),
         "dummy_runs": options.pop("dummy_runs", False),
+        "between_steps": options.pop("between_steps", {}),
         "options": options,
     }
     if speculative_config.get("draft_method") in ("ngram", "mtp"):

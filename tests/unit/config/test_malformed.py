@@ -153,6 +153,7 @@ ENGINES_KEYS = {
     **wrong("rejection_sample_method", {"fly": "fly", "synthetic": "synthetic", "number": 5, "long": ["x" * 3000]}),
     **wrong("use_heterogeneous_vocab", {"true": True, "text": "yes"}),
     **wrong("parallel_drafting", {"true": True}),
+    **wrong("disable_padded_drafter_batch", {"true": True}),
     "model left out of eagle": ({"model": LEFT_OUT, "draft_method": "eagle"}, "speculative_config.model"),
     # the sentence for these is vLLM's
     **{
@@ -195,6 +196,12 @@ ENGINE_SETTINGS = {
     "worker_cls": ({"worker_cls": "mine.Worker"}, "worker_cls: 'mine.Worker'"),
     "scheduler_cls": ({"scheduler_cls": "mine.Scheduler"}, "scheduler_cls: 'mine.Scheduler'"),
     "pipeline_parallel_size": ({"pipeline_parallel_size": 2}, "pipeline_parallel_size: 2"),
+    "decode_context_parallel_size": (
+        {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+        "decode_context_parallel_size: 2",
+    ),
+    "watermark_config": ({"watermark_config": {"key": 5}}, "watermark_config: is set"),
+    "batch-sharded sampling": ({"enable_batch_sharded_sampling": True}, "enable_batch_sharded_sampling: is set"),
     "spec_method": ({"spec_method": "ngram"}, "--spec-method"),
     "spec_model": ({"spec_model": "org/draft"}, "--spec-model"),
     "spec_tokens": ({"spec_tokens": 3}, "--spec-tokens"),

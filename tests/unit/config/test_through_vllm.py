@@ -27,9 +27,11 @@ from configurations import (
     without_counters,
     write_recipe,
 )
+from heads import random_target
 from safetensors.torch import load_file, save_file
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
+import vllm_cospec.demo
 from vllm_cospec import compat, translate
 from vllm_cospec.config import Settings
 from vllm_cospec.errors import CompatibilityError, CoSpecError
@@ -335,3 +337,13 @@ def test_vllms_own_command_ends_with_the_sentence_alone(pair: Pair) -> None:
     assert "Traceback" not in result.stdout + result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("cospec: speculative_config.exact_tokens: ")
+
+
+def test_a_head_of_several_modules_is_refused(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a cache of its own, and cospec follows the first module's."""
+    demo = Path(vllm_cospec.demo.__file__).parent
+    target = random_target(tmp_path / "target", demo, num_modules=2)
+    config = {"method": "cospec", "draft_method": "mtp", "num_speculative_tokens": 2, "arbiter": {"policy": "typical"}}
+    assert build(target, config).speculative_config.cospec.num_speculative_tokens == 2  # V1 runs the first one twice
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    refused(target, config, "speculative_config.num_speculative_tokens: 2 needs several modules of this model's MTP")
