@@ -1,20 +1,23 @@
 """What an arbiter of the code pair needs, judged by labels alone: other fits, and without groups of the statistics.
 
 Labels come from text (training/pairs/code/labels.py): at a mismatch the text proves either the draft or the target
-right. Arbiters are fitted to those of the train split and judged by those of the calibration split, whose files they
-have not seen. Each seed draws the labels that are learnt from anew, with replacement, and begins with other weights.
-Nothing is generated: how many lines a fit completes is another question, see :mod:`benchmarks.natural`.
+right. They lie in a file window by window, so a part of them from one place to another has windows of its own, though
+perhaps of files that other parts have windows of as well. Each part is judged by what was fitted to the others, or all
+of it is fitted to and other labels judge: those of another split have files that were not seen. Each part, or seed,
+draws what is learnt from anew, with replacement, and begins with other weights. Nothing is generated: how many lines a
+fit completes is another question, see :mod:`benchmarks.natural`.
 
     python -m vllm_cospec.training.pairs.code.labels --windows 600 --output runs/train.safetensors
     python -m vllm_cospec.training.pairs.code.labels --windows 200 --split calibration --seed 2 \\
         --output runs/held.safetensors
+    python -m benchmarks.label_fits --labels runs/train.safetensors --json FILE
     python -m benchmarks.label_fits --labels runs/train.safetensors --held-out runs/held.safetensors --json FILE
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +36,8 @@ from vllm_cospec.training.config import TrainConfig, load_train_config
 from vllm_cospec.training.learning.learner import Learner
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.progress import progress_bar
+
+Labels = tuple[Tensor, Tensor]  # statistics [M, 16], and 1 or -1 for draft and target [M]
 
 CONFIG = Path("training/configs/code.toml")
 THRESHOLDS = (0.5, 0.7)
@@ -74,7 +79,7 @@ def fits(
         config: of the pair; its learner is used.
         statistics: [M, 16].
         labels: [M], 1 or -1.
-        seed: of the labels that are drawn and of the network's first weights.
+        seed: of the labels that are drawn and of the network's first weights, from 1.
     """
     own = changed(config, {}, seed=seed)
     drawn = np.random.default_rng(seed).integers(0, len(labels), len(labels))
@@ -92,9 +97,9 @@ def fits(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return a result file as a table in Markdown: the mean of the seeds, and the range of the first figure."""
+    """Return a result file as a table in Markdown: means of the parts or seeds, and the range of the first figure."""
     lines = [
-        "| fitted to the labels | AUC (range of the seeds) | loss, nats | told apart | "
+        "| fitted to the labels | AUC (range) | loss, nats | told apart | "
         + " | ".join(f"gain at {threshold:g}" for threshold in THRESHOLDS) + " |",
         "|---|---|---|---|" + "---|" * len(THRESHOLDS),
     ]  # fmt: skip
@@ -117,31 +122,48 @@ def scored(weights: Weights, hidden_sizes: Sequence[int], statistics: Tensor) ->
         return arbiter.logit(statistics)
 
 
+def partitions(labels: Labels, held_out: Labels | None, parts: int) -> Iterator[tuple[Labels, Labels]]:
+    """Yield, for each part or seed, what is learnt from and what judges."""
+    count = len(labels[1])
+    for part in range(parts):
+        if held_out is not None:
+            yield labels, held_out
+            continue
+        own = torch.zeros(count, dtype=torch.bool)
+        own[part * count // parts : (part + 1) * count // parts] = True
+        yield (labels[0][~own], labels[1][~own]), (labels[0][own], labels[1][own])
+
+
+def read(path: Path) -> Labels:
+    """Return statistics and labels of a file."""
+    found = load_file(path)
+    return found["statistics"], found["labels"]
+
+
 def main(
     labels: Annotated[Path, typer.Option(help="Labels to fit to.")],
-    held_out: Annotated[Path, typer.Option(help="Labels of other files, to judge by.")],
+    held_out: Annotated[Path | None, typer.Option(help="Labels of other files, to judge by.")] = None,
     config: Annotated[Path, typer.Option(help="TOML file of the pair and the learner.")] = CONFIG,
-    seeds: Annotated[int, typer.Option(min=1, help="From 1 on.")] = 3,
+    parts: Annotated[int, typer.Option(min=2, help="Parts of the labels, or seeds with --held-out.")] = 3,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Fit and judge, and show a table."""
     run = load_train_config(config)
-    learnt, judge = load_file(labels), load_file(held_out)
+    given = {"labels": labels} | ({} if held_out is None else {"held_out": held_out})
+    learnt = {name: read(path) for name, path in given.items()}
     found: dict[str, list[dict[str, float]]] = {}
-    with progress_bar("fitting", seeds * (2 + len(GROUPS))) as tick:
-        for seed in range(1, seeds + 1):
-            for name, fit in fits(run, learnt["statistics"].numpy(), learnt["labels"].numpy(), seed).items():
-                logit = scored(fit(), run.learner.hidden_sizes, judge["statistics"])
-                found.setdefault(name, []).append(judged(logit, judge["labels"]))
+    with progress_bar("fitting", parts * (2 + len(GROUPS))) as tick:
+        for seed, (own, judge) in enumerate(partitions(learnt["labels"], learnt.get("held_out"), parts), 1):
+            for name, fit in fits(run, own[0].numpy(), own[1].numpy(), seed).items():
+                logit = scored(fit(), run.learner.hidden_sizes, judge[0])
+                found.setdefault(name, []).append(judged(logit, judge[1]))
                 tick(1, name)
-    result: dict[str, Any] = {
-        "labels": len(learnt["labels"]),
-        "labels_sha256": hashlib.sha256(labels.read_bytes()).hexdigest(),
-        "held_out": len(judge["labels"]),
-        "held_out_sha256": hashlib.sha256(held_out.read_bytes()).hexdigest(),
-        "held_out_draft_right": float((judge["labels"] > 0).float().mean()),
-        "fits": found,
-    }
+    result: dict[str, Any] = {"parts": parts, "judged_by": "held_out" if held_out else "each part by the others"}
+    for name, path in given.items():
+        result[name] = len(learnt[name][1])
+        result[f"{name}_draft_right"] = float((learnt[name][1] > 0).float().mean())
+        result[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    result["fits"] = found
     print(markdown(result))
     if json_path is not None:
         write_result(json_path, result)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from scripts import benchmark
+from scripts import ROOT, benchmark
 
 from vllm_cospec.kernels.statistics import INDEX, NUM_STATISTICS
 from vllm_cospec.training.commands import DEMO_CONFIG
@@ -55,7 +57,24 @@ def test_another_seed_learns_from_other_labels() -> None:
     assert not torch.equal(one["mean"], two["mean"])
 
 
-def test_the_table_has_means_and_the_range_of_the_seeds() -> None:
+def test_each_part_is_judged_by_what_was_fitted_to_the_others() -> None:
+    given = torch.arange(7.0)[:, None], torch.arange(7.0)
+    found = list(label_fits.partitions(given, None, 3))
+    assert torch.equal(torch.cat([judge[1] for _, judge in found]), given[1])
+    for own, judge in found:
+        assert sorted([*own[1].tolist(), *judge[1].tolist()]) == given[1].tolist()
+        assert torch.equal(judge[1], torch.arange(judge[1][0].item(), judge[1][-1].item() + 1))  # whole windows
+        assert torch.equal(own[0][:, 0], own[1])
+    other = torch.ones(2, 1), torch.ones(2)
+    assert [judge is other and own is given for own, judge in label_fits.partitions(given, other, 2)] == [True, True]
+
+
+def test_the_table_has_means_and_their_range() -> None:
     figures = {"auc": 0.8, "loss": 0.5, "right": 0.75, "gain_0.5": 20.0, "gain_0.7": 10.0}
     table = label_fits.markdown({"fits": {"a": [figures, {**figures, "auc": 0.9}]}}).splitlines()
     assert table[2] == "| a | 0.850 (0.800 to 0.900) | 0.500 | 75.0 % | +20.0 | +10.0 |"
+
+
+def test_the_table_in_the_documentation_is_that_of_the_result_file() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "code_label_fits.json").read_text())
+    assert label_fits.markdown(result) in (ROOT / "benchmarks" / "code" / "README.md").read_text()
