@@ -7,6 +7,7 @@ V2) or to compile them for a GPU that is not there (the offline report). Nothing
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -19,6 +20,7 @@ def install() -> None:
         backends["cpu"] = Backend(compiler=_Compiler, driver=_Driver)
     if os.environ.get("TRITON_INTERPRET") == "1":
         _patch_language_once()
+        _remember_types()
         _reduce_by_halves()
         _count_with_tensors()
         _accept_integer_masks()
@@ -58,7 +60,7 @@ class _Driver:
 
 
 def _patch_language_once() -> None:
-    """Let the interpreter prepare Triton's language once per launch instead of at every call of a device function.
+    """Let the interpreter prepare Triton's language once per process instead of at every call of a device function.
 
     It replaces the same members each time; looking for them takes half of a test's time.
     """
@@ -68,26 +70,64 @@ def _patch_language_once() -> None:
     original = interpreter._patch_lang
     if hasattr(original, "__wrapped__"):
         return
-    prepared: set[int] = set()  # the names of the language that the running launch has prepared
+    prepared: set[int] = set()  # the names of the language that were
 
     def patch(function: Any) -> Any:
         names = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
-        if names <= prepared:
-            return interpreter._LangPatchScope()
-        scope = original(function)
-        if not prepared:  # of the launch itself, which restores the language at its end
-            restore = scope.restore
-
-            def end() -> None:
-                restore()
-                prepared.clear()
-
-            scope.restore = end
-        prepared.update(names)
-        return scope
+        if not names <= prepared:
+            original(function)
+            prepared.update(names)
+        return interpreter._LangPatchScope()  # which restores nothing: who interprets does not compile
 
     patch.__wrapped__ = original  # type: ignore[attr-defined]
     interpreter._patch_lang = patch
+
+
+def _remember_types() -> None:
+    """Let the interpreter look up a type's numpy type, name and size, and a tensor's shape.
+
+    It works them out at every operation, which takes a quarter of a test's time.
+    """
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    numpy_type, make_block = interpreter._get_np_dtype, core.block_type.__init__
+    if hasattr(numpy_type, "__wrapped__"):
+        return
+    numpy_types: dict[str, Any] = {}  # by the name of the type
+    blocks: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def get_np_dtype(dtype: Any) -> Any:
+        found = numpy_types.get(dtype.name)
+        if found is None:
+            found = numpy_types[dtype.name] = numpy_type(dtype)
+        return found
+
+    def init_block(self: Any, element_ty: Any, shape: Any) -> None:
+        if any(type(size) is not int for size in shape):
+            make_block(self, element_ty, shape)
+            return
+        key = element_ty.name, tuple(shape)
+        known = blocks.get(key)
+        if known is None:
+            make_block(self, element_ty, shape)
+            known = blocks[key] = dict(vars(self))
+        vars(self).update(known, element_ty=element_ty)
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        block = type.shape if type.is_block() else ()
+        known = shapes.get(block)
+        if known is None:
+            shape = core.tuple([core.constexpr(size) for size in block])
+            known = shapes[block] = core.constexpr(math.prod(block)), shape
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = known
+
+    get_np_dtype.__wrapped__ = numpy_type  # type: ignore[attr-defined]
+    interpreter._get_np_dtype = get_np_dtype
+    core.block_type.__init__ = init_block
+    core.tensor.__init__ = init_tensor
 
 
 def _reduce_by_halves() -> None:
