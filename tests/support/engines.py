@@ -1,9 +1,7 @@
 """Real vLLM engines, each in a process of its own: vLLM's kernel registry, numba and the random state are global.
 
 The processes are forked from one that has imported vLLM, which takes several times as long as starting an engine with
-the bundled pair: a server of forks, or the process of the tests where it has imported vLLM itself.
-
-As a program this file runs a job by itself, from standard input to standard output.
+the bundled pair. As a program this file runs a job by itself, from standard input to standard output.
 """
 
 from __future__ import annotations
@@ -58,17 +56,13 @@ def run_forked(job: dict[str, Any]) -> dict[str, Any]:
     return forked(run, job, IMPORTED)
 
 
-def forked(function: Callable[[Any], dict[str, Any]], job: Any, imported: Sequence[str] = ()) -> dict[str, Any]:
-    """Call a function in a fork of a process that has imported these modules; the first call says which.
-
-    None: in a fork of this process, which must not have started an engine.
-    """
-    context: Any = multiprocessing.get_context("forkserver" if imported else "fork")
-    if imported:
-        context.set_forkserver_preload(list(imported))
+def forked(function: Callable[[Any], dict[str, Any]], job: Any, imported: Sequence[str]) -> dict[str, Any]:
+    """Call a function in a fork of a process that has imported these modules; the first call says which."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(imported))
     ours, theirs = context.Pipe()
     with tempfile.NamedTemporaryFile(prefix="engine-", suffix=".log") as log:
-        process = context.Process(target=_serve, args=(theirs, None if imported else ours, function, job, log.name))
+        process = context.Process(target=_serve, args=(theirs, function, job, log.name))
         process.start()
         theirs.close()
         try:
@@ -83,15 +77,10 @@ def forked(function: Callable[[Any], dict[str, Any]], job: Any, imported: Sequen
     return result
 
 
-def _serve(
-    connection: Connection, inherited: Connection | None, function: Callable[[Any], dict[str, Any]], job: Any, log: str
-) -> None:
-    if inherited is not None:
-        inherited.close()  # the other end, which tells that whoever asked is gone
+def _serve(connection: Connection, function: Callable[[Any], dict[str, Any]], job: Any, log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)  # in a fork of the tests' they are pytest's
     gc.freeze()  # vLLM collects garbage again and again: not through all that was imported
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     try:
