@@ -127,20 +127,12 @@ def test_ctrl_c_during_the_start_leaves_no_server_behind() -> None:
     assert not [server for server in below if server.is_running()]
 
 
-def test_what_a_user_gets_wrong_is_one_sentence() -> None:
-    process = start("--modes", "nosuch")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    (line,) = [line for line in errors.splitlines() if line.startswith("throughput:")]
-    assert "--modes: unknown mode 'nosuch'; known are target, draft, standard, " in line
-    assert "Traceback" not in errors
-
-
 def test_whatever_a_user_gets_wrong_is_told_before_a_server_starts(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "1+1?", "answer": "2"}\n{"prompt": 3}\n')
     command = benchmark("command").application(benchmark("throughput").main)
     for options, message in (
+        (("--modes", "nosuch"), "--modes: unknown mode 'nosuch'; known are target, draft, standard, "),
         (("--draft", "./nosuch"), "pair.draft: no model at "),
         (("--arbiter", "./nosuch", "--modes", "learned"), "arbiter: no directory at './nosuch'"),
         (("--dataset", str(broken)), "broken.jsonl, line 2: 'prompt' must be a text"),

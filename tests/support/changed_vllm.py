@@ -21,6 +21,16 @@ def change(module: ModuleType) -> None:
     module.SpecDecodeBaseProposer._sample_draft_tokens = renamed
 
 
+def examined(_: None = None) -> dict[str, Any]:
+    """What ``cospec doctor`` finds on the changed vLLM."""
+    from vllm.v1.spec_decode import llm_base_proposer
+
+    from vllm_cospec.doctor import examine
+
+    change(llm_base_proposer)
+    return examine()
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Run a job of :mod:`engines` on the changed vLLM."""
     from vllm.v1.spec_decode import llm_base_proposer
