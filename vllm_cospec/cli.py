@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -86,11 +87,12 @@ def inspect(
             title += (
                 f", loss bounded with {said.level:.0%} confidence at temperature {said.conditions.temperature[0]:g}"
             )
-        curve = Table(title=title)
+        curve = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
         for heading in (
-            "threshold", "accuracy", "difference to target", "95 %", "loss below", "acceptance length", "override rate",
+            "threshold", "accuracy", "difference\nto target", "95 %", "loss\nbelow", "accept-\nance\nlength",
+            "over-\nride\nrate",
         ):  # fmt: skip
-            curve.add_column(heading, justify="right")
+            curve.add_column(heading, justify="right", no_wrap=True)
         for point in config.calibration:
             low, high = point.accuracy_difference_ci95
             curve.add_row(

@@ -152,8 +152,16 @@ def test_every_command_explains_itself_at_80_columns(
         assert [option for option in options if option not in out] == []
 
 
-def test_inspect_shows_an_arbiter(cospec: Callable[..., Any]) -> None:
+def test_inspect_shows_an_arbiter_whole_at_80_columns(
+    cospec: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = cospec("inspect", ARBITER)
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert {"threshold", "difference", "to target"} <= {
+        cell.strip() for line in out.splitlines() for cell in line.split("  ")
+    }
     assert code == 0
     for word in ("16 - 32 - 32 - 1", "threshold", "demo/target", "calibration on 1000 problems"):
         assert word in out
