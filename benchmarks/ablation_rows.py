@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from vllm_cospec.atomic import write_text
-from vllm_cospec.training.measure.intervals import accuracy_interval, mcnemar, paired_difference
-from vllm_cospec.training.measure.outcome import Outcome
+from vllm_cospec.training.measure.intervals import accuracy_interval
+from vllm_cospec.training.measure.outcome import Outcome, paired_figures
 
 ORDER = ("strict", "", "warm start and", "RL", "warm start alone", "logistic", "without", "trained")
 """How variants begin, from the first line of a table to the last; the empty one stands for the rule."""
@@ -116,11 +116,9 @@ def _place(row: AblationRow, rule: str) -> tuple[int, float]:
 
 def paired(ours: AblationRow, theirs: AblationRow) -> str:
     """Return how many problems one answers rightly and the other wrongly, both ways, and McNemar's p."""
-    one, two = ours.scores, theirs.scores
-    gained, lost = int((one > two).sum()), int((one < two).sum())
-    difference, (low, high) = paired_difference(one, two)
-    p = mcnemar(gained, lost)
+    found = paired_figures(ours.scores, theirs.scores)
+    (low, high), p = found["ci95"], found["p_value"]
     return (
-        f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), +{gained} -{lost}, "
-        + (f"p = {p:.1g}" if p >= 1e-99 else "p < 1e-99")
-    )  # fmt: skip
+        f"{100 * found['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), "
+        f"+{found['gained']} -{found['lost']}, " + (f"p = {p:.1g}" if p >= 1e-99 else "p < 1e-99")
+    )

@@ -6,6 +6,7 @@ sequence with other tests, pointwise intervals over the whole grid (what ``max_a
 and the best point of the curve (what training shipped until then).
 
     python benchmarks/calibration.py answers --task sums --output benchmarks/results/answers_sums.json
+    python benchmarks/calibration.py lines runs/natural/test --output benchmarks/results/answers_code.json
     python benchmarks/calibration.py simulate benchmarks/results/answers_*.json --json FILE
 """
 
@@ -30,10 +31,12 @@ if not __package__:  # run as a file: the package is found from the root
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.command import run, several, wide_console
-from benchmarks.populations import Population, flat, load, of_sweep, save
+from benchmarks.natural import BASELINE, outcomes
+from benchmarks.populations import Population, flat, load, of_lines, of_sweep, save
 from vllm_cospec.training.config import bundled, load_train_config
 from vllm_cospec.training.measure.fixed_sequence import threshold_sequence
 from vllm_cospec.training.measure.intervals import Z, wilson_interval
+from vllm_cospec.training.measure.modes import parse_mode
 from vllm_cospec.training.measure.noninferiority import betting_p_value, exact_p_value, score_statistic
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.measure.thresholds import sweep
@@ -177,7 +180,7 @@ def splits(population: Population, parts: int, margin: float, seed: int) -> list
         chosen = int(np.where(passed[0], population.acceptance_length, -1.0).argmax())
         gained, lost = (int(count[0, chosen]) for count in pairs(population, test[None]))
         rows.append({
-            "problems": n, "threshold": population.thresholds[chosen],
+            "margin": margin, "problems": n, "threshold": population.thresholds[chosen],
             "test_problems": int(test.sum()), "test_gained": gained, "test_lost": lost,
             "test_loss": (lost - gained) / int(test.sum()), "true_loss": float(population.loss[chosen]),
             "acceptance_length": float(population.acceptance_length[chosen]),
@@ -227,12 +230,31 @@ def answers(
 
 
 @app.command()
+def lines(
+    work: Annotated[Path, typer.Argument(help="Answers of `python -m benchmarks.natural answers`.")],
+    output: Annotated[Path, typer.Option(help="Write the scores here.")],
+    arbiter: Annotated[str, typer.Option(help="Which arbiter's thresholds.")] = "text",
+    unread: Annotated[bool, typer.Option("--unread", help="Only lines the draft has not read.")] = False,
+) -> None:
+    """Take the lines of a code base that were answered at several thresholds as a population."""
+    _, kept = outcomes(work)
+    found = {1.0: kept[BASELINE]}
+    for mode, rows in kept.items():
+        name, _, rest = mode.rpartition(": ")
+        if name == arbiter and "threshold" in (settings := parse_mode(rest).settings):
+            found[settings["threshold"]] = rows
+    if unread:
+        found = {threshold: [row for row in rows if row["new"]] for threshold, rows in found.items()}
+    name = "code pair, lines the draft has not read" if unread else "code pair"
+    save(output, of_lines(name, found), work=work.name, arbiter=arbiter, problems=len(found[1.0]))
+
+
+@app.command()
 def simulate(
-    files: Annotated[list[Path], typer.Argument(help="What `answers` wrote.")],
+    files: Annotated[list[Path], typer.Argument(help="What `answers` or `lines` wrote.")],
     problems: Annotated[list[int], typer.Option(help="Problems of a calibration set.")] = [500, 1000],  # noqa: B006
     sets: Annotated[int, typer.Option(min=100, help="Calibration sets.")] = 4000,
     margin: Annotated[list[float], typer.Option(help="Accepted losses.")] = [0.005, 0.01, 0.02],  # noqa: B006
-    parts: Annotated[int, typer.Option(min=2, help="Disjoint splits.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the sets.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here, a plot beside it.")] = None,
 ) -> None:
@@ -245,20 +267,33 @@ def simulate(
         for own, n, m in track(cases, description="simulating", console=Console(stderr=True))
         for row in compare(own, n, sets, m, seed)
     ]
-    middle = sorted(margin)[len(margin) // 2]
-    by_split = {own.name: splits(own, parts, middle, seed) for own in populations[: len(files)]}
     wide_console().print(table(rows))
-    for name, own in by_split.items():
-        loss = [row["test_loss"] for row in own]
-        wide_console().print(
-            f"{name}, {len(own)} disjoint splits of {own[0]['problems']} and {own[0]['test_problems']} problems, "
-            f"margin {middle}: loss on the test half {min(loss):+.4f} to {max(loss):+.4f}, truly lost more: "
-            f"{sum(row['true_loss'] > middle for row in own)}"
-        )
     if json_path is not None:
-        result = {"level": LEVEL, "sets": sets, "seed": seed, "rows": rows, "splits": by_split}
-        write_result(json_path, result)
+        write_result(json_path, {"level": LEVEL, "sets": sets, "seed": seed, "rows": rows})
         plot(json_path.with_suffix(".png"), rows)
+
+
+@app.command()
+def split(
+    files: Annotated[list[Path], typer.Argument(help="What `answers` or `lines` wrote.")],
+    parts: Annotated[int, typer.Option(min=2, help="Disjoint splits.")] = 20,
+    margin: Annotated[list[float], typer.Option(help="Accepted losses.")] = [0.01, 0.05, 0.1],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Of the splits.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Calibrate on half of each of some disjoint parts of the real answers, and look at the other half."""
+    by_split = {own.name: [row for m in margin for row in splits(own, parts, m, seed)] for own in map(load, files)}
+    for name, every in by_split.items():
+        for m in margin:
+            own = [row for row in every if row["margin"] == m]
+            loss = [row["test_loss"] for row in own]
+            wide_console().print(
+                f"{name}, {len(own)} disjoint splits of {own[0]['problems']} and {own[0]['test_problems']} problems, "
+                f"margin {m}: strict {sum(row['threshold'] == 1 for row in own)} times, loss on the test half "
+                f"{min(loss):+.4f} to {max(loss):+.4f}, truly lost more: {sum(row['true_loss'] > m for row in own)}"
+            )
+    if json_path is not None:
+        write_result(json_path, {"level": LEVEL, "seed": seed, "splits": by_split})
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

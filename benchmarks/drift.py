@@ -28,7 +28,8 @@ if not __package__:  # run as a file: the package is found from the root
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.command import run, several, wide_console
-from vllm_cospec.drift import FIGURES, LIMIT, RANGE_ERROR, STAKES, Finished, Traffic, bet, histogram, relative
+from vllm_cospec.drift import FIGURES, LIMIT, RANGE_ERROR, STAKES, Finished, Traffic, bet, histogram, standardised
+from vllm_cospec.kernels.scores import NUM_BINS
 from vllm_cospec.training.config import bundled, load_train_config
 from vllm_cospec.training.measure.intervals import wilson_interval
 from vllm_cospec.training.measure.provenance import write_result
@@ -92,11 +93,11 @@ def requests(
         return dict(rows)
 
     usual = [problem.prompt for problem in load_task("demo").problems(seed, calibrated + other, "test")]
-    kinds = {CALIBRATED: count(usual[:calibrated]), "the same, sampled at 1.0": count(usual[calibrated:], 1.0)}
+    kinds = {CALIBRATED: count(usual[:calibrated]), "the same, sampled at 1": count(usual[calibrated:], 1.0)}
     for name, stream in other_traffic(seed).items():
         prompts = dict.fromkeys(expression.prompt for expression, _ in zip(stream(), range(4 * other), strict=False))
         kinds[name] = count(list(prompts)[:other])
-    columns = "tokens mismatches overrides " + " ".join(f"bin{i}" for i in range(FIGURES - 2))
+    columns = "tokens mismatches overrides " + " ".join(f"bin{i}" for i in range(NUM_BINS))
     write_result(output, {"seed": seed, "columns": columns, "requests": kinds})
 
 
@@ -119,10 +120,12 @@ def evidence(expected: Traffic, streams: Iterator[np.ndarray], number: int) -> I
         streams: the figures of the next request of every stream, [S, FIGURES], again and again.
         number: S.
     """
-    mean, low, high = (np.array([getattr(own, name) for own in expected.ranges]) for name in ("mean", "low", "high"))
+    mean, deviation, low, high = (
+        np.array([getattr(own, name) for own in expected.ranges]) for name in ("mean", "deviation", "low", "high")
+    )
     capital = np.zeros((number, 2, len(STAKES), FIGURES))
     for figures in streams:
-        capital = np.minimum(bet(capital, relative(figures, mean), low, high), 1e12)  # an alarm long ago
+        capital = np.minimum(bet(capital, standardised(figures, mean, deviation), low, high), 1e12)  # an alarm long ago
         yield capital.mean(axis=(1, 2, 3))
 
 

@@ -355,7 +355,7 @@ def report(
                       f"p = {pair['p_value']:.2g}", markup=False)  # fmt: skip
     if json_path is not None:
         write_result(json_path, result)
-        grouped = families({name: row for name, row in tested.items() if name != "target"})
+        grouped = families(tested)
         n = next(iter(tested.values()))["num_problems"]
         where_name = "calibration" if test is None else "test"
         plot_accuracy(

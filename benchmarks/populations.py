@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.measure.thresholds import Sweep
 
@@ -51,6 +53,24 @@ def of_sweep(name: str, found: Sweep) -> Population:
     kinds, problems = np.unique(found.scores.T, axis=0, return_counts=True)
     length = [found.outcome(i).counts.acceptance_length for i in range(len(found.thresholds))]
     return Population(name, found.thresholds, np.array(length), kinds, problems)
+
+
+def of_lines(name: str, rows: Mapping[float, Sequence[Mapping[str, Any]]]) -> Population:
+    """Return the population of a code base's lines.
+
+    Args:
+        name: of the population.
+        rows: what is kept of the answers at each threshold to the same lines, see `benchmarks.natural.entry`; strict's
+            are those at 1.
+    """
+    thresholds = tuple(sorted(rows, reverse=True))
+    scores = np.array([[float(row["right"]) for row in rows[threshold]] for threshold in thresholds])
+    kinds, problems = np.unique(scores.T, axis=0, return_counts=True)
+    length = []
+    for threshold in thresholds:
+        tokens, steps = (np.array([row[key] for row in rows[threshold]], np.int64) for key in ("tokens", "steps"))
+        length.append(Counts.of_responses(tokens, steps, 0, 0).acceptance_length)
+    return Population(name, thresholds, np.array(length), kinds, problems)
 
 
 def save(path: Path, population: Population, **facts: Any) -> None:

@@ -48,7 +48,8 @@ class CoSpecConfig(Frozen):
     """vLLM's method for the drafter (draft_model, eagle, eagle3, mtp, dflash, dspark, ngram, suffix); left out: what
     vLLM detects."""
     threshold: float | None = Field(None, ge=0, le=1)
-    """Learned policy: keep the draft when the score exceeds it; left out: the artefact's."""
+    """Learned policy: keep the draft when the score exceeds it, and no request may ask for a lower one; left out: the
+    artefact's, and any."""
     max_accuracy_loss: float | None = Field(None, gt=0, le=1)
     """Learned policy, instead of threshold: the fastest one whose calibration bounds the loss by this, at its level."""
     on_mismatch: Literal["warn", "refuse"] = "warn"
@@ -121,7 +122,6 @@ class Calibrated:
 
     conditions: Conditions | None = None  # what it was made for
     refuse: bool = False  # requests that sample otherwise
-    bounded: bool = False  # the threshold keeps max_accuracy_loss
     differences: tuple[str, ...] = ()  # what is served otherwise, as clauses
 
 
@@ -138,6 +138,7 @@ class Settings:
     num_speculative_tokens: int
     counters: str  # directory of the counters, see vllm_cospec.metrics
     max_regret: float | None = None  # nats
+    least_threshold: float = 0.0  # that a request may ask for
     request_settings: tuple[str, ...] = REQUEST_SETTINGS  # what a request may change
     scope: Scope = "all"
     thinking_tokens: tuple[int, int] | None = None  # that begin and end thinking; None: not known
@@ -176,10 +177,8 @@ class Settings:
         if self.policy.arbiter is not None:
             what = f"policy {self.policy.policy}, threshold {self.threshold:g}, arbiter {self.policy.arbiter}"
             if self.threshold >= STRICT_THRESHOLD:
-                return (
-                    f"CoSpec: {what}: nothing is kept there, so output is exactly that of the target; requests may ask "
-                    f"for a lower cospec_threshold."
-                )
+                lower = "; requests may ask for a lower cospec_threshold" if self.least_threshold < 1 else ""
+                return f"CoSpec: {what}: nothing is kept there, so output is exactly that of the target{lower}."
         else:
             what = f"policy {self.policy.describe()}"
         if self.max_regret is not None:

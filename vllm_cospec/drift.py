@@ -1,14 +1,14 @@
 """Is the traffic still what calibration saw? A sequential test over requests, valid however long a server runs.
 
-Each finished request gives a few figures x: mismatches per token, overrides per mismatch, and the share of its scores
-in each bin of a histogram. They are put on one scale, x / (x + m) with calibration's mean m, where twice as much and
-half as much are equally far from 1/2. Calibration leaves, for each of them, a range that the mean on this scale lies
-in with high confidence; it is wide where problems differ much. One gambler bets on every figure that its mean lies
-above the range, another that it lies below: at each request his capital is multiplied with 1 + stake x (figure - end
-of the range), so that on calibrated traffic nobody gains on average. New gamblers begin with one unit each at every
-request, since traffic may change at any time; what all of them own together is a Shiryaev-Roberts e-detector (Shin,
-Ramdas and Rinaldo, arXiv 2203.03532). Several stakes are played and averaged, since nobody knows how much will
-change.
+Each finished request gives a few figures x: its tokens, mismatches per token, overrides per mismatch, and the share of
+its scores in each bin of a histogram. They are put on one scale from 0 to 1, the logistic function of (x - m) / s with
+the mean m and the standard deviation s of calibration's requests: what hardly varies between problems tells other
+traffic by small changes, what varies much by large ones. Calibration leaves, for each of them, a range that the mean on
+this scale lies in with high confidence. One gambler bets on every figure that its mean lies above the range, another
+that it lies below: at each request his capital is multiplied with 1 + stake x (figure - end of the range), so that on
+calibrated traffic nobody gains on average. New gamblers begin with one unit each at every request, since traffic may
+change at any time; what all of them own together is a Shiryaev-Roberts e-detector (Shin, Ramdas and Rinaldo, arXiv
+2203.03532). Several stakes are played and averaged, since nobody knows how much will change.
 
 On calibrated traffic the expected sum is the number of requests so far. So the chance of an alarm within the first n
 requests is n / ``LIMIT`` at most, however the figures are distributed, plus the chance ``RANGE_ERROR`` that
@@ -25,7 +25,8 @@ from pydantic import Field, model_validator
 from vllm_cospec.kernels.frozen import Frozen
 from vllm_cospec.kernels.scores import SCORE_EDGES
 
-FIGURES = 3 + len(SCORE_EDGES)
+_SCORES = 3  # the first figure of the histogram
+FIGURES = _SCORES + len(SCORE_EDGES) + 1
 LIMIT = 2e6  # 10,000 calibrated requests raise an alarm with a chance of 0.5 % at most
 RANGE_ERROR = 0.005
 STAKES = np.array([0.03, 0.1, 0.3, 0.6, 0.9])  # shares of the largest stake that cannot ruin a gambler
@@ -34,11 +35,11 @@ STAKES = np.array([0.03, 0.1, 0.3, 0.6, 0.9])  # shares of the largest stake tha
 class Range(Frozen):
     """What calibration saw of one figure x."""
 
-    mean: float = Field(ge=0, le=1)
-    deviation: float = Field(ge=0, le=1)
+    mean: float = Field(ge=0)
+    deviation: float = Field(ge=0)
     """Standard deviation between problems."""
     low: float = Field(ge=0, le=1)
-    """The mean of x / (x + ``mean``) over all such requests is not lower, with high confidence."""
+    """The mean of x on the scale of :func:`standardised` is not lower over such requests, with high confidence."""
     high: float = Field(ge=0, le=1)
     """Nor is it higher."""
 
@@ -53,6 +54,8 @@ class Traffic(Frozen):
     """What calibration saw of the requests themselves."""
 
     requests: int = Field(ge=1)
+    tokens: Range
+    """Of a response."""
     mismatches_per_token: Range
     overrides_per_mismatch: Range
     scores: tuple[Range, ...] = Field(min_length=len(SCORE_EDGES) + 1, max_length=len(SCORE_EDGES) + 1)
@@ -61,7 +64,7 @@ class Traffic(Frozen):
     @property
     def ranges(self) -> tuple[Range, ...]:
         """All of them, in the order of :meth:`Finished.figures`."""
-        return (self.mismatches_per_token, self.overrides_per_mismatch, *self.scores)
+        return (self.tokens, self.mismatches_per_token, self.overrides_per_mismatch, *self.scores)
 
 
 @dataclass(frozen=True)
@@ -72,26 +75,29 @@ class Finished:
     mismatches: int
     overrides: int
     histogram: np.ndarray  # int64 [bins], of the scores at its mismatches
+    whole: bool = True  # a client that gave up has shortened the others
 
     def figures(self) -> np.ndarray:
-        """Return mismatches per token, overrides per mismatch and the share of each bin, float64 [FIGURES].
+        """Return tokens, mismatches per token, overrides per mismatch and the share of each bin, float64 [FIGURES].
 
-        NaN for what a request without a mismatch, or without a score, cannot say.
+        NaN for what a request that was given up, without a mismatch, or without a score, cannot say.
         """
         figures = np.full(FIGURES, np.nan)
-        figures[0] = min(1.0, self.mismatches / max(1, self.tokens))
+        if self.whole:
+            figures[0] = self.tokens
+        figures[1] = min(1.0, self.mismatches / max(1, self.tokens))
         if self.mismatches:
-            figures[1] = min(1.0, self.overrides / self.mismatches)
+            figures[2] = min(1.0, self.overrides / self.mismatches)
         if self.histogram.sum():
-            figures[2:] = self.histogram / self.histogram.sum()
+            figures[_SCORES:] = self.histogram / self.histogram.sum()
         return figures
 
 
 def figure_name(index: int) -> str:
     """Return what one of :meth:`Finished.figures` is, for messages."""
-    if index < 2:
-        return ("mismatches per token", "overrides per mismatch")[index]
-    low, high = (0.0, *SCORE_EDGES)[index - 2], (*SCORE_EDGES, 1.0)[index - 2]
+    if index < _SCORES:
+        return ("tokens of a response", "mismatches per token", "overrides per mismatch")[index]
+    low, high = (0.0, *SCORE_EDGES)[index - _SCORES], (*SCORE_EDGES, 1.0)[index - _SCORES]
     return f"share of scores from {low:g} to {high:g}"
 
 
@@ -100,9 +106,10 @@ def histogram(scores: np.ndarray) -> np.ndarray:
     return np.bincount(np.searchsorted(SCORE_EDGES, scores, side="right"), minlength=len(SCORE_EDGES) + 1)
 
 
-def relative(figures: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Put figures on the scale they are compared on: x / (x + mean), and 0 for 0; NaN stays."""
-    return np.where(figures == 0, 0.0, figures / np.maximum(figures + mean, 1e-300))
+def standardised(figures: np.ndarray, mean: np.ndarray | float, deviation: np.ndarray | float) -> np.ndarray:
+    """Put figures on the scale they are compared on, from 0 to 1: 1/2 at ``mean``, steeper where they vary less."""
+    distance = (figures - mean) / np.maximum(deviation, 1e-9)
+    return 1 / (1 + np.exp(-np.clip(distance, -30, 30)))
 
 
 def bet(capital: np.ndarray, figures: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -110,7 +117,7 @@ def bet(capital: np.ndarray, figures: np.ndarray, low: np.ndarray, high: np.ndar
 
     Args:
         capital: of those who bet on a mean above, and below, [..., 2, stakes, figures].
-        figures: of one request, from :func:`relative`, [..., figures]; NaN where there is no round.
+        figures: of one request, from :func:`standardised`, [..., figures]; NaN where there is no round.
         low, high: the ranges, [figures].
 
     Returns:
@@ -129,6 +136,7 @@ class DriftDetector:
     def __init__(self, expected: Traffic):
         """Begin with what calibration saw."""
         self._mean = np.array([own.mean for own in expected.ranges])
+        self._deviation = np.array([own.deviation for own in expected.ranges])
         self._low = np.array([own.low for own in expected.ranges])
         self._high = np.array([own.high for own in expected.ranges])
         self.reset()
@@ -147,7 +155,8 @@ class DriftDetector:
         """Take a finished request in; returns whether there is an alarm."""
         self.requests += 1
         if not self.alarm:
-            self._capital = bet(self._capital, relative(request.figures(), self._mean), self._low, self._high)
+            figures = standardised(request.figures(), self._mean, self._deviation)
+            self._capital = bet(self._capital, figures, self._low, self._high)
             self.alarm = self.evidence >= LIMIT
         return self.alarm
 

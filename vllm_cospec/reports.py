@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from vllm.v1.metrics import stats
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
@@ -21,7 +22,7 @@ from vllm_cospec.config import Settings
 from vllm_cospec.hooks import STEP_OUTPUT
 from vllm_cospec.kernels.regret import REGRET_UNIT
 
-COUNTS = "cospec_counts"  # attribute of vLLM's ModelRunnerOutput: of each of its requests, so far; and of its Request
+COUNTS = "cospec_counts"  # attribute of vLLM's ModelRunnerOutput, and of the Requests in it: its StepCounts
 
 
 class RequestCounts(NamedTuple):
@@ -30,7 +31,27 @@ class RequestCounts(NamedTuple):
     mismatches: int
     overrides: int
     regret: float  # nats, of the overrides
-    scores: tuple[int, ...] = ()  # histogram of a trained arbiter's, see vllm_cospec.kernels.scores
+    scores: np.ndarray  # int64 [NUM_BINS], of a trained arbiter, see vllm_cospec.kernels.scores; empty: not counted
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What was counted of requests up to a step, as a table: of most of them nobody asks before they end."""
+
+    place: dict[str, int]
+    """Of each request, by its id."""
+    mismatches: np.ndarray  # integers [S]
+    overrides: np.ndarray  # integers [S]
+    regret: np.ndarray  # float [S], nats
+    scores: np.ndarray  # integers [S, bins]
+
+    def of(self, request_id: str) -> RequestCounts | None:
+        """Return what was counted of a request; None where it is not in the table."""
+        at = self.place.get(request_id)
+        if at is None:
+            return None
+        scores = self.scores[at].astype(np.int64)
+        return RequestCounts(int(self.mismatches[at]), int(self.overrides[at]), float(self.regret[at]), scores)
 
 
 def wanted(vllm_config: Any) -> bool:
@@ -44,12 +65,12 @@ def counted(vllm_config: Any, settings: Settings) -> bool:
     return wanted(vllm_config) or settings.traffic is not None
 
 
-def attach(output: Any, counts: Callable[[], dict[str, RequestCounts]]) -> Any:
+def attach(output: Any, counts: Callable[[], StepCounts]) -> Any:
     """Hand counts over with the output of the step they were made in.
 
     Args:
         output: what the worker returns: vLLM's ModelRunnerOutput, one that is still being computed, or None.
-        counts: returns them, by request id; may wait for the device.
+        counts: returns them; may wait for the device.
     """
     if isinstance(output, AsyncModelRunnerOutput):  # whose kernels may still run
 
@@ -61,9 +82,9 @@ def attach(output: Any, counts: Callable[[], dict[str, RequestCounts]]) -> Any:
     return _with_counts(output, counts()) if output is not None else None
 
 
-def _with_counts(output: Any, counts: dict[str, RequestCounts]) -> Any:
+def _with_counts(output: Any, counts: StepCounts) -> Any:
     if output.req_ids:  # without any, vLLM shares one object
-        setattr(output, COUNTS, {name: counts[name] for name in output.req_ids if name in counts})
+        setattr(output, COUNTS, counts)
     return output
 
 
@@ -74,12 +95,16 @@ def take_in(output: Any, requests: dict[str, Any]) -> None:
         output: vLLM's ModelRunnerOutput.
         requests: vLLM's Request by id.
     """
-    for request_id, counts in (getattr(output, COUNTS, None) or {}).items():
+    step: StepCounts | None = getattr(output, COUNTS, None)
+    if step is None:
+        return
+    for request_id in output.req_ids:
         request = requests.get(request_id)
-        if request is not None:
-            setattr(request, COUNTS, counts)
+        if request is None or request_id not in step.place:
+            continue
+        setattr(request, COUNTS, step)
         metrics = getattr(request, "spec_decode_metrics", None)  # where this vLLM has them
-        if metrics is not None:
+        if metrics is not None and (counts := step.of(request_id)) is not None:
             regret = round(counts.regret / REGRET_UNIT)
             metrics.histogram[metrics.num_spec_tokens + 1 :] = [counts.mismatches, counts.overrides, regret]
 

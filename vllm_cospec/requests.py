@@ -67,7 +67,8 @@ class RequestKeys(Frozen):
     cospec_policy: str | None = Field(None)
     """"strict" switches arbitration off; the server's own policy switches it on where it is off by default."""
     cospec_threshold: float | None = Field(None, ge=0, le=1)
-    """Threshold of the trained arbiter."""
+    """Threshold of the trained arbiter; not below the server's where it was started with one, or with a
+    max_accuracy_loss."""
     cospec_max_overrides: int | None = Field(None, ge=0, le=2**31 - 1)
     """Overrides allowed in this request."""
     cospec_max_regret: float | None = Field(None, ge=0, le=MAX_REGRET)
@@ -128,10 +129,10 @@ def check_keys(extra_args: Mapping[str, Any] | None, settings: Settings) -> Requ
     if regret is not None and limit is not None and regret > limit:
         raise ConfigError(f"{WHERE}.cospec_max_regret: {regret:g} is more than this server's {limit:g}; ask for less")
     threshold = keys.cospec_threshold
-    if threshold is not None and settings.calibrated.bounded and threshold < settings.threshold:
+    if threshold is not None and threshold < settings.least_threshold:
         raise ConfigError(
-            f"{WHERE}.cospec_threshold: {threshold:g} is below {settings.threshold:g}, which keeps this server's "
-            f"max_accuracy_loss; ask for no less"
+            f"{WHERE}.cospec_threshold: {threshold:g} is below this server's {settings.least_threshold:g}; ask for no "
+            f"less"
         )
     if keys.cospec_scope not in (None, "all") and settings.thinking_tokens is None:
         raise ConfigError(f"{WHERE}.cospec_scope: {keys.cospec_scope!r} {NO_MARKERS}")

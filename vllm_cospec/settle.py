@@ -187,11 +187,13 @@ def settle(config: CoSpecConfig, models: Models, counters: str) -> Settings:
         threshold, calibrated, traffic = _settle_learned(config, policy.arbiter, models)
     elif config.threshold is not None or config.max_accuracy_loss is not None:
         raise ConfigError(f"{WHERE}.threshold: is for a trained arbiter, not for policy {policy.policy!r}; remove it")
+    limited = config.threshold is not None or config.max_accuracy_loss is not None
     return Settings(
         policy=policy,
         threshold=threshold,
         max_overrides=config.max_overrides,
         max_regret=config.max_regret,
+        least_threshold=threshold if limited and not config.collect else 0.0,
         request_settings=config.request_settings,
         scope=config.scope,
         thinking_tokens=_settle_scope(config, models),
@@ -304,8 +306,7 @@ def _settle_learned(config: CoSpecConfig, arbiter: str, models: Models) -> tuple
         )
     if threshold >= STRICT_THRESHOLD:
         refuse = False  # nothing is kept, so there is nothing to be kept to
-    bounded = config.max_accuracy_loss is not None
-    calibrated = Calibrated(conditions, refuse, bounded, tuple(found) if conditions is not None else ())
+    calibrated = Calibrated(conditions, refuse, tuple(found) if conditions is not None else ())
     return threshold, calibrated, _traffic(config, artefact, arbiter, threshold)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 from vllm.logger import init_logger
+from vllm.v1.request import RequestStatus
 
 from vllm_cospec.config import Settings
 from vllm_cospec.drift import DriftDetector, Finished
-from vllm_cospec.reports import COUNTS, RequestCounts
+from vllm_cospec.reports import COUNTS, StepCounts
 from vllm_cospec.requests import request_settings, served_settings
 from vllm_cospec.shared_counts import WatchCounters
 
@@ -94,13 +94,15 @@ class RequestWatch:
 
     def ended(self, request: Any) -> None:
         """Take in a request, vLLM's Request, that has ended or was given up."""
-        counts: RequestCounts | None = getattr(request, COUNTS, None)
+        step: StepCounts | None = getattr(request, COUNTS, None)
+        counts = step.of(request.request_id) if step is not None else None
         found = None
         if counts is not None and not getattr(request, UNWATCHED, False):
-            scores = np.array(counts.scores, np.int64)
+            scores = counts.scores
             self._counters.count_response(counts.overrides, scores)
             if served_settings(request.sampling_params, self._settings) == self._usual:
-                found = Finished(request.num_output_tokens, int(scores.sum()), counts.overrides, scores)
+                whole = request.status != RequestStatus.FINISHED_ABORTED
+                found = Finished(request.num_output_tokens, int(scores.sum()), counts.overrides, scores, whole)
         if self._watch.finished(found):
             self._counters.count_alarm()
 

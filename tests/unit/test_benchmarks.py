@@ -46,6 +46,7 @@ def test_a_setting_is_beaten_by_more_accuracy_at_no_shorter_an_acceptance_length
         "as long and worse": row(0.5, 6.0),
         "longer": row(0.5, 6.1),
         "as accurate": row(0.7, 3.0),
+        "target, sampled": row(0.1, 1.0),
     }
     assert pareto.beaten_by(rows) == {
         "shorter and worse": "learned",
@@ -53,6 +54,14 @@ def test_a_setting_is_beaten_by_more_accuracy_at_no_shorter_an_acceptance_length
         "longer": None,
         "as accurate": None,
     }
+
+
+def test_rows_are_grouped_by_policy_without_the_target() -> None:
+    names = ["target", "target, sampled", "strict", "kl(max_kl=1.0)", "kl(max_kl=2.0)"]
+    grouped = pareto.families({name: {"mode": name} for name in names})
+    assert {family: [row["mode"] for row in own] for family, own in grouped.items()} == {
+        "strict": ["strict"], "kl": names[3:],
+    }  # fmt: skip
 
 
 def test_the_shares_of_the_rounds_are_all_problems_once() -> None:

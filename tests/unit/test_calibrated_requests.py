@@ -55,12 +55,12 @@ def test_a_server_that_only_warns_arbitrates_them() -> None:
     assert check_sampling(SamplingParams(temperature=0.0), server()) is None
 
 
-def test_a_bounded_loss_is_not_undone_by_a_requests_threshold() -> None:
-    bounded = replace(server(), calibrated=Calibrated(CONDITIONS, refuse=True, bounded=True))
+def test_what_the_operator_set_is_not_undone_by_a_requests_threshold() -> None:
+    limited = replace(server(), least_threshold=0.6)
     for threshold in (0.6, 0.9):
         params = SamplingParams(temperature=0.0, extra_args={"cospec_threshold": threshold})
-        assert request_settings(params, bounded).threshold == threshold
+        assert request_settings(params, limited).threshold == threshold
     lower = SamplingParams(temperature=0.0, extra_args={"cospec_threshold": 0.5})
     assert request_settings(lower, server()).threshold == 0.5
-    with pytest.raises(ConfigError, match=r"cospec_threshold: 0\.5 is below 0\.6, which keeps .* max_accuracy_loss"):
-        request_settings(lower, bounded)
+    with pytest.raises(ConfigError, match=r"^vllm_xargs.cospec_threshold: 0\.5 is below this server's 0\.6; "):
+        request_settings(lower, limited)

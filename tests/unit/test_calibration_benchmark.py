@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +51,33 @@ def test_a_population_of_answers_is_the_same_when_it_is_read_again(
     parts = population.split(5, seed=0)
     assert [part.sum() for part in parts] == [10] * 5
     assert (sum(parts) == population.problems).all()
+
+
+def test_lines_that_were_answered_at_several_thresholds_are_a_population(
+    scripts: tuple[ModuleType, ModuleType], tmp_path: Path
+) -> None:
+    right = {
+        "strict": [1, 0, 0, 1],
+        "text: learned(threshold=0.3)": [1, 1, 0, 0],
+        "text: learned(threshold=0.9)": [1, 1, 0, 1],
+    }
+    others = {"warm: learned(threshold=0.5)": [0, 0, 0, 0], "kl(max_kl=1.0)": [0, 0, 0, 0]}
+    rows: list[dict[str, Any]] = [
+        {
+            "mode": mode, "problem": i, "right": bool(own), "new": i != 1, "similarity": 0.5, "tokens": 7,
+            "capped": False, "steps": 4 if mode == "strict" else 3, "mismatches": 0, "overrides_at": [],
+        }
+        for mode, answers in (right | others).items() for i, own in enumerate(answers)
+    ]  # fmt: skip
+    (tmp_path / "about.json").write_text('{"num_problems": 4}')
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for unread, loss in ((False, [0, -0.25, 0]), (True, [0, 0, 1 / 3])):
+        scripts[0].lines(tmp_path, tmp_path / "code.json", "text", unread)
+        population = scripts[1].load(tmp_path / "code.json")
+        assert population.thresholds == (1.0, 0.9, 0.3)
+        assert population.loss == pytest.approx(loss)
+        assert population.problems.sum() == 4 - unread
+        assert population.acceptance_length == pytest.approx([2, 3, 3])  # the first token is the prompt's own
 
 
 def test_the_rules_say_what_the_tests_of_the_package_say(scripts: tuple[ModuleType, ModuleType]) -> None:

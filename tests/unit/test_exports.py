@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 from drift_traffic import some
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from vllm.v1.request import RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_cospec.config import Settings
 from vllm_cospec.kernels.policies import Learned
 from vllm_cospec.kernels.scores import NUM_BINS, SCORE_EDGES
 from vllm_cospec.metrics import CoSpecDecodingProm, Counters
+from vllm_cospec.reports import COUNTS, StepCounts
 from vllm_cospec.shared_counts import MOST_OVERRIDES, WatchCounters
 from vllm_cospec.training.measure.traffic import traffic_of
-from vllm_cospec.watch import COUNTS, RequestWatch, strict
+from vllm_cospec.watch import RequestWatch, strict
 
 K = 3
 
@@ -76,9 +78,15 @@ def request_of(found: Any, **keys: Any) -> Any:
     """A request of vLLM's that has ended, as far as the watch looks at it."""
     from vllm import SamplingParams
 
-    counts = SimpleNamespace(overrides=found.overrides, scores=tuple(found.histogram.tolist()))
-    params = SamplingParams(extra_args=keys or None)
-    return SimpleNamespace(num_output_tokens=found.tokens, sampling_params=params, **{COUNTS: counts})
+    counts = StepCounts(
+        place={"another": 0, "own": 1}, mismatches=np.array([0, found.mismatches]),
+        overrides=np.array([0, found.overrides]), regret=np.array([0.0, 0.0]),
+        scores=np.array([0 * found.histogram, found.histogram]),
+    )  # fmt: skip
+    return SimpleNamespace(
+        request_id="own", num_output_tokens=found.tokens, sampling_params=SamplingParams(extra_args=keys or None),
+        status=RequestStatus.FINISHED_STOPPED if found.whole else RequestStatus.FINISHED_ABORTED, **{COUNTS: counts},
+    )  # fmt: skip
 
 
 def test_the_scheduler_falls_back_when_requests_are_unlike_those_of_calibration(tmp_path: Path) -> None:

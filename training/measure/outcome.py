@@ -94,12 +94,16 @@ def compare(ours: Outcome, theirs: Outcome) -> dict[str, Any]:
     if not common:
         return {"difference": 0.0, "ci95": [-1.0, 1.0], "bootstrap_ci95": [-1.0, 1.0], "gained": 0, "lost": 0,
                 "p_value": 1.0}  # fmt: skip
-    difference, interval = paired_difference(one, two)
-    gained, lost = int((one > two).sum()), int((one < two).sum())
+    return {**paired_figures(one, two), "bootstrap_ci95": list(bootstrap_interval(one - two))}
+
+
+def paired_figures(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """Return how two scores of the same problems, float64 [n] each, differ: difference, interval, McNemar's test."""
+    difference, interval = paired_difference(ours, theirs)
+    gained, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
     return {
         "difference": difference,
         "ci95": list(interval),
-        "bootstrap_ci95": list(bootstrap_interval(one - two)),
         "gained": gained,
         "lost": lost,
         "p_value": mcnemar(gained, lost),

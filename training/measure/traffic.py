@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_cospec.drift import RANGE_ERROR, Finished, Range, Traffic, relative
+from vllm_cospec.drift import RANGE_ERROR, Finished, Range, Traffic, standardised
 from vllm_cospec.training.measure.noninferiority import mean_bound
 
 
@@ -17,9 +17,10 @@ def traffic_of(requests: Sequence[Finished]) -> Traffic:
     ranges = [_range(column[~np.isnan(column)], error) for column in figures.T]
     return Traffic(
         requests=len(requests),
-        mismatches_per_token=ranges[0],
-        overrides_per_mismatch=ranges[1],
-        scores=tuple(ranges[2:]),
+        tokens=ranges[0],
+        mismatches_per_token=ranges[1],
+        overrides_per_mismatch=ranges[2],
+        scores=tuple(ranges[3:]),
     )
 
 
@@ -28,6 +29,6 @@ def _range(values: np.ndarray, error: float) -> Range:
     if not len(values):
         return Range(mean=0.5, deviation=0.0, low=0.0, high=1.0)
     mean, deviation = float(values.mean()), float(values.std())
-    compared = relative(values, values.mean())
+    compared = standardised(values, mean, deviation)
     low, high = mean_bound(compared, 1 - error), 1 - mean_bound(1 - compared, 1 - error)
     return Range(mean=mean, deviation=deviation, low=low, high=high)

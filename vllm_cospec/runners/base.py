@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_cospec.kernels.policies import Policy
-    from vllm_cospec.reports import RequestCounts
+    from vllm_cospec.reports import StepCounts
     from vllm_cospec.runners.trace import Decision
 
 
@@ -32,7 +32,7 @@ class ArbitratingSampler(Protocol):
     def take_decisions(self) -> list[Decision]:
         """Return what was recorded since the last call, and forget it."""
 
-    def request_counts(self) -> Callable[[], dict[str, RequestCounts]]:
+    def request_counts(self) -> Callable[[], StepCounts]:
         """Note what was counted of every request of the last step; the result returns it, by request id."""
 
     def warm_up(self) -> None:

@@ -24,7 +24,7 @@ from vllm_cospec.kernels.reach import STOPS
 from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.kernels.scores import NUM_BINS
 from vllm_cospec.kernels.triton.step import Slots
-from vllm_cospec.reports import RequestCounts, counted
+from vllm_cospec.reports import StepCounts, counted
 from vllm_cospec.requests import response_ends, served_settings
 from vllm_cospec.runners.parts import Parts
 
@@ -95,8 +95,8 @@ class Spent:
         """Return what was spent in a slot, to be carried along."""
         return self._table[:, slot].clone()
 
-    def counts(self, slots: dict[str, int]) -> Callable[[], dict[str, RequestCounts]]:
-        """Send what was spent to the host; what is returned waits for it, and gives what the requests have spent.
+    def counts(self, slots: dict[str, int]) -> Callable[[], StepCounts]:
+        """Send what was spent to the host; what is returned waits for it, and gives it.
 
         Args:
             slots: of each request, by its id.
@@ -107,17 +107,11 @@ class Spent:
         if sent is not None:
             sent.record()
 
-        def read() -> dict[str, RequestCounts]:
+        def read() -> StepCounts:
             if sent is not None:
                 sent.synchronize()
-            overrides, regret, stops = copy[0].tolist(), copy[1].view(torch.float32).tolist(), copy[2].tolist()
-            scores = copy[3:].numpy()
-            return {
-                request_id: RequestCounts(
-                    overrides[slot] + stops[slot], overrides[slot], regret[slot], tuple(scores[:, slot].tolist())
-                )
-                for request_id, slot in slots.items()
-            }
+            overrides, regret, stops = copy[0].numpy(), copy[1].view(torch.float32).numpy(), copy[2].numpy()
+            return StepCounts(slots, overrides + stops, overrides, regret, copy[3:].numpy().T)
 
         return read
 
@@ -198,7 +192,7 @@ class StagedSlots:
             scores=self._spent.scores,
         )
 
-    def counts(self) -> Callable[[], dict[str, RequestCounts]]:
+    def counts(self) -> Callable[[], StepCounts]:
         """Note what was counted of every request; what is returned gives it."""
         return self._spent.counts(dict(self._runner.req_states.req_id_to_index))
 
@@ -281,7 +275,7 @@ class PlacedSlots:
         )  # fmt: skip
         return table, self._sent[2]
 
-    def counts(self) -> Callable[[], dict[str, RequestCounts]]:
+    def counts(self) -> Callable[[], StepCounts]:
         """Note what was counted of every request of the runner's batch; what is returned gives it."""
         batch = {request_id: self.slot_of(self._runner.requests[request_id]) for request_id in self._batch()}
         return self._spent.counts({request_id: slot for request_id, slot in batch.items() if slot is not None})

@@ -21,7 +21,7 @@ from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
 from vllm_cospec.kernels.reach import ANSWERING, SCOPES, out_of_scope, part_after, parts, undeliverable
 from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.metrics import Counters, counters_of_this_rank
-from vllm_cospec.reports import RequestCounts
+from vllm_cospec.reports import StepCounts
 from vllm_cospec.requests import RequestSettings, action_coin, response_ends, served_settings
 from vllm_cospec.runners.recorder import ProposedBlock, Recorder, draft_probabilities
 from vllm_cospec.runners.replay import Replay
@@ -145,16 +145,19 @@ class V1CPUSampler(V1Sampler):
         taken, self.decisions = self.decisions, []
         return taken
 
-    def request_counts(self) -> Callable[[], dict[str, RequestCounts]]:
+    def request_counts(self) -> Callable[[], StepCounts]:
         """As the contract's."""
-        found = {}
-        for request_id in self._runner.input_batch.req_ids:
-            state = getattr(self._runner.requests[request_id], STATE, None)
-            if state is None:
-                found[request_id] = RequestCounts(0, 0, 0.0)
-            else:
-                scores = tuple(state.scores.tolist())
-                found[request_id] = RequestCounts(state.mismatches, state.overrides, state.regret, scores)
+        ids = self._runner.input_batch.req_ids
+        states = [getattr(self._runner.requests[request_id], STATE, None) for request_id in ids]
+        known = [(request_id, state) for request_id, state in zip(ids, states, strict=True) if state is not None]
+        own = [state for _, state in known]
+        found = StepCounts(
+            {request_id: at for at, (request_id, _) in enumerate(known)},
+            np.array([state.mismatches for state in own], np.int64),
+            np.array([state.overrides for state in own], np.int64),
+            np.array([state.regret for state in own], np.float64),
+            np.array([state.scores for state in own], np.int64),
+        )
         return lambda: found
 
     def warm_up(self) -> None:

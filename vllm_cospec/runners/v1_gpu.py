@@ -26,7 +26,7 @@ from vllm_cospec.kernels.reach import undeliverable
 from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate_given, warm_up
 from vllm_cospec.kernels.triton.step import Rows, Verdict
 from vllm_cospec.metrics import Counters, counters_of_this_rank
-from vllm_cospec.reports import RequestCounts
+from vllm_cospec.reports import StepCounts
 from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep
 from vllm_cospec.runners.device_recorder import DeviceRecorder
 from vllm_cospec.runners.slots import PlacedSlots
@@ -184,7 +184,7 @@ class V1GPUSampler(DevicePolicy, V1Sampler):
             self._known = layout, differing[layout.request] != 0
         return self._known
 
-    def request_counts(self) -> Callable[[], dict[str, RequestCounts]]:
+    def request_counts(self) -> Callable[[], StepCounts]:
         """As the contract's."""
         return self._table.counts()
 

@@ -24,7 +24,7 @@ from vllm_cospec.kernels.reach import undeliverable
 from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate, warm_up
 from vllm_cospec.kernels.triton.step import Rows, Sampling
 from vllm_cospec.metrics import Counters, counters_of_this_rank
-from vllm_cospec.reports import RequestCounts
+from vllm_cospec.reports import StepCounts
 from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep
 from vllm_cospec.runners.slots import StagedSlots
 from vllm_cospec.runners.v2_drafter import Arbitrated, DraftHealth, NgramMatches, ResumedRequests, protect
@@ -151,7 +151,7 @@ class V2Sampler(DevicePolicy, RejectionSampler):
             )  # fmt: skip
         return processed, verified.sampled, verified.num_sampled
 
-    def request_counts(self) -> Callable[[], dict[str, RequestCounts]]:
+    def request_counts(self) -> Callable[[], StepCounts]:
         """As the contract's."""
         return self._slots.counts()
 

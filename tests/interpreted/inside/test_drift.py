@@ -44,7 +44,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 draft="0", num_speculative_tokens=3, dtype="float32", chat_template="", temperature=(0, 0), top_p=(1, 1)
             ),
             traffic=Traffic(
-                requests=1000, mismatches_per_token=rare, overrides_per_mismatch=any_share,
+                requests=1000, tokens=any_share, mismatches_per_token=rare, overrides_per_mismatch=any_share,
                 scores=(any_share,) * NUM_BINS,
             ),
         ),

@@ -232,11 +232,19 @@ def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     load_artefact(tmp_path / "arbiter")
 
 
-@pytest.mark.parametrize("directory", ["benchmarks/smollm2/arbiter", "benchmarks/code/arbiter"])
-def test_an_artefact_of_format_1_is_read_with_its_threshold_and_bounds_nothing(directory: str) -> None:
-    _, artefact = load_artefact(Path(__file__).parents[3] / directory)
+@pytest.mark.parametrize("has_curve", [True, False])
+def test_an_artefact_of_format_1_is_read_with_its_threshold_and_bounds_nothing(has_curve: bool, tmp_path: Path) -> None:
+    directory = tmp_path / "arbiter"
+    shutil.copytree(Path(__file__).parents[3] / "benchmarks" / "smollm2" / "arbiter", directory)
+    config = json.loads((directory / "config.json").read_text())
+    del config["statement"]
+    for point in config["calibration"]:
+        del point["loss_bound"]
+    config |= {"format_version": 1, "calibration": config["calibration"] if has_curve else []}
+    (directory / "config.json").write_text(json.dumps(config))
+    _, artefact = load_artefact(directory)
     assert artefact.format_version == 1
     assert artefact.statement is None
     assert 0 < artefact.threshold < 1
     with pytest.raises(ArtefactError, match="run `cospec calibrate`"):
-        calibrated_threshold(artefact.calibration, directory, 0.1)
+        calibrated_threshold(artefact.calibration, "arbiter", 0.1)

@@ -250,7 +250,8 @@ def test_the_threshold_of_a_trained_arbiter(pair: Pair, knobs: dict[str, Any], t
     assert settings.calibrated.differences == ()
     assert ("LOSSY" in settings.announcement()) == (threshold < 1)
     assert settings.calibrated.refuse == ("max_accuracy_loss" in knobs and threshold < 1)
-    assert settings.calibrated.bounded == ("max_accuracy_loss" in knobs)
+    assert settings.least_threshold == (threshold if knobs else 0)
+    assert settled(learned(pair.artefact), served=conditions(pair.draft), collect=True, **knobs).least_threshold == 0
 
 
 def test_what_was_calibrated_for_something_else_is_announced_or_refused(pair: Pair) -> None:

@@ -19,7 +19,7 @@ from vllm_cospec.drift import (
     bet,
     figure_name,
     histogram,
-    relative,
+    standardised,
 )
 from vllm_cospec.training.measure.traffic import traffic_of
 
@@ -43,7 +43,7 @@ def test_ten_thousand_calibrated_requests_raise_no_alarm_and_other_ones_are_noti
 
 @pytest.mark.parametrize(
     "other",
-    [{"mismatch_rate": 0.02}, {"mismatch_rate": 0.3}, {"keep_rate": 0.9}, {"keep_rate": 0.02}],
+    [{"mismatch_rate": 0.02}, {"mismatch_rate": 0.3}, {"keep_rate": 0.9}, {"keep_rate": 0.02}, {"tokens": 15}],
     ids=str,
 )
 def test_each_kind_of_change_is_noticed_within_a_hundred(expected: Traffic, other: dict[str, float]) -> None:
@@ -80,12 +80,19 @@ def test_the_first_request_of_a_new_gambler_counts() -> None:
 
 def test_a_request_without_a_mismatch_says_nothing_about_overrides_and_scores() -> None:
     figures = Finished(20, 0, 0, histogram(np.zeros(0))).figures()
-    assert figures[0] == 0
-    assert np.isnan(figures[1:]).all()
+    assert figures[:2].tolist() == [20, 0]
+    assert np.isnan(figures[2:]).all()
     low = high = np.full(FIGURES, 0.5)
     after = bet(np.zeros((2, len(STAKES), FIGURES)), figures, low, high)
-    assert (after[:, :, 1:] == 0).all()
-    assert (after[1, :, 0] > 1).all()
+    assert (after[:, :, 2:] == 0).all()
+    assert (after[1, :, 1] > 1).all()
+
+
+def test_a_request_that_was_given_up_says_nothing_about_the_length_of_responses() -> None:
+    scores = histogram(np.array([0.2, 0.7]))
+    whole, given_up = Finished(20, 2, 1, scores).figures(), Finished(20, 2, 1, scores, whole=False).figures()
+    assert np.isnan(given_up[0])
+    assert given_up[1:].tolist() == whole[1:].tolist()
 
 
 def test_every_score_falls_into_one_bin_and_every_figure_has_a_name() -> None:
@@ -93,10 +100,10 @@ def test_every_score_falls_into_one_bin_and_every_figure_has_a_name() -> None:
     counts = histogram(scores)
     assert counts.sum() == len(scores)
     assert (counts[0], counts[1], counts[-1]) == (1, 1, 2)
-    assert len(counts) == len(SCORE_EDGES) + 1 == FIGURES - 2
+    assert len(counts) == len(SCORE_EDGES) + 1 == FIGURES - 3
     names = [figure_name(i) for i in range(FIGURES)]
     assert len(set(names)) == FIGURES
-    assert names[2] == "share of scores from 0 to 1e-05"
+    assert names[3] == "share of scores from 0 to 1e-05"
     assert names[-1] == "share of scores from 0.9999 to 1"
 
 
@@ -115,7 +122,7 @@ def test_the_ranges_hold_the_true_means() -> None:
     everything = np.array([request.figures() for request in some(50_000, seed=8)])
     for seed in range(8):
         for own, figures in zip(traffic_of(some(300, seed=100 + seed)).ranges, everything.T, strict=True):
-            assert own.low <= np.nanmean(relative(figures, np.array(own.mean))) <= own.high
+            assert own.low <= np.nanmean(standardised(figures, own.mean, own.deviation)) <= own.high
 
 
 def test_a_figure_calibration_never_saw_says_nothing() -> None:
@@ -133,8 +140,9 @@ def test_a_range_that_is_none_is_refused() -> None:
         Range(mean=0.5, deviation=0.1, low=0.7, high=0.6)
 
 
-def test_twice_as_much_and_half_as_much_are_equally_far() -> None:
-    found = relative(np.array([0.1, 0.2, 0.05, 0.0, np.nan]), np.array([0.1] * 5))
-    assert found[:4] == pytest.approx([1 / 2, 2 / 3, 1 / 3, 0])
+def test_figures_are_compared_in_deviations_from_their_mean() -> None:
+    found = standardised(np.array([0.1, 0.3, -0.1, 0.1 + 1e6, np.nan]), 0.1, 0.2)
+    assert found[:4] == pytest.approx([1 / 2, 1 / (1 + np.exp(-1)), 1 / (1 + np.e), 1])
     assert np.isnan(found[4])
-    assert relative(np.array([0.0, 0.3]), np.zeros(2)).tolist() == [0.0, 1.0]
+    never_varied = standardised(np.array([0.0, 0.3]), 0.0, 0.0)
+    assert never_varied == pytest.approx([0.5, 1])
