@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from processes import in_a_fork
 
 from vllm_cospec.training.config import LearnerConfig, PairConfig, RolloutConfig, TrainConfig, bundled
 from vllm_cospec.training.learning.learner import Learner
@@ -29,12 +32,6 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    weights = Learner(CONFIG.learner, seed=1, updates=1).weights()
-    return Engine(CONFIG.pair, {"hidden_sizes": (8,), "state_dict": weights})
-
-
 def rolled_out(engine: Engine, initial_keep: float) -> Episodes:
     task = load_task("demo")
     problems = tuple(task.problems(seed=4, n=4, split="train"))
@@ -44,22 +41,34 @@ def rolled_out(engine: Engine, initial_keep: float) -> Episodes:
         return roll_out(engine, Unit(0, 0, problems, 0, seed=2), CONFIG, graders)
 
 
-def test_v2_collects_decisions_of_the_weights_it_was_given(engine: Engine) -> None:
+def roll_out_on_one_engine(config: TrainConfig) -> dict[str, Any]:
+    """Roll out three times on one engine."""
+    weights = Learner(config.learner, seed=1, updates=1).weights()
+    engine = Engine(config.pair, {"hidden_sizes": (8,), "state_dict": weights})
     sampler = engine._llm.llm_engine.model_executor.driver_worker.worker.cospec
-    assert type(sampler).__module__ == "vllm_cospec.runners.v2"
-    some = rolled_out(engine, 0.4)
+    found = {name: rolled_out(engine, keep) for name, keep in (("some", 0.4), ("always", 1 - 1e-6), ("again", 0.4))}
+    return {**found, "sampler": type(sampler).__module__}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return in_a_fork(roll_out_on_one_engine, CONFIG)
+
+
+def test_v2_collects_decisions_of_the_weights_it_was_given(found: dict[str, Any]) -> None:
+    assert found["sampler"] == "vllm_cospec.runners.v2"
+    some, always = found["some"], found["always"]
     assert len(some.kept) > 3
     assert some.probability == pytest.approx(np.full(len(some.kept), 0.4), abs=1e-5)
     assert np.isfinite(some.statistics).all()
-    always = rolled_out(engine, 1 - 1e-6)
     assert always.kept.all()
     assert always.capped.all()
     assert always.acceptance_length == 4
     assert some.acceptance_length < 4
 
 
-def test_v2_branches_take_the_other_road_and_repeat_themselves(engine: Engine) -> None:
-    first, second = rolled_out(engine, 0.4), rolled_out(engine, 0.4)
+def test_v2_branches_take_the_other_road_and_repeat_themselves(found: dict[str, Any]) -> None:
+    first, second = found["some"], found["again"]
     # a branch is left out when it does not reproduce the response up to its mismatch, decision included
     assert len(first.branch_decision) >= 3
     for name in ("tokens", "steps", "kept", "output_position", "branch_decision", "branch_keep", "branch_drop"):

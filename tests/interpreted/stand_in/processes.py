@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ RUNNERS = [
     "vllm.v1.worker.cpu.model_runner", "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
     "vllm_cospec.runners.v2", "vllm_cospec.runners.v1_gpu", "engine",
 ]  # fmt: skip
+
+
+def in_a_fork(function: Callable[[Any], dict[str, Any]], job: Any) -> dict[str, Any]:
+    """Call a function in a fork of a process that has imported what engines need.
+
+    Not of the tests' own: with that imported, PyTorch's meta tensors take no companion on another device.
+    """
+    return forked(function, job, [*IMPORTED, *RUNNERS])
 
 
 def generate(
@@ -44,4 +53,4 @@ def generate(
     }
     if speculative_config.get("draft_method") in ("ngram", "mtp"):
         del request["speculative_config"]["model"]
-    return forked(engine.main, request, [*IMPORTED, *RUNNERS])
+    return in_a_fork(engine.main, request)
