@@ -79,9 +79,8 @@ def _offline(targets: list[str], only: list[str]) -> list[dict[str, Any]]:
 def _measure(rounds: int) -> list[dict[str, Any]]:
     from benchmarks import verification
 
-    return [
-        verification.compare(VOCAB_SIZE, batch, NUM_DRAFT_TOKENS, AGREEMENT, rounds) for batch in verification.BATCHES
-    ]
+    large = [(VOCAB_SIZE, batch, NUM_DRAFT_TOKENS) for batch in verification.BATCHES]
+    return [verification.compare(*step, AGREEMENT, rounds) for step in [verification.BUNDLED_STEP, *large]]
 
 
 def in_fresh_process(function: Any, *arguments: Any) -> Any:

@@ -26,6 +26,7 @@ from vllm_cospec.runners import v1_cpu
 from vllm_cospec.runners.recorder import Proposals, ProposedBlock
 
 BATCHES = (8, 32)
+BUNDLED_STEP = (100, 16, 7)  # vocabulary, requests and K of the bundled pair
 OVERRIDE_RATE = 0.3  # that of the bundled arbiter
 
 
@@ -103,7 +104,7 @@ def compare(vocab_size: int, batch: int, k: int, agreement: float, rounds: int) 
         ours = arbitrating_sampler(stock, batch, vocab_size, k, Path(directory))
 
         def run_ours() -> Any:
-            proposed = Proposals(drafts, draft_logits)
+            proposed = Proposals(drafts.tolist(), draft_logits)
             ours.recorder._blocks = {
                 name: ProposedBlock(proposed, row) for row, name in enumerate(ours._runner.requests)
             }

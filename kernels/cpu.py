@@ -1,9 +1,9 @@
 """Arbitration on the CPU: full statistics only for the mismatches a decision is needed for.
 
-There is no device to synchronise with here, so control flow runs in numpy over whole batches: strict verification's
-verdict on every position is an input, and each round takes the first undecided mismatch of every request at once.
-Typically one or two rounds end a step. Only the rows of those mismatches, [M, V], get a softmax; nothing of size
-[N, V] is written. Decisions equal those of :mod:`vllm_cospec.kernels.reference`.
+There is no device to synchronise with, so compiled loops walk through the blocks, :mod:`vllm_cospec.kernels.loops`:
+strict verification's verdict on every position is an input, and each round takes the next mismatch of every request at
+once. Typically one or two rounds end a step. Only the rows of those mismatches are read, nothing of the size of the
+logits is written. Decisions equal those of :mod:`vllm_cospec.kernels.reference`.
 
 NaN: a statistic is NaN where a row of logits it comes from has a NaN or no finite logit. Such a mismatch is strict,
 whatever the policy or a decision made beforehand says, and is not recorded.
@@ -11,105 +11,58 @@ whatever the policy or a decision made beforehand says, and is not recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_cospec.kernels.policies import Mismatches
-from vllm_cospec.kernels.regret import REGRET_UNIT
+from vllm_cospec.kernels.batch import (  # noqa: F401 - some are for those who import this module
+    Batch,
+    BatchResult,
+    Consulted,
+    LogitRows,
+    Requests,
+    Tokens,
+)
+from vllm_cospec.kernels.policies import Mismatches, Rule
 from vllm_cospec.kernels.statistics import LOGPROB_FLOOR, NUM_STATISTICS, TINY
 
-CEILING = -LOGPROB_FLOOR
 PLACEHOLDER = -1  # pads the output, as vLLM's own rejection sampler does
-CACHED_FLOATS = 2**17  # a row's passes run several times faster while it is in the second-level cache
 
-Decide = Callable[[Mismatches, np.ndarray], tuple[Tensor, Tensor | None]]
-"""(mismatches, index of each one's request) -> (kept, bool [M]; probability of keeping, float32 [M], or None)."""
-
-
-@dataclass
-class Requests:
-    """Per-request settings and state of a batch, each array with B entries."""
-
-    arbitrated: np.ndarray  # bool; False: strict
-    junk: np.ndarray  # bool; the drafter did not propose these tokens: strict
-    output_position: np.ndarray  # int64, index in the response of the block's first token
-    overrides_so_far: np.ndarray  # int64
-    max_overrides: np.ndarray  # int64, vllm_cospec.kernels.UNLIMITED for none
-    exact_tokens: np.ndarray  # int64
-    threshold: np.ndarray  # float32, of the learned policy
-    regret_so_far: np.ndarray  # float64, nats, see vllm_cospec.kernels.regret
-    max_regret: np.ndarray  # float64, from vllm_cospec.kernels.regret.in_units
-    forced_at: np.ndarray | None = None  # int64, index in the response decided beforehand, -1 for none; training
-    forced_keep: np.ndarray | None = None  # bool, how; mismatches before it are kept
+Decide = Callable[["Found"], tuple[np.ndarray, np.ndarray | None]]
+"""Mismatches -> (kept, bool [M]; probability of keeping, float32 [M], or None)."""
 
 
-@dataclass
-class Batch:
-    """One step of B requests with N draft tokens in all; rows of one request are consecutive."""
+class _Compiled:
+    """The modules of compiled loops, which take a second to import, and some to compile the first time."""
 
-    draft_tokens: Tensor  # [N] int
-    num_draft_tokens: np.ndarray  # [B] int64
-    accepted: Tensor  # [N] bool, strict verification's verdict on each position by itself
-    target_tokens: Tensor  # [N] int, emitted where the draft is not kept
-    bonus_tokens: Tensor  # [B] int
-    raw_target_logits: Tensor  # [N, V], or more rows with ``logit_rows``
-    processed_target_logits: Tensor  # likewise
-    raw_argmax: Tensor  # [N] int, t*
-    draft_logits: Callable[[np.ndarray, np.ndarray], Tensor] | None  # (request, position), each [M] -> [M, V]
-    num_speculative_tokens: int  # K
-    max_draft_tokens: int  # width of the output less one
-    requests: Requests
-    acceptance_ratio: Tensor | None = None  # [N] float32, None when every request is greedy
-    uniform: Tensor | None = None  # [N] float32
-    logit_rows: Tensor | None = None  # [N] int, the row of logits each draft is verified with; None: its own
-    legal: Tensor | None = None  # [N] bool, whether a draft may be kept; None: where its processed logit is finite
-    undeliverable: Tensor | None = None  # [N] bool, from vllm_cospec.kernels.reach: strict, and no mismatch
+    @functools.cached_property
+    def loops(self) -> ModuleType:
+        return importlib.import_module("vllm_cospec.kernels.loops")
+
+    @functools.cached_property
+    def walk(self) -> ModuleType:
+        return importlib.import_module("vllm_cospec.kernels.walk")
 
 
-@dataclass
-class Consulted:
-    """The mismatches one round put to the policy."""
-
-    request: np.ndarray  # [M] index into the batch
-    position: np.ndarray  # [M] in the block
-    output_position: np.ndarray  # [M]
-    statistics: Tensor  # [M, 16] float32
-    kept: np.ndarray  # [M] bool
-    probability: Tensor | None  # [M] float32, of keeping
-
-    def only(self, mask: np.ndarray) -> Consulted:
-        """Return the entries where ``mask``, bool [M], is True."""
-        probability = None if self.probability is None else self.probability[mask]
-        return Consulted(
-            self.request[mask],
-            self.position[mask],
-            self.output_position[mask],
-            self.statistics[mask],
-            self.kept[mask],
-            probability,
-        )
+_compiled = _Compiled()
 
 
-@dataclass
-class BatchResult:
-    """What verification makes of a batch."""
+def warm_up(num_tensors: int) -> None:
+    """Compile what verification calls, or load what was compiled before.
 
-    output: Tensor  # [B, max_draft_tokens + 1] int32, PLACEHOLDER where nothing is emitted
-    mismatches: np.ndarray  # [B] int64
-    """Drafts of arbitrated requests that can be delivered, whether the policy could be consulted or not."""
-    overrides: np.ndarray  # [B] int64
-    regret: np.ndarray  # [B] float64, nats, of the overrides
-    overrides_per_position: np.ndarray  # [max_draft_tokens] int64
-    consulted: list[Consulted] = field(default_factory=list)
-
-    @property
-    def num_mismatches(self) -> int:
-        """Of all requests together."""
-        return int(self.mismatches.sum())
+    Args:
+        num_tensors: that the draft's rows lie in, see :class:`LogitRows`; 0 for a drafter without logits.
+    """
+    row, one = torch.zeros(1, 2), np.zeros(1, np.int64)
+    rows = LogitRows([row] * num_tensors, one, one) if num_tensors else None
+    _fill_in(np.zeros((1, NUM_STATISTICS), np.float32), np.zeros(1, bool), row, one, rows, one, one)
+    _compiled.walk  # noqa: B018 - compiled when it is imported
 
 
 def logit_statistics(target: Tensor, draft: Tensor | None, token: Tensor, top: Tensor) -> Tensor:
@@ -121,14 +74,10 @@ def logit_statistics(target: Tensor, draft: Tensor | None, token: Tensor, top: T
         token: d, int64 [M].
         top: t*, int64 [M].
     """
-    out = target.new_zeros(len(target), 10)
-    chunk = max(1, CACHED_FLOATS // target.shape[1])
-    for first in range(0, len(target), chunk):
-        rows = slice(first, first + chunk)
-        _chunk_statistics(
-            out[rows], target[rows], None if draft is None else draft[rows], token[rows, None], top[rows, None]
-        )
-    return out
+    out, every = np.empty((len(target), NUM_STATISTICS), np.float32), np.arange(len(target))
+    draft_rows = None if draft is None else LogitRows.of(draft)
+    _fill_in(out, np.empty(len(target), bool), target, every, draft_rows, token.numpy(), top.numpy())
+    return torch.from_numpy(out[:, :10])
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -139,22 +88,37 @@ def argmax(logits: Tensor) -> Tensor:
     return torch.from_numpy(logits.numpy().argmax(axis=-1))
 
 
-def _chunk_statistics(out: Tensor, target: Tensor, draft: Tensor | None, token: Tensor, top: Tensor) -> None:
-    """Fill in :func:`logit_statistics` for a few rows, few enough to stay in the cache; token and top are [M, 1]."""
-    logp = torch.log_softmax(target, dim=-1).clamp_(min=LOGPROB_FLOOR)
-    out[:, 0:1] = logp.gather(1, token)
-    out[:, 1:2] = logp.gather(1, top)
-    out[:, 3] = -torch.linalg.vecdot(logp.exp(), logp)
-    out[:, 4] = _rank(target, token).float().log1p()
+def _flat(logits: Tensor) -> tuple[np.ndarray, int]:
+    """Return rows of logits, [R, V], as one float32 vector that holds them, and how far apart they begin."""
+    if logits.dtype != torch.float32 or logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:
+        logits = logits.float().contiguous()
+    stride = logits.stride(0)
+    size = stride * (len(logits) - 1) + logits.shape[1] if len(logits) else 0
+    return logits.as_strided((size,), (1,)).numpy(), stride
+
+
+def _fill_in(
+    out: np.ndarray, sound: np.ndarray, target: Tensor | tuple[np.ndarray, int, int], row: np.ndarray,
+    draft: LogitRows | None, token: np.ndarray, top: np.ndarray,
+) -> None:  # fmt: skip
+    """Write the first ten columns of statistics, see :func:`vllm_cospec.kernels.loops.logit_statistics`.
+
+    ``target`` may be given as its vector, its stride and V.
+    """
+    logits, stride, vocabulary = target if isinstance(target, tuple) else (*_flat(target), target.shape[1])
+    none = np.zeros(len(row), np.int64)
+    parts: tuple[np.ndarray, ...] = (logits,)
+    strides, part, draft_row = none[:0], none, none
     if draft is not None:
-        logq = torch.log_softmax(draft, dim=-1).clamp_(min=LOGPROB_FLOOR)
-        q = logq.exp()
-        out[:, 5:6] = logq.gather(1, token)
-        out[:, 6:7] = logq.gather(1, top)
-        out[:, 8] = -torch.linalg.vecdot(q, logq)
-        out[:, 9] = (-out[:, 8] - torch.linalg.vecdot(q, logp)).clamp(0, CEILING)
-        out[:, 7] = _top2_gap(logq, argmax(logq).unsqueeze(1))
-    out[:, 2] = _top2_gap(logp, top)
+        if any(tensor.shape[1] != vocabulary for tensor in draft.tensors):
+            raise ValueError("target and draft have vocabularies of different sizes")
+        flat = [_flat(tensor) for tensor in draft.tensors]
+        flat += flat[:1] * ((1 << (len(flat) - 1).bit_length()) - len(flat))  # each length is compiled by itself
+        parts, strides = tuple(vector for vector, _ in flat), np.array([step for _, step in flat], np.int64)
+        part, draft_row = draft.part, draft.row
+    _compiled.loops.logit_statistics(
+        out, sound, logits, stride, row, parts, strides, part, draft_row, token, top, vocabulary
+    )
 
 
 def top_k_entropy(target: Tensor, k: int) -> Tensor:
@@ -186,6 +150,142 @@ def _present(draft: Tensor | None) -> Tensor:
     return draft
 
 
+@dataclass(frozen=True)
+class Found:
+    """M mismatches that the policy is to decide."""
+
+    batch: Batch
+    request: np.ndarray  # int64 [M], index into the batch
+    position: np.ndarray  # int64 [M], in the block
+    output_position: np.ndarray  # int64 [M], in the response
+    statistics: np.ndarray  # float32 [M, 16]
+    sound: np.ndarray  # bool [M], whether none of them is NaN
+    natively_accepted_after: np.ndarray  # int64 [M], and so on: see Mismatches
+    draft_token: np.ndarray
+    target_token: np.ndarray
+    logits: np.ndarray  # float32 [2, M], target logits of d and t*
+    draft: np.ndarray  # int64 [M], index into the batch's drafts
+    logit_row: np.ndarray  # int64 [M], of the raw target logits
+    draft_logits: LogitRows | None
+
+    def mismatches(self) -> Mismatches:
+        """Return them as rules take them."""
+        batch, count = self.batch, len(self.request)
+        token, index = torch.from_numpy(self.draft_token), torch.from_numpy(self.draft)
+        return Mismatches(
+            statistics=torch.from_numpy(self.statistics),
+            target_logit_draft=torch.from_numpy(self.logits[0]),
+            target_logit_top=torch.from_numpy(self.logits[1]),
+            draft_token=token,
+            target_token=torch.from_numpy(self.target_token),
+            output_position=torch.from_numpy(self.output_position),
+            natively_accepted_after=torch.from_numpy(self.natively_accepted_after),
+            block_remaining=torch.from_numpy(batch.num_draft_tokens[self.request] - self.position - 1),
+            acceptance_ratio=torch.zeros(count) if batch.acceptance_ratio is None else batch.acceptance_ratio[index],
+            uniform=torch.ones(count) if batch.uniform is None else batch.uniform[index],
+            top_k_entropy=lambda k: top_k_entropy(self._target(), k),
+            divergence=lambda kind: divergence(self._target(), self._drafts(), kind),
+            mixture_lead=lambda weight: mixture_lead(self._target(), self._drafts(), token, weight),
+        )
+
+    def _target(self) -> Tensor:
+        return self.batch.raw_target_logits[torch.from_numpy(self.logit_row)].float()
+
+    def _drafts(self) -> Tensor:
+        assert self.draft_logits is not None, "policies that read the draft's rows need a drafter that has some"
+        return self.draft_logits.stack()
+
+
+def rule(policy: Rule) -> Decide:
+    """Return a rule as :func:`verify_batch` takes it."""
+    return lambda found: (policy.keep(found.mismatches()).numpy(), None)
+
+
+class Network:
+    """An arbiter's network, for the loops: a call of torch's takes longer than all it says of a step."""
+
+    def __init__(self, mean: Tensor, scale: Tensor, layers: Sequence[tuple[Tensor, Tensor]]):
+        """Copy the weights.
+
+        Args:
+            mean, scale: float32 [16].
+            layers: weight [out, in] and bias [out] of each.
+        """
+        parts = [mean, scale, *(part for weight, bias in layers for part in (weight.T.reshape(-1), bias))]
+        self._weights = torch.cat(parts).detach().float().numpy()
+        self._sizes = np.array([NUM_STATISTICS, *(len(bias) for _, bias in layers)], np.int64)
+
+    def scores(self, statistics: np.ndarray) -> np.ndarray:
+        """Map statistics, float32 [M, 16], to scores in (0, 1), float32 [M]."""
+        out = np.empty(len(statistics), np.float32)
+        _compiled.loops.scores(statistics, self._weights, self._sizes, out)
+        return out
+
+
+class _Walk:
+    """The walk through the blocks of a step: its arrays, and calls of the loops that go on with it."""
+
+    def __init__(self, batch: Batch):
+        self._batch, requests = batch, batch.requests
+        num_requests, width = len(batch.num_draft_tokens), batch.max_draft_tokens
+        self._drafts, self._best = _integers(batch.draft_tokens), _integers(batch.raw_argmax)
+        self._first = np.zeros(num_requests + 1, np.int64)
+        np.cumsum(batch.num_draft_tokens, out=self._first[1:])
+        self._vocabulary = batch.raw_target_logits.shape[1]
+        self._logits, self._stride = _flat(batch.raw_target_logits)
+        num_drafts = len(self._drafts)
+        self._row = np.arange(num_drafts) if batch.logit_rows is None else _integers(batch.logit_rows)
+        legal = _legal(batch, self._row) if batch.legal is None else _array(batch.legal)
+        beyond = np.zeros(num_drafts, bool) if batch.undeliverable is None else _array(batch.undeliverable)
+        self._position, self._found = np.zeros(num_requests, np.int64), np.empty((5, num_requests), np.int64)
+        self.overrides, self.mismatches = np.zeros(num_requests, np.int64), np.zeros(num_requests, np.int64)
+        self.regret, self._given_up = np.zeros(num_requests), np.empty(num_requests)
+        self.overrides_per_position = np.zeros(width, np.int64)
+        self._waiting = np.ones(num_requests, bool)
+        self._pair = np.empty((2, num_requests), np.float32)
+        self._step = (
+            self._first, self._drafts, _array(batch.accepted), self._best, legal, beyond, self._logits, self._stride,
+            self._row, self._vocabulary, requests.arbitrated & ~requests.junk, requests.output_position,
+            requests.overrides_so_far, requests.max_overrides, requests.exact_tokens, requests.regret_so_far,
+            requests.max_regret, batch.num_speculative_tokens, self._position, self.overrides, self.regret,
+            self.mismatches, self._waiting, self._found, self._given_up, self._pair,
+        )  # fmt: skip
+
+    def advance(self) -> Found | None:
+        """Return the next mismatch of every request that goes on, None where there is none."""
+        statistics = np.empty((len(self._position), NUM_STATISTICS), np.float32)
+        count = _compiled.walk.advance(*self._step, statistics)
+        if not count:
+            return None
+        batch, request, at = self._batch, self._found[0, :count].copy(), self._found[1, :count].copy()
+        native, token, top = self._found[2:, :count].copy()
+        statistics, sound, index = statistics[:count], np.empty(count, bool), self._first[request] + at
+        row = self._row[index]
+        draft = None if batch.draft_logits is None else batch.draft_logits(request, at)
+        _fill_in(statistics, sound, (self._logits, self._stride, self._vocabulary), row, draft, token, top)
+        return Found(
+            batch, request, at, batch.requests.output_position[request] + at, statistics, sound, native, token, top,
+            self._pair[:, :count].copy(), index, row, draft,
+        )  # fmt: skip
+
+    def settle(self, keep: np.ndarray) -> None:
+        """Let the requests go on whose drafts are kept, bool [M] as :meth:`advance` has found them."""
+        _compiled.walk.settle(
+            keep, self._found, self._given_up, self._position, self.overrides, self.regret, self._waiting,
+            self.overrides_per_position,
+        )  # fmt: skip
+
+    def emit(self) -> Tensor:
+        """Return what every request emits, int32 [B, width + 1]."""
+        batch = self._batch
+        output = np.empty((len(self._position), batch.max_draft_tokens + 1), np.int32)
+        _compiled.walk.emit(
+            self._first, self._drafts, _integers(batch.target_tokens), _integers(batch.bonus_tokens), self._position,
+            output,
+        )  # fmt: skip
+        return torch.from_numpy(output)
+
+
 def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchResult:
     """Verify one step of a batch.
 
@@ -194,177 +294,73 @@ def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchRe
         decide: the policy.
         collect: keep every consulted mismatch in the result.
     """
-    n, width, requests = batch.num_draft_tokens, batch.max_draft_tokens, batch.requests
-    columns = np.arange(width)
-    valid = columns < n[:, None]
-    rows = np.where(valid, (np.cumsum(n) - n)[:, None] + columns, 0)
-    kept = batch.accepted.numpy()[rows] | ~valid if len(batch.draft_tokens) else ~valid
-    native_run = _runs(kept & valid)
-    matches = (batch.raw_argmax == batch.draft_tokens).numpy()
-    matches = matches[rows] & valid if len(matches) else valid
-    match_run = _runs(matches)
-    matches_before = np.cumsum(matches, axis=1) - matches
-    overrides, spent = np.zeros(len(n), np.int64), np.zeros(len(n), np.float64)
-    found = np.zeros(len(n), np.int64)
-    result = BatchResult(batch.draft_tokens, found, overrides, spent, np.zeros(width, np.int64))
-    undecided = requests.arbitrated & ~requests.junk
-    counts = (batch.draft_tokens >= 0).numpy()
-    if batch.undeliverable is not None:
-        counts &= ~batch.undeliverable.numpy()
-    while True:
-        position = np.where(kept, width, columns).min(axis=1, initial=width)
-        request = np.flatnonzero(undecided & (position < width))
-        request = request[counts[rows[request, position[request]]]]
-        if not len(request):
-            break
-        found[request] += 1
-        undecided[:] = False
-        given_up = _regret(batch, rows[request, position[request]])
-        allowed = _may_override(batch, request, position[request], rows, overrides)
-        allowed &= _affordable(requests, request, spent, given_up)
-        request, given_up = request[allowed], given_up[allowed]
-        if not len(request):
-            break
-        at = position[request]
-        context = np.stack(
-            [
-                at / batch.num_speculative_tokens,
-                match_run[request, at + 1] / batch.num_speculative_tokens,
-                matches_before[request, at] / batch.num_speculative_tokens,
-                overrides[request],
-                np.log1p(requests.overrides_so_far[request] + overrides[request]),
-                np.log1p(requests.output_position[request] + at),
-            ],
-            axis=1,
-        )
-        mismatches = _gather(batch, request, at, rows[request, at], context, native_run[request, at + 1])
-        keep, probability = decide(mismatches, request)
-        # NaN anywhere in a row: strict, and nothing to learn from
-        sound = ~mismatches.statistics.isnan().any(1).numpy()
-        keep_rows = keep.numpy() & sound
-        where = requests.output_position[request] + at
+    walk, requests, consulted = _Walk(batch), batch.requests, []
+    while (found := walk.advance()) is not None:
+        keep, probability = decide(found)
+        kept = keep & found.sound  # NaN anywhere in a row: strict, and nothing to learn from
         if requests.forced_at is not None and requests.forced_keep is not None:
-            decided = where <= requests.forced_at[request]
-            earlier = where < requests.forced_at[request]
-            keep_rows = np.where(decided, earlier | requests.forced_keep[request], keep_rows) & sound
+            forced_at, where = requests.forced_at[found.request], found.output_position
+            forced = (where < forced_at) | requests.forced_keep[found.request]
+            kept = np.where(where <= forced_at, forced, kept) & found.sound
         if collect:
-            everything = Consulted(request, at, where, mismatches.statistics, keep_rows, probability)
-            result.consulted.append(everything.only(sound))
-        winners, at = request[keep_rows], at[keep_rows]
-        kept[winners, at] = True
-        overrides[winners] += 1
-        spent[winners] += given_up[keep_rows]
-        np.add.at(result.overrides_per_position, at, 1)
-        undecided[winners] = True
-    result.output = _emit(batch, np.minimum(np.where(kept, width, columns).min(axis=1, initial=width), n), rows)
-    return result
-
-
-def _top2_gap(logp: Tensor, top: Tensor) -> Tensor:
-    """Distance of the maximum, at ``top`` [M, 1], from the next; overwrites the maximum."""
-    first = logp.gather(1, top).squeeze(1)
-    logp.scatter_(1, top, -np.inf)
-    return (first - logp.amax(dim=1).clamp(min=LOGPROB_FLOOR)).clamp(max=CEILING)
-
-
-def _rank(logits: Tensor, index: Tensor) -> Tensor:
-    """Tokens that stand before ``index`` [M, 1] when logits are sorted downwards, lower index first in a tie."""
-    rows, values = logits.numpy(), logits.gather(1, index).numpy()
-    rank = np.count_nonzero(rows > values, axis=1)
-    for i in np.flatnonzero(np.count_nonzero(rows == values, axis=1) > 1):
-        rank[i] += np.count_nonzero(rows[i, : index[i, 0]] == values[i])
-    return torch.from_numpy(rank)
-
-
-def _runs(flags: np.ndarray) -> np.ndarray:
-    """Length of the run of True that starts at each column, with one extra column of zeros: [B, K] -> [B, K + 1]."""
-    runs = np.zeros((flags.shape[0], flags.shape[1] + 1), np.int64)
-    for column in reversed(range(flags.shape[1])):
-        runs[:, column] = np.where(flags[:, column], runs[:, column + 1] + 1, 0)
-    return runs
-
-
-def _may_override(
-    batch: Batch, request: np.ndarray, position: np.ndarray, rows: np.ndarray, overrides: np.ndarray
-) -> np.ndarray:
-    """Which of these mismatches the policy may decide: bool, one per request given."""
-    state = batch.requests
-    row = torch.from_numpy(rows[request, position])
-    token = batch.draft_tokens[row].long()
-    if batch.legal is not None:
-        legal = batch.legal[row]
-    else:
-        vocabulary = batch.raw_target_logits.shape[1]
-        logit_row = row if batch.logit_rows is None else batch.logit_rows[row]
-        legal = batch.processed_target_logits[logit_row, token.clamp(max=vocabulary - 1)].isfinite()
-        legal &= token < vocabulary
-    within_budget = state.overrides_so_far[request] + overrides[request] < state.max_overrides[request]
-    inexact = state.output_position[request] + position >= state.exact_tokens[request]
-    return legal.numpy() & within_budget & inexact
-
-
-def _regret(batch: Batch, row: np.ndarray) -> np.ndarray:
-    """What keeping each of these drafts gives up, rounded up to a unit; infinite where it is no number: float64 [M]."""
-    index = torch.from_numpy(row)
-    logit_row = index if batch.logit_rows is None else batch.logit_rows[index]
-    token = batch.draft_tokens[index].long().clamp(max=batch.raw_target_logits.shape[1] - 1)
-    top = batch.raw_target_logits[logit_row, batch.raw_argmax[index].long()].float()
-    given_up = (top - batch.raw_target_logits[logit_row, token].float()).numpy().astype(np.float64)
-    return np.where(np.isfinite(given_up), np.ceil(given_up / REGRET_UNIT) * REGRET_UNIT, np.inf)
-
-
-def _affordable(state: Requests, request: np.ndarray, spent: np.ndarray, given_up: np.ndarray) -> np.ndarray:
-    """Whether each request's budget has room: bool [M]. Where it is 0 it has none, ties included."""
-    budget = state.max_regret[request]
-    total = state.regret_so_far[request] + spent[request] + given_up
-    return (budget == np.inf) | ((budget > 0) & (total <= budget))
-
-
-def _gather(
-    batch: Batch,
-    request: np.ndarray,
-    position: np.ndarray,
-    row: np.ndarray,
-    context: np.ndarray,
-    native_run: np.ndarray,
-) -> Mismatches:
-    index = torch.from_numpy(row)
-    target = batch.raw_target_logits[index if batch.logit_rows is None else batch.logit_rows[index]].float()
-    token = batch.draft_tokens[index].long()
-    top = batch.raw_argmax[index].long()
-    draft = None if batch.draft_logits is None else batch.draft_logits(request, position).float()
-    statistics = torch.empty(len(row), NUM_STATISTICS)
-    statistics[:, :10] = logit_statistics(target, draft, token, top)
-    statistics[:, 10:] = torch.from_numpy(context)
-    return Mismatches(
-        statistics=statistics,
-        target_logit_draft=target.gather(1, token.unsqueeze(1)).squeeze(1),
-        target_logit_top=target.gather(1, top.unsqueeze(1)).squeeze(1),
-        draft_token=token,
-        target_token=top,
-        output_position=torch.from_numpy(batch.requests.output_position[request] + position),
-        natively_accepted_after=torch.from_numpy(native_run),
-        block_remaining=torch.from_numpy(batch.num_draft_tokens[request] - position - 1),
-        acceptance_ratio=torch.zeros(len(row)) if batch.acceptance_ratio is None else batch.acceptance_ratio[index],
-        uniform=torch.ones(len(row)) if batch.uniform is None else batch.uniform[index],
-        top_k_entropy=lambda k: top_k_entropy(target, k),
-        divergence=lambda kind: divergence(target, _present(draft), kind),
-        mixture_lead=lambda weight: mixture_lead(target, _present(draft), token, weight),
+            everything = Consulted(
+                found.request, found.position, found.output_position, found.statistics, kept, probability
+            )
+            consulted.append(everything if found.sound.all() else everything.only(found.sound))
+        walk.settle(kept)
+    return BatchResult(
+        walk.emit(), walk.mismatches, walk.overrides, walk.regret, walk.overrides_per_position, consulted
     )
 
 
-def _emit(batch: Batch, num_accepted: np.ndarray, rows: np.ndarray) -> Tensor:
-    """Build the output, int32 [B, width + 1]: accepted drafts, then the target's or the bonus token."""
-    num_requests, width = rows.shape
-    output = np.full((num_requests, width + 1), PLACEHOLDER, np.int32)
-    if len(batch.draft_tokens):
-        drafts = batch.draft_tokens.numpy()[rows]
-        output[:, :width] = np.where(np.arange(width) < num_accepted[:, None], drafts, PLACEHOLDER)
-    every = np.arange(num_requests)
-    complete = num_accepted == batch.num_draft_tokens
-    last = batch.bonus_tokens.numpy().copy()
-    if not complete.all():
-        stopped = every[~complete]
-        last[stopped] = batch.target_tokens.numpy()[rows[stopped, num_accepted[stopped]]]
-    output[every, num_accepted] = last
-    return torch.from_numpy(output)
+def find_undeliverable(
+    draft_tokens: Tokens, num_draft_tokens: np.ndarray, output_position: np.ndarray, ends: np.ndarray
+) -> np.ndarray:
+    """Return which drafts cannot reach the responses, bool [N]: :func:`vllm_cospec.kernels.reach.undeliverable`.
+
+    Args:
+        draft_tokens: [N] int.
+        num_draft_tokens: int64 [B].
+        output_position: int64 [B], index in the response of each block's first token.
+        ends: int64 [B, 1 + STOPS], from :func:`vllm_cospec.kernels.reach.ends_of`.
+    """
+    out, first = np.empty(len(draft_tokens), bool), np.zeros(len(num_draft_tokens) + 1, np.int64)
+    np.cumsum(num_draft_tokens, out=first[1:])
+    _compiled.walk.find_undeliverable(first, _integers(draft_tokens), output_position, ends, out)
+    return out
+
+
+@dataclass(frozen=True)
+class GreedyVerdicts:
+    """What strict verification says of N drafts of greedy requests, each by itself."""
+
+    drafts: np.ndarray  # int64 [N]
+    rows: np.ndarray  # int64 [N], of the logits
+    best: np.ndarray  # int64 [N], t*, which is emitted where the draft is not kept
+    accepted: np.ndarray  # bool [N]
+    legal: np.ndarray  # bool [N], tokens with a finite logit
+
+
+def greedy_verdicts(draft_tokens: Tensor, rows: Tensor, logits: Tensor) -> GreedyVerdicts:
+    """Decide drafts [N] as strict verification does where requests are greedy, with some rows of logits [*, V]."""
+    count, (vector, stride) = draft_tokens.shape[0], _flat(logits)
+    integers, flags = np.empty((3, count), np.int64), np.empty((2, count), bool)
+    _compiled.loops.greedy_verdicts(
+        draft_tokens.int().numpy(), rows.int().numpy(), vector, stride, logits.shape[1], *integers, *flags
+    )
+    return GreedyVerdicts(*integers, *flags)
+
+
+def _array(values: Tokens) -> np.ndarray:
+    return values.numpy() if isinstance(values, Tensor) else values
+
+
+def _integers(tokens: Tokens) -> np.ndarray:
+    """Return int64 as the loops take it; a copy where it is something else."""
+    return tokens.long().contiguous().numpy() if isinstance(tokens, Tensor) else tokens
+
+
+def _legal(batch: Batch, row: np.ndarray) -> np.ndarray:
+    """Return where the processed logit of the draft is finite, bool [N]."""
+    token = torch.as_tensor(batch.draft_tokens).long().clamp(0, batch.raw_target_logits.shape[1] - 1)
+    return batch.processed_target_logits[torch.from_numpy(row), token].isfinite().numpy()

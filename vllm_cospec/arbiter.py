@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vllm_cospec.atomic import new_directory
 from vllm_cospec.calibration import CurvePoint, Statement
 from vllm_cospec.errors import ArtefactError, first_sentence
+from vllm_cospec.kernels.cpu import Network
 from vllm_cospec.kernels.frozen import Frozen
 from vllm_cospec.kernels.statistics import INPUT_LIMIT, NUM_STATISTICS, SCHEMA_NAME, SCHEMA_VERSION, schema_hash
 
@@ -105,6 +106,12 @@ class Arbiter(nn.Module):
     def forward(self, statistics: Tensor) -> Tensor:
         """Map statistics, float32 [M, 16], to scores in (0, 1), float32 [M]."""
         return torch.sigmoid(self.logit(statistics))
+
+    def network(self) -> Network:
+        """Return a copy of it for :mod:`vllm_cospec.kernels.cpu`, with the same scores but for the last bits."""
+        return Network(
+            self.mean, self.scale, [(layer.weight, layer.bias) for layer in self.layers if isinstance(layer, nn.Linear)]
+        )
 
 
 def tokenizer_hash(vocabulary: dict[str, int]) -> str:

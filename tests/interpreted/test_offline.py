@@ -88,8 +88,9 @@ def test_the_first_pass_takes_few_enough_instructions_to_be_bound_by_memory() ->
 @pytest.mark.slow  # checks a committed file
 def test_the_committed_measurement_on_the_cpu_stays_within_its_bound() -> None:
     rows = json.loads((BENCHMARKS / "results" / "kernel_cpu.json").read_text())["cpu"]
-    assert {row["batch"] for row in rows} == {8, 32}
-    for row in rows:
-        assert (row["vocab"], row["num_draft_tokens"], row["agreement"]) == (151_936, 5, 0.7)
+    large = [row for row in rows if row["vocab"] == 151_936]
+    assert {row["batch"] for row in large} == {8, 32}
+    for row in large:
+        assert (row["num_draft_tokens"], row["agreement"]) == (5, 0.7)
         assert row["ratio"] <= 1.25
         assert row["floor_ms"] > 0

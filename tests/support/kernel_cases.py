@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from vllm_cospec.kernels import UNLIMITED, reference
-from vllm_cospec.kernels.cpu import PLACEHOLDER, Batch, BatchResult, Requests, verify_batch
-from vllm_cospec.kernels.policies import Mismatches
+from vllm_cospec.kernels.cpu import PLACEHOLDER, Batch, BatchResult, Found, LogitRows, Requests, verify_batch
 from vllm_cospec.kernels.reference import Block, verify_block
 from vllm_cospec.kernels.regret import REGRET_UNIT, in_units
 
@@ -41,8 +40,9 @@ class Case:
         def tokens(name: str) -> torch.Tensor:
             return torch.tensor([x for block in blocks for x in getattr(block, name)], dtype=token_dtype)
 
-        def draft_logits(request: np.ndarray, position: np.ndarray) -> torch.Tensor:
-            return torch.stack([blocks[r].draft_logits[i] for r, i in zip(request, position, strict=True)])
+        def draft_logits(request: np.ndarray, position: np.ndarray) -> LogitRows:
+            every = [block.draft_logits for block in blocks if block.draft_logits is not None]
+            return LogitRows(every, request, position)
 
         def per_request(name: str, dtype: type) -> np.ndarray:
             return np.array([getattr(block, name) for block in blocks], dtype)
@@ -75,9 +75,8 @@ class Case:
             ),
         )
 
-    def decide(self, rows: Mismatches, request: np.ndarray) -> tuple[torch.Tensor, None]:
-        start = np.array([self.blocks[r].output_position for r in request])
-        return torch.from_numpy(self.keep[request, rows.output_position.numpy() - start]), None
+    def decide(self, found: Found) -> tuple[np.ndarray, None]:
+        return self.keep[found.request, found.position], None
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def decisions(row: np.ndarray) -> Callable[[torch.Tensor, int], bool]:
 def consulted_rows(result: BatchResult, request: int) -> list[tuple[int, torch.Tensor, bool]]:
     """Return (position, statistics, kept) of every mismatch of one request that was put to the policy."""
     return [
-        (int(consulted.position[i]), consulted.statistics[i], bool(consulted.kept[i]))
+        (int(consulted.position[i]), torch.from_numpy(consulted.statistics[i]), bool(consulted.kept[i]))
         for consulted in result.consulted
         for i in np.flatnonzero(consulted.request == request)
     ]

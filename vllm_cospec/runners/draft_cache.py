@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 NULL_BLOCK = 0  # vLLM's: stands where a sliding window has passed, and is never read
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """The tokens of one request that a step computes."""
 
     request_id: str

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -28,7 +27,7 @@ from vllm_cospec.runners.v1_drafter import V1Drafter
 class Proposals:
     """The drafts of one step, or of one request."""
 
-    tokens: Tensor | Sequence[Sequence[int]] = field(default_factory=list)  # [R, K], or ragged from ngram and suffix
+    tokens: Sequence[Sequence[int]] = field(default_factory=list)  # [R, K], or ragged from ngram and suffix
     logits: list[Tensor] = field(default_factory=list)  # K tensors [R, V]; empty without draft logits
     probabilities: Tensor | None = None  # [R, K, V]; None where drafts were not drawn
 
@@ -42,9 +41,9 @@ class ProposedBlock:
     reason: Reason | None = None  # why it is not whole
 
     @property
-    def tokens(self) -> np.ndarray:
-        """The drafts, int [K] or fewer."""
-        return np.asarray(self.proposals.tokens[self.row])
+    def tokens(self) -> Sequence[int]:
+        """The drafts, K or fewer."""
+        return self.proposals.tokens[self.row]
 
     def logits(self, position: int) -> Tensor:
         """Return the draft logits at a position, [V]."""
@@ -60,7 +59,7 @@ class ProposedBlock:
         one = slice(self.row, self.row + 1)
         every = self.proposals.probabilities
         self.proposals = Proposals(
-            [self.tokens.tolist()],
+            [self.tokens],
             [logits[one].clone() for logits in self.proposals.logits],
             None if every is None else every[one].clone(),
         )
@@ -101,7 +100,7 @@ class Recorder(V1Drafter):
         """Close it."""
         current, self._current = self._current, None
         assert current is not None
-        current.tokens = proposed
+        current.tokens = proposed.tolist() if isinstance(proposed, Tensor) else proposed
         take_probabilities = getattr(self._drafter, "take_last_draft_probs", None)
         if take_probabilities is not None:
             current.probabilities = take_probabilities()

@@ -9,8 +9,8 @@ in a mixed batch therefore get exactly the stock's tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +39,7 @@ class V1Step:
     metadata: SpecDecodeMetadata
     sampling: Any  # vLLM's SamplingMetadata
     logits: Tensor  # [N + B, V], after the grammar mask
-    raw: Tensor  # [N, V] float32; or ``logits`` itself where ``rows`` is given
-    rows: Tensor | None  # int [N], of ``raw``, where each draft is verified; None: its own
+    raw: Tensor  # [N, V] float32
     processed: Tensor  # like ``raw``, what tokens are drawn from
     legal: Tensor  # [N] bool, what the request's own settings allow
     bonus_tokens: Tensor  # [B, 1]
@@ -57,6 +56,14 @@ class Draws:
     recovered: Tensor  # [N] int32
 
 
+@dataclass
+class StepNotes:
+    """What is noted of a step's requests: not in attributes of the sampler, a module of torch's, which takes long."""
+
+    left_out: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """[B], requests that want to be arbitrated and whose drafts are not whole."""
+
+
 @dataclass(frozen=True)
 class StrictVerdict:
     """What strict verification says of each of N draft positions by itself."""
@@ -71,9 +78,6 @@ class StrictVerdict:
 class V1Sampler(RejectionSampler):
     """Verifies drafts with a policy at the mismatches."""
 
-    reads_in_place: ClassVar[bool] = False
-    """Whether :meth:`scan` takes rows out of all logits, so that unprocessed ones need no copy."""
-
     recorder: V1Drafter
     strict = False
     """Whether every request is verified strictly."""
@@ -82,7 +86,7 @@ class V1Sampler(RejectionSampler):
         super().__init__(runner.rejection_sampler.sampler, runner.speculative_config, runner.device)
         self._runner = runner
         self._thrown_away = ThrownAwayDraws(runner)
-        self._left_out = np.zeros(0, bool)  # [B], requests that want to be arbitrated and whose drafts are not whole
+        self._notes = StepNotes()
 
     def open_step(self, request_ids: Sequence[str]) -> None:
         """A step of the runner's batch begins: take what was proposed for it."""
@@ -109,6 +113,12 @@ class V1Sampler(RejectionSampler):
     def scan(self, step: V1Step) -> Tensor:
         """Decide; returns the tokens of every request, int32 [B, max_spec_len + 1], padded with -1."""
         raise NotImplementedError
+
+    def scan_unprocessed(
+        self, metadata: SpecDecodeMetadata, logits: Tensor, bonus_tokens: Tensor, sampling_metadata: Any
+    ) -> Tensor | None:
+        """Decide a step whose logits need no copy, as :meth:`scan`; None where they do."""
+        return None
 
     def follow_stock(self, metadata: SpecDecodeMetadata, tokens: Tensor) -> None:
         """Take in what a step without arbitrated requests has emitted, [B, max_spec_len + 1], padded with -1."""
@@ -155,6 +165,9 @@ class V1Sampler(RejectionSampler):
             predict_bonus_token=True,
             logprobs_mode_override="processed_logits" if self.is_processed_logprobs_mode else "raw_logits",
         )
+        output = self.scan_unprocessed(metadata, logits, bonus.sampled_token_ids, sampling_metadata)
+        if output is not None:
+            return SamplerOutput(sampled_token_ids=output, logprobs_tensors=None)
         step = self._process(metadata, draft_probs, logits, bonus.sampled_token_ids, sampling_metadata)
         output = self.scan(step)
         logprobs = None
@@ -172,17 +185,17 @@ class V1Sampler(RejectionSampler):
     def _find_arbitrated(self, metadata: SpecDecodeMetadata) -> bool:
         """Match the drafts with what was proposed; returns whether any of the requests is arbitrated."""
         wanted = self.find_wanted() & (not self.strict)
-        self._left_out = np.zeros(len(wanted), bool)
+        self._notes.left_out = np.zeros(len(wanted), bool)
         if not wanted.any():
             return False
         unhealthy = np.zeros(len(REASONS), np.int64)
         for i, (reason, n) in enumerate(zip(self.find_reasons(metadata), metadata.num_draft_tokens, strict=True)):
             if reason is not None and wanted[i]:
-                self._left_out[i] = True
+                self._notes.left_out[i] = True
                 unhealthy[REASONS.index(reason)] += n or self._decodes(i)
         if unhealthy.any():
             self.count_unhealthy(unhealthy)
-        return bool((wanted & ~self._left_out).any())
+        return bool((wanted & ~self._notes.left_out).any())
 
     def _decodes(self, index: int) -> bool:
         """Whether a request of the batch goes on with its response: nothing is drafted for what comes before."""
@@ -193,8 +206,6 @@ class V1Sampler(RejectionSampler):
         """Decide every position as strict verification does."""
         drafts = step.metadata.draft_token_ids.long()
         best = self.best_tokens(step.processed) if len(drafts) else drafts
-        if step.rows is not None:
-            best = best[step.rows]
         if step.draws is None:
             return StrictVerdict(drafts == best, best, best, None, None)
         uniform = step.draws.uniform
@@ -223,24 +234,18 @@ class V1Sampler(RejectionSampler):
         sampling_metadata: Any,
     ) -> V1Step:
         """Process the logits as stock does, and draw its random numbers."""
-        rows, drafts, untouched = None, metadata.draft_token_ids, _unprocessed(sampling_metadata)
-        if self.reads_in_place and logits.dtype == torch.float32 and untouched:
-            raw, rows = logits, metadata.target_logits_indices  # no copy: most rows are read but once
-        else:
-            raw = logits[metadata.target_logits_indices].to(torch.float32)
-        processed = raw
-        legal = known = (drafts >= 0) & (drafts < logits.shape[1])
+        drafts, untouched = metadata.draft_token_ids, unprocessed(sampling_metadata)
+        raw = processed = logits[metadata.target_logits_indices].to(torch.float32)
         index = drafts.long().clamp(0, logits.shape[1] - 1)
-        if rows is not None:
-            legal = known & raw[rows, index].isfinite()
-        elif len(drafts):
+        legal = known = drafts == index
+        if len(drafts):
             if not untouched:
                 processed = self.apply_logits_processors(raw.clone(), sampling_metadata, metadata)
             legal = known & processed.gather(1, index.unsqueeze(1)).squeeze(1).isfinite()
             if not untouched:
                 processed = apply_sampling_constraints(processed, metadata.cu_num_draft_tokens, sampling_metadata)
                 legal &= _allowed_by_own(sampling_metadata, metadata, processed, index)
-        step = V1Step(metadata, sampling_metadata, logits, raw, rows, processed, legal, bonus_tokens, draft_probs, None)
+        step = V1Step(metadata, sampling_metadata, logits, raw, processed, legal, bonus_tokens, draft_probs, None)
         if len(drafts) and not sampling_metadata.all_greedy:
             step.draws = self._draw(metadata, draft_probs, processed, sampling_metadata)
         return step
@@ -329,7 +334,7 @@ def _without(
     return reduced, None if draft_probs is None else draft_probs[drafts], logits[rows], sampling_metadata
 
 
-def _unprocessed(sampling_metadata: Any) -> bool:
+def unprocessed(sampling_metadata: Any) -> bool:
     """Whether a batch's logits reach verification as the model gave them, and nobody wants them afterwards.
 
     Everything that vLLM's ``apply_logits_processors`` and ``apply_sampling_constraints`` do is ruled out here.

@@ -13,22 +13,37 @@ from torch import Tensor
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_cospec.config import Settings
-from vllm_cospec.drift import histogram
 from vllm_cospec.health import Reason
-from vllm_cospec.kernels import UNLIMITED
-from vllm_cospec.kernels.cpu import Batch, BatchResult, Requests, argmax, verify_batch
-from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
-from vllm_cospec.kernels.reach import ANSWERING, SCOPES, out_of_scope, part_after, parts, undeliverable
+from vllm_cospec.kernels import UNLIMITED, cpu
+from vllm_cospec.kernels.cpu import (
+    Batch,
+    BatchResult,
+    Decide,
+    Found,
+    LogitRows,
+    Network,
+    Requests,
+    argmax,
+    find_undeliverable,
+    greedy_verdicts,
+    rule,
+    verify_batch,
+)
+from vllm_cospec.kernels.policies import Policy, Rule
+from vllm_cospec.kernels.reach import ANSWERING, SCOPES, out_of_scope, part_after, parts
 from vllm_cospec.kernels.regret import in_units
+from vllm_cospec.kernels.scores import NUM_BINS, SCORE_EDGES
 from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.reports import StepCounts
 from vllm_cospec.requests import RequestSettings, action_coin, response_ends, served_settings
 from vllm_cospec.runners.recorder import ProposedBlock, Recorder, draft_probabilities
 from vllm_cospec.runners.replay import Replay
 from vllm_cospec.runners.trace import Decision
-from vllm_cospec.runners.v1 import V1Sampler, V1Step
+from vllm_cospec.runners.v1 import StepNotes, V1Sampler, V1Step, unprocessed
 
 STATE = "cospec_state"  # attribute of vLLM's CachedRequestState: lives and dies with the request
+# Places in RequestState.numbers; what ends the response stands behind them.
+ARBITRATED, MAX_OVERRIDES, EXACT_TOKENS, THRESHOLD, MAX_REGRET, SCOPE, WRITTEN, BRANCHED, ENDS = range(9)
 
 
 @dataclass
@@ -36,20 +51,31 @@ class RequestState:
     """What is remembered of a request between steps."""
 
     settings: RequestSettings
+    numbers: tuple[float, ...]  # what the settings are for the loops, see ARBITRATED and so on
     seed: int | None  # of the request
-    ends: list[int]  # see vllm_cospec.kernels.reach.ends_of
     mismatches: int = 0
     overrides: int = 0
     regret: float = 0.0  # nats, of the overrides
     part: int = ANSWERING  # of the response that its next token belongs to, see vllm_cospec.kernels.reach
     seen: int = 0  # output tokens looked at for it
-    scores: np.ndarray = field(default_factory=lambda: histogram(np.zeros(0)))  # int64 [bins], where they are watched
+    scores: np.ndarray = field(
+        default_factory=lambda: np.zeros(NUM_BINS, np.int64)
+    )  # int64 [bins], where they are watched
+
+
+@dataclass
+class CPUNotes(StepNotes):
+    """And what this sampler knows of the step's B requests."""
+
+    blocks: list[ProposedBlock | None] = field(default_factory=list)  # what was proposed for each
+    cached: list[Any] = field(default_factory=list)  # vLLM's CachedRequestState
+    states: list[RequestState] = field(default_factory=list)
+    table: np.ndarray = field(default_factory=lambda: np.zeros((ENDS, 0)))  # float64 [numbers, B]
 
 
 class V1CPUSampler(V1Sampler):
     """Verifies drafts on the CPU with a policy at the mismatches."""
 
-    reads_in_place = True
     recorder: Recorder
 
     def __init__(self, runner: Any, settings: Settings, counters: Counters | None):
@@ -57,39 +83,42 @@ class V1CPUSampler(V1Sampler):
         self._settings = settings
         self._counters = counters
         self.recorder = Recorder(runner, settings)
-        self._blocks: list[ProposedBlock | None] = []  # of the requests of the running step
+        self._notes: CPUNotes = CPUNotes()
         self._replay = Replay(runner, lambda cached: self._state(cached).settings.branch) if settings.collect else None
         self.decisions: list[Decision] = []
         self.sample_actions = False
         """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
         self._arbiter: Any = None
+        self._network: Network | None = None
         if settings.policy.arbiter is not None:
             from vllm_cospec.arbiter import load_artefact
 
             self._arbiter, _ = load_artefact(Path(settings.policy.arbiter))
+            self._network = self._arbiter.network()
 
     def open_step(self, request_ids: Sequence[str]) -> None:
         """As the base's."""
-        self._blocks = self.recorder.take(request_ids)
+        self._notes.blocks = self.recorder.take(request_ids)
 
     def find_probabilities(
         self, metadata: SpecDecodeMetadata, given: Tensor | None, sampling_metadata: Any
     ) -> Tensor | None:
         """As the base's."""
-        own = draft_probabilities(self._blocks, metadata.num_draft_tokens, metadata.draft_token_ids)
+        own = draft_probabilities(self._notes.blocks, metadata.num_draft_tokens, metadata.draft_token_ids)
         return given if own is None else own
 
     def find_wanted(self) -> np.ndarray:
         """As the base's."""
-        self._states = [
-            self._state(self._runner.requests[request_id]) for request_id in self._runner.input_batch.req_ids
-        ]
-        return np.array([state.settings.arbitrated for state in self._states], bool)
+        requests, notes = self._runner.requests, self._notes
+        notes.cached = [requests[request_id] for request_id in self._runner.input_batch.req_ids]
+        notes.states = [getattr(cached, STATE, None) or self._state(cached) for cached in notes.cached]
+        notes.table = np.array([state.numbers for state in notes.states]).reshape(len(notes.states), -1).T
+        return notes.table[ARBITRATED] != 0
 
     def find_reasons(self, metadata: SpecDecodeMetadata) -> list[Reason | None]:
         """As the base's."""
         drafts, reasons, start = metadata.draft_token_ids.tolist(), [], 0
-        for block, count in zip(self._blocks, metadata.num_draft_tokens, strict=True):
+        for block, count in zip(self._notes.blocks, metadata.num_draft_tokens, strict=True):
             reasons.append(_reason(block, drafts[start : start + count]))
             start += count
         return reasons
@@ -105,36 +134,52 @@ class V1CPUSampler(V1Sampler):
 
     def scan(self, step: V1Step) -> Tensor:
         """As the base's."""
-        verdict = self.strict_verdict(step)
-        requests = self._requests()
-        legal, beyond = self._reach(step, requests.output_position)
+        verdict, metadata = self.strict_verdict(step), step.metadata
+        best = verdict.argmax if step.processed is step.raw else argmax(step.raw)
+        return self._verify(
+            metadata, metadata.draft_token_ids.long().numpy(), step.legal.numpy(),
+            accepted=verdict.accepted, target_tokens=verdict.target_tokens, bonus_tokens=step.bonus_tokens.view(-1),
+            raw_target_logits=step.raw, processed_target_logits=step.processed, raw_argmax=best,
+            acceptance_ratio=verdict.acceptance_ratio, uniform=verdict.uniform,
+        )  # fmt: skip
+
+    def scan_unprocessed(
+        self, metadata: SpecDecodeMetadata, logits: Tensor, bonus_tokens: Tensor, sampling_metadata: Any
+    ) -> Tensor | None:
+        """As the base's."""
+        if logits.dtype != torch.float32 or not unprocessed(sampling_metadata):
+            return None
+        verdict = greedy_verdicts(metadata.draft_token_ids, metadata.target_logits_indices, logits)
+        return self._verify(
+            metadata, verdict.drafts, verdict.legal,
+            accepted=verdict.accepted, target_tokens=verdict.best, bonus_tokens=bonus_tokens.view(-1),
+            raw_target_logits=logits, processed_target_logits=logits, raw_argmax=verdict.best, logit_rows=verdict.rows,
+        )  # fmt: skip
+
+    def _verify(self, metadata: SpecDecodeMetadata, drafts: np.ndarray, legal: np.ndarray, **verdict: Any) -> Tensor:
+        """Walk the blocks; ``drafts`` int64 [N], ``legal`` bool [N], and the verdict in the words of ``Batch``."""
+        requests, counts = self._requests(), np.array(metadata.num_draft_tokens, np.int64)
+        legal, beyond = self._reach(drafts, counts, legal, requests.output_position)
         batch = Batch(
-            draft_tokens=step.metadata.draft_token_ids.long(),
-            num_draft_tokens=np.array(step.metadata.num_draft_tokens, np.int64),
-            accepted=verdict.accepted,
-            target_tokens=verdict.target_tokens,
-            bonus_tokens=step.bonus_tokens.view(-1),
-            raw_target_logits=step.raw,
-            processed_target_logits=step.processed,
-            raw_argmax=verdict.argmax if step.processed is step.raw else argmax(step.raw),
+            draft_tokens=drafts,
+            num_draft_tokens=counts,
             draft_logits=self._draft_logits if self._settings.draft_logits else None,
             num_speculative_tokens=self._settings.num_speculative_tokens,
-            max_draft_tokens=step.metadata.max_spec_len,
+            max_draft_tokens=metadata.max_spec_len,
             requests=requests,
-            acceptance_ratio=verdict.acceptance_ratio,
-            uniform=verdict.uniform,
-            logit_rows=step.rows,
             legal=legal,
             undeliverable=beyond,
+            **verdict,
         )
         collect = self._settings.collect or self._settings.traffic is not None
-        result = verify_batch(batch, self._decide(requests, self._states), collect)
-        self._account(result, self._states)
+        result = verify_batch(batch, self._decide(requests), collect)
+        self._account(result, self._notes.states)
         return result.output
 
     def set_arbiter(self, state_dict: dict[str, Tensor]) -> None:
         """Replace the arbiter's weights in memory; takes effect at the next step."""
         self._arbiter.load_state_dict(state_dict)
+        self._network = self._arbiter.network()
 
     def set_policy(self, policy: Policy) -> None:
         """Replace a rule by another; takes effect at the next step."""
@@ -161,15 +206,17 @@ class V1CPUSampler(V1Sampler):
         return lambda: found
 
     def warm_up(self) -> None:
-        """There is nothing to compile."""
+        """Compile the loops or load them, so that nothing is compiled while requests wait."""
+        if self._settings.policy.policy != "strict":
+            cpu.warm_up(self._settings.num_speculative_tokens if self._settings.draft_logits else 0)
 
     def _state(self, cached: Any) -> RequestState:
         state = getattr(cached, STATE, None)
         if state is None:
             settings = served_settings(cached.sampling_params, self._settings)
             room = self._runner.max_model_len - cached.num_prompt_tokens
-            ends = response_ends(cached.sampling_params, settings.branch, room)
-            state = RequestState(settings, getattr(cached.sampling_params, "seed", None), ends)
+            numbers = _numbers(settings, response_ends(cached.sampling_params, settings.branch, room))
+            state = RequestState(settings, numbers, getattr(cached.sampling_params, "seed", None))
             if settings.branch is not None:
                 state.overrides = settings.branch.overrides
             setattr(cached, STATE, state)
@@ -177,98 +224,98 @@ class V1CPUSampler(V1Sampler):
 
     def _requests(self) -> Requests:
         """Line up settings and state of the batch."""
-        settings = [state.settings for state in self._states]
-        cached = [self._runner.requests[request_id] for request_id in self._runner.input_batch.req_ids]
-        branches = [s.branch for s in settings]
+        notes, table = self._notes, self._notes.table
         forced_at = forced_keep = None
-        written = np.zeros(len(cached), np.int64)
-        if any(branches):
-            written = np.array([b.written if b else 0 for b in branches], np.int64)
+        if table[BRANCHED].any():
+            branches = [state.settings.branch for state in notes.states]
             forced_at = np.array([b.decided_at if b else -1 for b in branches], np.int64)
             forced_keep = np.array([b.keep if b else False for b in branches])
+        spent = [(len(c.output_token_ids), s.overrides, s.regret)
+                 for c, s in zip(notes.cached, notes.states, strict=True)]  # fmt: skip
+        length, overrides, regret = np.array(spent, np.float64).reshape(-1, 3).T
         return Requests(
-            arbitrated=np.array([s.arbitrated for s in settings]) & ~self._left_out,
-            junk=self._left_out,
-            output_position=written + np.array([len(request.output_token_ids) for request in cached], np.int64),
-            overrides_so_far=np.array([state.overrides for state in self._states], np.int64),
-            max_overrides=np.array(
-                [UNLIMITED if s.max_overrides is None else s.max_overrides for s in settings], np.int64
-            ),
-            exact_tokens=np.array([s.exact_tokens for s in settings], np.int64),
-            threshold=np.array([s.threshold for s in settings], np.float32),
-            regret_so_far=np.array([state.regret for state in self._states]),
-            max_regret=np.array([in_units(s.max_regret) for s in settings]),
+            arbitrated=table[ARBITRATED] != 0,
+            junk=notes.left_out,
+            output_position=(table[WRITTEN] + length).astype(np.int64),
+            overrides_so_far=overrides.astype(np.int64),
+            max_overrides=table[MAX_OVERRIDES].astype(np.int64),
+            exact_tokens=table[EXACT_TOKENS].astype(np.int64),
+            threshold=table[THRESHOLD].astype(np.float32),
+            regret_so_far=regret.copy(),
+            max_regret=table[MAX_REGRET].copy(),
             forced_at=forced_at,
             forced_keep=forced_keep,
         )
 
-    def _reach(self, step: V1Step, output_position: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _reach(
+        self, drafts: np.ndarray, counts: np.ndarray, legal: np.ndarray, output_position: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return which drafts may be kept, and which cannot reach their responses, bool [N] each."""
-        drafts, counts = step.metadata.draft_token_ids, np.array(step.metadata.num_draft_tokens, np.int64)
+        ends = np.ascontiguousarray(self._notes.table[ENDS:].T, np.int64)
+        beyond = find_undeliverable(drafts, counts, output_position, ends)
+        markers = self._settings.thinking_tokens
+        if markers is None or not self._notes.table[SCOPE].any():
+            return legal, beyond
         request = np.repeat(np.arange(len(counts)), counts)
         local = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
-        ends = np.array([state.ends for state in self._states], np.int64).reshape(len(counts), -1)[request]
-        before, places = drafts.roll(1), torch.from_numpy(local)
-        beyond = undeliverable(
-            before, places, torch.from_numpy(output_position[request] + local), torch.from_numpy(ends)
-        )
-        scopes = np.array([SCOPES.index(state.settings.scope) for state in self._states], np.int64)
-        markers = self._settings.thinking_tokens
-        if markers is None or not scopes.any():
-            return step.legal, beyond
+        before, places = torch.from_numpy(drafts).roll(1), torch.from_numpy(local)
         start = np.array([self._part(i, markers) for i in range(len(counts))], np.int64)
         part = parts(torch.where(places > 0, before, -1), places, markers, torch.from_numpy(start[request]))
-        return step.legal & ~out_of_scope(part, torch.from_numpy(scopes[request])), beyond
+        scope = torch.from_numpy(self._notes.table[SCOPE].astype(np.int64)[request])
+        return legal & ~out_of_scope(part, scope).numpy(), beyond
 
     def _part(self, index: int, markers: tuple[int, int]) -> int:
         """Return the part of its response that a request of the batch goes on in."""
-        state, cached = self._states[index], self._runner.requests[self._runner.input_batch.req_ids[index]]
+        state, cached = self._notes.states[index], self._notes.cached[index]
         if state.seen == 0:
             state.part = part_after(ANSWERING, cached.prompt_token_ids or [], markers)
         state.part = part_after(state.part, cached.output_token_ids[state.seen :], markers)
         state.seen = len(cached.output_token_ids)
         return state.part
 
-    def _draft_logits(self, request: np.ndarray, position: np.ndarray) -> Tensor:
-        """Return the draft logits of M (request, position) pairs, [M, V]."""
-        blocks = [self._blocks[index] for index in request]
-        return torch.stack([block.logits(at) for block, at in zip(blocks, position, strict=True) if block is not None])
+    def _draft_logits(self, request: np.ndarray, position: np.ndarray) -> LogitRows:
+        """Return the draft logits of M (request, position) pairs."""
+        blocks = [block for block in (self._notes.blocks[index] for index in request.tolist()) if block is not None]
+        together = blocks[0].proposals
+        if all(block.proposals is together for block in blocks):
+            return LogitRows(together.logits, position, np.array([block.row for block in blocks], np.int64))
+        copies = torch.stack([block.logits(at) for block, at in zip(blocks, position.tolist(), strict=True)])
+        every = np.arange(len(blocks))
+        return LogitRows([copies] * len(together.logits), every * 0, every)  # as many tensors: that many are compiled
 
-    def _decide(self, requests: Requests, states: list[RequestState]) -> Any:
-        policy = self._settings.policy
+    def _decide(self, requests: Requests) -> Decide:
+        policy, network, states = self._settings.policy, self._network, self._notes.states
 
-        def coins(mismatches: Mismatches, request: np.ndarray) -> Tensor:
-            seeds = [states[i].seed for i in request]
-            places = mismatches.output_position.tolist()
-            return torch.tensor(
+        def coins(found: Found) -> np.ndarray:
+            seeds, places = [states[i].seed for i in found.request], found.output_position.tolist()
+            return np.array(
                 [torch.rand(()).item() if s is None else action_coin(s, p) for s, p in zip(seeds, places, strict=True)]
             )
 
-        def learned(mismatches: Mismatches, request: np.ndarray) -> tuple[Tensor, Tensor]:
-            score = self._arbiter(mismatches.statistics)
+        def learned(found: Found) -> tuple[np.ndarray, np.ndarray]:
+            assert network is not None
+            score = network.scores(found.statistics)
             if self.sample_actions:
-                return coins(mismatches, request) < score, score
-            return score > torch.from_numpy(requests.threshold[request]), score
+                return coins(found).astype(np.float32) < score, score
+            return score > requests.threshold[found.request], score
 
-        def rule(mismatches: Mismatches, request: np.ndarray) -> tuple[Tensor, None]:
-            assert isinstance(policy, Rule)
-            return policy.keep(mismatches), None
-
-        return rule if policy.arbiter is None else learned
+        return rule(policy) if isinstance(policy, Rule) else learned
 
     def _account(self, result: BatchResult, states: list[RequestState]) -> None:
         """Carry counts over to the requests, the counters and the record."""
-        for index in np.flatnonzero(result.mismatches):
-            states[index].mismatches += int(result.mismatches[index])
-            states[index].overrides += int(result.overrides[index])
-            states[index].regret += float(result.regret[index])
-        if result.num_mismatches and self._counters is not None:
-            self._counters.add(result.num_mismatches, result.overrides_per_position)
+        counts = (result.mismatches.tolist(), result.overrides.tolist(), result.regret.tolist())
+        for state, mismatches, overrides, regret in zip(states, *counts, strict=True):
+            if mismatches:
+                state.mismatches += mismatches
+                state.overrides += overrides
+                state.regret += regret
+        if any(counts[0]) and self._counters is not None:
+            self._counters.add(sum(counts[0]), result.overrides_per_position)
         for consulted in result.consulted if self._settings.traffic is not None else ():
             assert consulted.probability is not None
-            scores = consulted.probability.numpy()
-            for i, request in enumerate(consulted.request):
-                states[request].scores += histogram(scores[i : i + 1])
+            bins = np.searchsorted(SCORE_EDGES, consulted.probability, side="right")
+            for request, bin_ in zip(consulted.request.tolist(), bins.tolist(), strict=True):
+                states[request].scores[bin_] += 1
         ids = self._runner.input_batch.req_ids
         for consulted in result.consulted if self._settings.collect else ():
             for i, request in enumerate(consulted.request):
@@ -277,7 +324,7 @@ class V1CPUSampler(V1Sampler):
                         request_id=ids[request],
                         output_position=int(consulted.output_position[i]),
                         block_position=int(consulted.position[i]),
-                        statistics=consulted.statistics[i],
+                        statistics=torch.from_numpy(consulted.statistics[i]),
                         kept=bool(consulted.kept[i]),
                         probability=None if consulted.probability is None else float(consulted.probability[i]),
                         generator=None if self._replay is None else self._replay.state_of(int(request)),
@@ -285,11 +332,20 @@ class V1CPUSampler(V1Sampler):
                 )
 
 
+def _numbers(settings: RequestSettings, ends: list[int]) -> tuple[float, ...]:
+    """Return ``RequestState.numbers``; ``ends`` is from :func:`vllm_cospec.kernels.reach.ends_of`."""
+    return (
+        settings.arbitrated, UNLIMITED if settings.max_overrides is None else settings.max_overrides,
+        settings.exact_tokens, settings.threshold, in_units(settings.max_regret), SCOPES.index(settings.scope),
+        settings.branch.written if settings.branch else 0, settings.branch is not None, *ends,
+    )  # fmt: skip
+
+
 def _reason(block: ProposedBlock | None, drafts: list[int]) -> Reason | None:
     """Return why these drafts of a request are not whole, or None."""
     if block is None:
         return Reason.SKIPPED if drafts else None
-    if block.reason is None and block.tokens[: len(drafts)].tolist() != drafts:
+    if block.reason is None and list(block.tokens[: len(drafts)]) != drafts:
         return Reason.LOST
     return block.reason
 

@@ -114,7 +114,7 @@ class V1GPUSampler(DevicePolicy, V1Sampler):
             self.follow_stock(metadata, output)
             return output
         layout, lost = self._find_lost(metadata)
-        table, seed = self._table.on_device(self._slots[self._left_out])
+        table, seed = self._table.on_device(self._slots[self._notes.left_out])
         outgrown = self.recorder.outgrown[layout.draft_slot]
         drafts = metadata.draft_token_ids.to(torch.int32)
         drafted = torch.full((len(step.logits),), PLACEHOLDER_TOKEN_ID, dtype=torch.int32, device=drafts.device)

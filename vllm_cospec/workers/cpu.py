@@ -61,3 +61,5 @@ class CoSpecCPUWorker(Control, CPUWorker):
             self.vllm_config.speculative_config.cospec,
             self.vllm_config.parallel_config.data_parallel_index,
         )
+        if not self.use_v2_model_runner:
+            self.cospec.warm_up()

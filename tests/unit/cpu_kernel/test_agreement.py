@@ -70,7 +70,7 @@ def test_a_policy_that_reads_statistics_decides_as_in_the_reference() -> None:
         expected = [verify_block(block, keep).tokens for block in case.blocks]
         if closest < 1e-2:  # near zero the two precisions may fall on different sides
             continue
-        result = verify_batch(case.batch(), lambda rows, request: (rows.statistics @ weights > middle, None))
+        result = verify_batch(case.batch(), lambda found: (found.statistics @ weights.numpy() > middle.item(), None))
         for tokens, emitted in zip(expected, result.output.tolist(), strict=True):
             assert emitted == tokens + [PLACEHOLDER] * (len(emitted) - len(tokens))
         compared += 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_cases import INF, Case, block, consulted_rows, verify
 
-from vllm_cospec.kernels.cpu import PLACEHOLDER, verify_batch
+from vllm_cospec.kernels.cpu import PLACEHOLDER, Found, LogitRows, verify_batch
 from vllm_cospec.kernels.policies import Mismatches
 from vllm_cospec.kernels.reference import verify_block
 
@@ -118,16 +118,16 @@ def test_draft_logits_are_asked_for_only_where_a_decision_needs_them() -> None:
     batch = Case([block(), block(junk=True), block(arbitrated=False), block(max_overrides=1)], np.ones((4, 4), bool))
     asked: list[tuple[int, int]] = []
 
-    def draft_logits(request: np.ndarray, position: np.ndarray) -> torch.Tensor:
+    def draft_logits(request: np.ndarray, position: np.ndarray) -> LogitRows:
         asked.extend(zip(request.tolist(), position.tolist(), strict=True))
-        return torch.zeros(len(request), 5)
+        return LogitRows.of(torch.zeros(len(request), 5))
 
     verify_batch(replace(batch.batch(), draft_logits=draft_logits), batch.decide)
     assert sorted(asked) == [(0, 0), (0, 1), (0, 2), (0, 3), (3, 0)]
 
 
 def test_the_policy_is_not_called_when_there_is_nothing_to_decide() -> None:
-    def decide(rows: Mismatches, request: np.ndarray) -> tuple[torch.Tensor, None]:
+    def decide(found: Found) -> tuple[np.ndarray, None]:
         raise AssertionError("called")
 
     strict = [block(junk=True), block(arbitrated=False), block(accepted_by_strict=[True] * 4)]
@@ -153,9 +153,9 @@ def test_mismatches_describe_what_surrounds_them() -> None:
     )
     seen: list[Mismatches] = []
 
-    def decide(rows: Mismatches, request: np.ndarray) -> tuple[torch.Tensor, None]:
-        seen.append(rows)
-        return torch.zeros(len(request), dtype=torch.bool), None
+    def decide(found: Found) -> tuple[np.ndarray, None]:
+        seen.append(found.mismatches())
+        return np.zeros(len(found.request), bool), None
 
     verify_batch(batch, decide)
     (rows,) = seen

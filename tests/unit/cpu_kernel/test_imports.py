@@ -33,3 +33,12 @@ def test_kernels_bring_along_nothing_from_above_and_the_schema_no_torch() -> Non
         assert found == [f"{module} []" for module, *_ in MODULES[:-1]]
         pytest.skip("this machine has no Triton")
     assert found == [f"{module} []" for module, *_ in MODULES], done.stderr[-2000:]
+
+
+def test_an_engine_can_start_in_a_process_that_has_compiled_the_loops() -> None:
+    # vLLM's registry goes through the modules of the process when a worker starts
+    script = (
+        "import vllm_cospec.kernels.loops; from vllm.triton_utils import dispatcher; dispatcher._rebind_kernels([])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from policy_cases import INF, MARGIN, agrees, entropy, logs, mismatch_rows, mismatches, one, order, probabilities, quick
 
 from vllm_cospec.kernels import UNLIMITED, policies
-from vllm_cospec.kernels.cpu import Batch, Requests, verify_batch
+from vllm_cospec.kernels.cpu import Batch, Requests, rule, verify_batch
 from vllm_cospec.kernels.policies import Cascade, Fly, Kl, Mars, RelaxedTopK, Strict, Threshold, Typical
 from vllm_cospec.kernels.statistics import LOGPROB_FLOOR
 
@@ -244,7 +244,7 @@ def test_fly_window_over_every_pattern_of_acceptance(window: int) -> None:
         ),
     )
     policy = Fly(window=window)
-    result = verify_batch(batch, lambda rows, request: (policy.keep(rows), None))
+    result = verify_batch(batch, rule(policy))
 
     for accepted, emitted in zip(patterns, result.output.tolist(), strict=True):
         expected = []

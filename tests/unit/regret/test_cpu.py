@@ -9,19 +9,18 @@ import pytest
 import torch
 
 from vllm_cospec.kernels import UNLIMITED
-from vllm_cospec.kernels.cpu import Batch, BatchResult, Requests, verify_batch
-from vllm_cospec.kernels.policies import Mismatches
+from vllm_cospec.kernels.cpu import Batch, BatchResult, Found, Requests, verify_batch
 from vllm_cospec.kernels.regret import REGRET_UNIT, in_units
 
 K, VOCABULARY = 4, 9
 
 
-def keep_most(rows: Mismatches, request: np.ndarray) -> tuple[torch.Tensor, None]:
-    return torch.rand(len(request)) < 0.9, None
+def keep_most(found: Found) -> tuple[np.ndarray, None]:
+    return torch.rand(len(found.request)).numpy() < 0.9, None
 
 
-def keep_none(rows: Mismatches, request: np.ndarray) -> tuple[torch.Tensor, None]:
-    return torch.zeros(len(request), dtype=torch.bool), None
+def keep_none(found: Found) -> tuple[np.ndarray, None]:
+    return np.zeros(len(found.request), bool), None
 
 
 def a_batch(rng: np.random.Generator, budgets: np.ndarray, spent: np.ndarray) -> Batch:
@@ -70,13 +69,13 @@ class GivenUp:
 
 def given_up(batch: Batch, result: BatchResult) -> GivenUp:
     logp = torch.log_softmax(batch.raw_target_logits.double(), dim=1)
-    drafts = batch.draft_tokens.view(-1, K)
+    drafts, strict = (torch.as_tensor(values).view(-1, K) for values in (batch.draft_tokens, batch.accepted))
     emitted = result.output[:, :K].long() == drafts
     emitted &= torch.cumprod(emitted.int(), dim=1).bool()
     # the token after the last accepted draft may equal a draft by chance: it is the target's, no override
     accepted = (result.output >= 0).sum(1, keepdim=True) - 1
-    override = emitted & (torch.arange(K) < accepted) & ~batch.accepted.view(-1, K)
-    distance = (logp.amax(1) - logp.gather(1, batch.draft_tokens.view(-1, 1)).squeeze(1)).view(-1, K)
+    override = emitted & (torch.arange(K) < accepted) & ~strict
+    distance = (logp.amax(1) - logp.gather(1, drafts.reshape(-1, 1)).squeeze(1)).view(-1, K)
     return GivenUp(torch.where(override, distance, 0.0).sum(1).numpy(), override.sum(1).numpy())
 
 
