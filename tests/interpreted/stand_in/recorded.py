@@ -47,7 +47,7 @@ def v2(seeds: range = V2_SEEDS) -> Iterator[Answer]:
                 case = v2_cases.make_case(
                     100 * seed + v2_cases.REGIMES.index(regime), vocab=(111, 2_600)[seed % 4 == 3], k=k,
                     regime=regime, requests=6, dtype=(torch.float32, torch.bfloat16)[seed // 2 % 2], agreement=0.4,
-                    separate=seed % 3 == 1 or regime == "nan", draft_logits=seed % 4 != 2 or name == "kl",
+                    separate=seed % 3 == 1 or regime == "nan", draft_logits=seed % 4 != 2 or policy.needs_draft_logits,
                 )  # fmt: skip
                 collect = seed % 2 == 0
                 got, counters, slots = case.ours(policy, network, collect=collect)
@@ -132,8 +132,10 @@ def main() -> int:
         RECORD.write_text(json.dumps({"commit": "77dbbf8", "blocks": blocks, "cases": digests}, indent=0) + "\n")
         return 0
     recorded = json.loads(RECORD.read_text())["cases"]
-    changed = sorted(name for name in recorded | digests if recorded.get(name) != digests.get(name))
-    print(f"{blocks} blocks in {len(digests)} cases, {len(changed)} decided otherwise", *changed, sep="\n  ")
+    changed = sorted(name for name in recorded if recorded[name] != digests.get(name))
+    new = len(digests.keys() - recorded.keys())  # of policies that came after the record
+    print(f"{blocks} blocks in {len(digests)} cases, {len(changed)} decided otherwise, {new} not recorded")
+    print(*(f"  {name}" for name in changed), sep="\n", end="")
     return int(bool(changed))
 
 
