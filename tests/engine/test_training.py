@@ -199,10 +199,10 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
     assert refused.returncode == 1
     assert "is not empty; pass --resume" in refused.stderr
 
-    # On two actors: one is killed in mid-rollout, then, inside that iteration, the driver.
-    config = write_config(tmp_path, 2)
+    # On two actors: one is killed in mid-rollout, then, inside that iteration, the driver. It goes on with one.
+    one, two = write_config(tmp_path, 1), write_config(tmp_path, 2)
     log = tmp_path / "broken.log"
-    with training([sys.executable, "-c", TRAIN_ONLY, str(config), str(broken)], log) as process:
+    with training([sys.executable, "-c", TRAIN_ONLY, str(two), str(broken)], log) as process:
         wait_for(lambda: updates(broken) >= 1, process)
         victim = wait_for(lambda: descendants(process, "ray::RolloutActor.work"), process)[0]
         victim.kill()
@@ -216,7 +216,7 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
     # Between two iterations: an update is taken and logged, its checkpoint not written yet.
     saved = load_latest(broken / "checkpoints")
     assert saved is not None
-    with training([sys.executable, "-c", DIES_BEFORE_ITS_SECOND_CHECKPOINT, str(config), str(broken)], log) as process:
+    with training([sys.executable, "-c", DIES_BEFORE_ITS_SECOND_CHECKPOINT, str(one), str(broken)], log) as process:
         assert process.wait(timeout=300) == -signal.SIGKILL
     assert updates(broken) == saved.updates + 2
     again = load_latest(broken / "checkpoints")
@@ -231,7 +231,7 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
     assert last.startswith(f"cospec: stopped after update {updates(broken)} of {UPDATES}; continue with --resume")
     # On a cluster of two nodes, one of which is lost for good in the middle of an iteration.
     before = log.read_text().count("another takes over")
-    with training([sys.executable, "-c", LOSES_A_NODE, str(config), str(broken)], log) as process:
+    with training([sys.executable, "-c", LOSES_A_NODE, str(two), str(broken)], log) as process:
         assert process.wait(timeout=300) == 0
     assert log.read_text().count("another takes over") > before
     assert "Traceback" not in log.read_text()
