@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,13 +11,11 @@ from typing import Any
 
 import pytest
 from engines import IMPORTED, forked
+from mode_answers import answers
 
 from vllm_cospec.arbiter import load_artefact
-from vllm_cospec.training.commands import DEMO_CONFIG
-from vllm_cospec.training.config import load_train_config
-from vllm_cospec.training.measure.evaluate import Chunk, EvaluationActor, engine_of, rows_of
-from vllm_cospec.training.measure.modes import Mode, at_temperature, parse_mode
-from vllm_cospec.training.rollout.actors import ACTOR_ENVIRONMENT
+from vllm_cospec.training.measure.evaluate import engine_of, rows_of
+from vllm_cospec.training.measure.modes import at_temperature, parse_mode
 from vllm_cospec.training.tasks import Problem, load_task
 
 MODES = ["strict", "learned", "learned(threshold=1.0)"]  # they share one engine
@@ -26,12 +23,12 @@ MODES = ["strict", "learned", "learned(threshold=1.0)"]  # they share one engine
 
 @pytest.mark.engine
 def test_modes_are_compared_on_the_same_problems(pair: Path, tmp_path: Path) -> None:
-    arbiter, figures, answers = tmp_path / "arbiter", tmp_path / "new" / "figures.json", tmp_path / "answers.jsonl"
+    arbiter, figures, per_question = tmp_path / "arbiter", tmp_path / "new" / "figures.json", tmp_path / "answers.jsonl"
     shutil.copytree(pair / "arbiter", arbiter)
     weights = (arbiter / "model.safetensors").read_bytes()
     command = [str(Path(sys.executable).with_name("cospec")), "evaluate", "--artefact", str(arbiter)]
     command += [argument for mode in MODES for argument in ("--mode", mode)]
-    command += ["--problems", "60", "--seed", "9", "--json", str(figures), "--per-question", str(answers)]
+    command += ["--problems", "60", "--seed", "9", "--json", str(figures), "--per-question", str(per_question)]
     done = subprocess.run([*command, "--record", "here"], capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "60 test problems of demo, seed 9, greedy" in " ".join(done.stdout.split())
@@ -48,7 +45,7 @@ def test_modes_are_compared_on_the_same_problems(pair: Path, tmp_path: Path) -> 
 
     task = load_task("demo")
     expected = [problem.prompt for problem in task.problems(seed=9, n=60, split="test")]
-    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    lines = [json.loads(line) for line in per_question.read_text().splitlines()]
     texts = {mode: [line["text"] for line in lines if line["mode"] == mode] for mode in MODES}
     assert [line["prompt"] for line in lines[:: len(MODES)]] == expected
     assert texts["learned(threshold=1.0)"] == texts["strict"] != texts["learned"]
@@ -58,16 +55,6 @@ def test_modes_are_compared_on_the_same_problems(pair: Path, tmp_path: Path) -> 
     assert recorded.provenance.results["here"]["modes"].keys() == rows.keys()
     assert "## here (60 test problems of demo, seed 9, greedy)" in (arbiter / "README.md").read_text()
     assert (arbiter / "model.safetensors").read_bytes() == weights
-
-
-def answers(job: tuple[str, Path, list[Mode]]) -> dict[str, Any]:
-    """What an engine of this process answers in modes that it fits."""
-    kind, arbiter, modes = job
-    os.environ |= ACTOR_ENVIRONMENT
-    config = load_train_config(DEMO_CONFIG)
-    problems = tuple(load_task("demo").problems(seed=9, n=60, split="test"))
-    actor = EvaluationActor(config.pair, config.task, kind, str(arbiter), config.rollout.max_tokens)
-    return {mode.name: actor.work(Chunk(mode, 0, problems), None) for mode in modes}
 
 
 def check_sampled(rows: list[dict[str, Any]]) -> None:
