@@ -33,8 +33,8 @@ def test_a_block_that_waits_keeps_its_own_logits_and_lets_go_of_the_others() -> 
     propose(recorder, "abc", 1)
     propose(recorder, "b", 2)
     waiting, latest = recorder.take(["a", "b"])
-    assert waiting.tokens.tolist() == [1, 1]
-    assert latest.tokens.tolist() == [2, 2]
+    assert waiting.tokens == [1, 1]
+    assert latest.tokens == [2, 2]
     for position in (0, 1):
         assert waiting.logits(position).tolist() == [1.0] * VOCAB
         assert waiting.logits(position).untyped_storage().nbytes() == VOCAB * 4  # one row of three
