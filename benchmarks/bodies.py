@@ -30,7 +30,8 @@ from benchmarks.natural import BASELINE, CONFIG, Contestant, ask, build_engine, 
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.config import load_train_config
 from vllm_cospec.training.counts import Counts
-from vllm_cospec.training.measure.intervals import accuracy_interval, bootstrap_interval, mcnemar
+from vllm_cospec.training.measure.intervals import accuracy_interval, bootstrap_interval
+from vllm_cospec.training.measure.outcome import changes
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.progress import progress_bar
 from vllm_cospec.training.tasks.code_corpus import Source, read_corpus
@@ -197,9 +198,8 @@ def against(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     nats = np.array(
         [a["log_likelihood"] - b["log_likelihood"] for a, b in zip(ours["each"], theirs["each"], strict=True)]
     )
-    gained, lost = int((one > two).sum()), int((one < two).sum())
     return {
-        "gained": gained, "lost": lost, "p_value": mcnemar(gained, lost),
+        **changes(one, two),
         "log_likelihood": float(nats.mean()), "log_likelihood_ci95": list(bootstrap_interval(nats)),
     }  # fmt: skip
 

@@ -23,7 +23,9 @@ from benchmarks.command import run as run_command
 from benchmarks.natural import ABOUT, BASELINE, outcomes
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.config import cached_pair
-from vllm_cospec.training.measure.intervals import accuracy_interval, mcnemar
+from vllm_cospec.training.counts import Counts
+from vllm_cospec.training.measure.intervals import accuracy_interval
+from vllm_cospec.training.measure.outcome import changes
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.progress import progress_bar
 from vllm_cospec.training.tasks import Problem, Split, digest, load_task
@@ -86,14 +88,11 @@ class AnsweredLines:
             np.where(asked, part[mode], part[BASELINE]) for part in (self.right, self.tokens, self.steps)
         )
         low, high = accuracy_interval(right)
-        pairs = {}
-        for other in (BASELINE, mode):
-            gained, lost = (int(x.sum()) for x in (right > self.right[other], right < self.right[other]))
-            pairs[other] = {"gained": gained, "lost": lost, "p_value": mcnemar(gained, lost)}
+        pairs = {other: changes(right, self.right[other]) for other in (BASELINE, mode)}
         return {
             "mode": mode, "cut": cut, "asked": float(asked.mean()), "accuracy": float(right.mean()),
             "accuracy_ci95": [low, high],
-            "acceptance_length": float((tokens - 1).sum() / (steps - 1).sum()),
+            "acceptance_length": Counts.of_responses(tokens, steps).acceptance_length,
             "accuracy_seen_lines": float(right[~self.new].mean()), "accuracy_new_lines": float(right[self.new].mean()),
             "paired": pairs,
         }  # fmt: skip

@@ -25,13 +25,12 @@ from rich.table import Table
 if not __package__:  # run as a file: the package is found from the root
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import vllm_cospec.demo
 from benchmarks.command import run
+from benchmarks.side_by_side import BUNDLED, MAX_TOKENS, build_engines, cospec, stock, turns
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.tasks import load_task
 
-BUNDLED = Path(vllm_cospec.demo.__file__).parent
-NUM_PROMPTS, MAX_TOKENS = 96, 60
+NUM_PROMPTS = 96
 OF_RECORDER = {  # this package's method, and vLLM's that it calls
     "propose": "_propose", "update_states": "_update_states", "take_draft_token_ids": "_take_draft_token_ids",
     "prepare_next_tokens": "_prepare_next_tokens", "set_inputs_first_pass": "_set_inputs_first_pass",
@@ -117,32 +116,23 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
     """Measure what decisions take in running engines."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM, SamplingParams
+    drafts = str(BUNDLED / "draft"), num_speculative_tokens
+    policies: dict[str, dict[str, Any]] = {
+        "learned": {"policy": "learned", "artefact": str(BUNDLED / "arbiter")},
+        "relaxed_topk": {"policy": "relaxed_topk", "top_n": 10, "delta": 0.9},
+    }
+    methods = {"stock": stock(*drafts)} | {name: cospec(*drafts, policy) for name, policy in policies.items()}
+    engines = build_engines(str(BUNDLED / "target"), methods, batch)
+    from vllm import SamplingParams
 
-    common: dict[str, Any] = {"model": str(BUNDLED / "draft"), "num_speculative_tokens": num_speculative_tokens}
-    rule = {"policy": "relaxed_topk", "top_n": 10, "delta": 0.9}
-    methods = {
-        "stock": {"method": "draft_model", "draft_sample_method": "probabilistic", **common},
-        "learned": {"method": "cospec", "arbiter": {"policy": "learned", "artefact": str(BUNDLED / "arbiter")},
-                    **common},
-        "relaxed_topk": {"method": "cospec", "arbiter": rule, **common},
-    }  # fmt: skip
-    engines = {
-        name: LLM(
-            str(BUNDLED / "target"), dtype="float32", max_model_len=128, kv_cache_memory_bytes=2**28,
-            enforce_eager=True, max_num_seqs=batch, enable_prefix_caching=False, speculative_config=method,
-        )
-        for name, method in methods.items()
-    }  # fmt: skip
     prompts = [problem.prompt for problem in load_task("demo").problems(seed=5, n=NUM_PROMPTS)]
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     for engine in engines.values():
         engine.generate(prompts, params, use_tqdm=False)
     steps = {name: watch_engine(engine, batch) for name, engine in engines.items()}
     for number in range(rounds):
-        for name in list(engines)[:: 1 if number % 2 else -1]:
+        for name in turns(engines, number):
             engines[name].generate(prompts, params, use_tqdm=False)
     table = Table("engine", "steps", "ms a step (median)", "90 of 100 take at most", title=f"{batch} requests")
     result: dict[str, Any] = {"schema": 1, "batch": batch, "num_speculative_tokens": num_speculative_tokens}

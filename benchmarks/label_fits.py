@@ -25,12 +25,12 @@ import numpy as np
 import torch
 import typer
 from safetensors.torch import load_file
-from scipy.stats import mannwhitneyu
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks.ablations import GROUPS, Weights, changed, logistic, warm_start
 from benchmarks.command import run as run_command
+from benchmarks.familiarity import auc
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.training.config import TrainConfig, load_train_config
 from vllm_cospec.training.learning.learner import Learner
@@ -59,9 +59,8 @@ def judged(logit: Tensor, labels: Tensor) -> dict[str, float]:
     """
     keep = labels > 0
     score = torch.sigmoid(logit)
-    higher = mannwhitneyu(logit[keep].numpy(), logit[~keep].numpy()).statistic
     found = {
-        "auc": float(higher) / (int(keep.sum()) * int((~keep).sum())),
+        "auc": auc(logit.numpy(), keep.numpy()),
         "loss": binary_cross_entropy_with_logits(logit, keep.float()).item(),
         "right": float(((score > 0.5) == keep).float().mean()),
     }
@@ -104,11 +103,11 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|" + "---|" * len(THRESHOLDS),
     ]  # fmt: skip
     for name, rows in result["fits"].items():
-        auc = [row["auc"] for row in rows]
+        own = [row["auc"] for row in rows]
         mean = {key: float(np.mean([row[key] for row in rows])) for key in FIGURES}
         gains = " | ".join(f"{mean[f'gain_{threshold:g}']:+.1f}" for threshold in THRESHOLDS)
         lines.append(
-            f"| {name} | {mean['auc']:.3f} ({min(auc):.3f} to {max(auc):.3f}) | {mean['loss']:.3f} | "
+            f"| {name} | {mean['auc']:.3f} ({min(own):.3f} to {max(own):.3f}) | {mean['loss']:.3f} | "
             f"{100 * mean['right']:.1f} % | {gains} |"
         )
     return "\n".join(lines)

@@ -69,7 +69,7 @@ def of_lines(name: str, rows: Mapping[float, Sequence[Mapping[str, Any]]]) -> Po
     length = []
     for threshold in thresholds:
         tokens, steps = (np.array([row[key] for row in rows[threshold]], np.int64) for key in ("tokens", "steps"))
-        length.append(Counts.of_responses(tokens, steps, 0, 0).acceptance_length)
+        length.append(Counts.of_responses(tokens, steps).acceptance_length)
     return Population(name, thresholds, np.array(length), kinds, problems)
 
 

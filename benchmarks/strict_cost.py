@@ -8,12 +8,11 @@ hits them alike. The order within a round alternates. Reported: the median over 
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,13 +22,10 @@ from rich.table import Table
 if not __package__:  # run as a file: the package is found from the root
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import vllm_cospec.demo
 from benchmarks.command import run
+from benchmarks.side_by_side import BUNDLED, MAX_TOKENS, build_engines, cospec, stock, turns
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.tasks import load_task
-
-BUNDLED = Path(vllm_cospec.demo.__file__).parent
-MAX_TOKENS = 60
 
 
 def main(
@@ -42,27 +38,13 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
     """Compare strict cospec with stock vLLM in interleaved rounds."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from vllm import LLM, SamplingParams
-
-    common: dict[str, Any] = {"model": draft, "num_speculative_tokens": num_speculative_tokens}
     methods = {
-        "stock": {"method": "draft_model", "draft_sample_method": "probabilistic", **common},
-        "strict": {"method": "cospec", "arbiter": {"policy": "strict"}, **common},
+        "stock": stock(draft, num_speculative_tokens),
+        "strict": cospec(draft, num_speculative_tokens, {"policy": "strict"}),
     }
-    engines = {
-        name: LLM(
-            target,
-            dtype="float32",
-            max_model_len=128,
-            kv_cache_memory_bytes=2**28,
-            enforce_eager=True,
-            max_num_seqs=max_concurrency,
-            enable_prefix_caching=False,
-            speculative_config=method,
-        )
-        for name, method in methods.items()
-    }
+    engines = build_engines(target, methods, max_concurrency)
+    from vllm import SamplingParams
+
     prompts = [problem.prompt for problem in load_task("demo").problems(seed=5, n=num_prompts)]
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     rates: dict[str, list[float]] = {name: [] for name in engines}
@@ -70,7 +52,7 @@ def main(
     for name, engine in engines.items():  # warm-up, and the outputs that must be equal
         texts[name] = [output.outputs[0].text for output in engine.generate(prompts, params, use_tqdm=False)]
     for number in track(range(rounds), "rounds", console=Console(stderr=True)):
-        for name in list(engines)[:: 1 if number % 2 else -1]:
+        for name in turns(engines, number):
             start = time.perf_counter()
             outputs = engines[name].generate(prompts, params, use_tqdm=False)
             seconds = time.perf_counter() - start

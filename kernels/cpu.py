@@ -21,14 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_cospec.kernels.batch import (  # noqa: F401 - some are for those who import this module
-    Batch,
-    BatchResult,
-    Consulted,
-    LogitRows,
-    Requests,
-    Tokens,
-)
+from vllm_cospec.kernels.batch import Batch, BatchResult, Consulted, LogitRows, Tokens
 from vllm_cospec.kernels.policies import Mismatches, Rule
 from vllm_cospec.kernels.statistics import LOGPROB_FLOOR, NUM_STATISTICS, TINY
 

@@ -92,21 +92,26 @@ def _logprob(logit, top, log_sum):
     return FLOOR if logprob < FLOOR else logprob
 
 
+@compiled("int32(int32)")
+def _ordered(bits):
+    """A float's bits as an integer that is ordered like the floats, and back."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> 31) & LARGEST))
+
+
 @compiled("int32(float32[::1])")
 def _largest(row):
     """The largest of a row, as an integer ordered like the floats: so it takes a vector at a time."""
     bits = row.view(np.int32)
     largest = MINUS_INF
     for i in range(bits.size):
-        ordered = np.int32(bits[i] ^ np.int32(np.int32(bits[i] >> 31) & 0x7FFFFFFF))
-        largest = max(largest, ordered)
+        largest = max(largest, _ordered(bits[i]))
     return largest
 
 
 @compiled("float32(int32)")
 def _as_float(ordered):
     """The float that :func:`_largest` has found."""
-    return np.int32(ordered ^ np.int32(np.int32(ordered >> 31) & 0x7FFFFFFF)).view(np.float32)
+    return np.int32(_ordered(ordered)).view(np.float32)
 
 
 @compiled("UniTuple(float32, 2)(float32[::1], float32)", fastmath=REORDERED)
@@ -189,8 +194,7 @@ def _argmax(row):
         bits = row[chunk : chunk + CHUNK].view(np.int32)
         largest = MINUS_INF
         for i in range(bits.size):
-            ordered = np.int32(bits[i] ^ np.int32(np.int32(bits[i] >> 31) & LARGEST))
-            largest = max(largest, LARGEST if (bits[i] & LARGEST) > INFINITY else ordered)
+            largest = max(largest, LARGEST if (bits[i] & LARGEST) > INFINITY else _ordered(bits[i]))
         if largest > found:
             found, start = largest, chunk
     for i in range(start, row.size):
@@ -220,8 +224,8 @@ def greedy_verdicts(draft_tokens, rows, logits, stride, vocabulary, drafts, logi
 @compiled("void(float32[:, ::1], float32[::1], int64[::1], float32[::1])")
 def scores(statistics, weights, sizes, out):
     """What an arbiter says of M mismatches: mean, scale, then of each layer weights [in, out] and bias, end to end."""
-    inputs, outputs = np.empty(256, np.float32), np.empty(256, np.float32)
-    columns = statistics.shape[1]
+    widest, columns = sizes.max(), statistics.shape[1]
+    inputs, outputs = np.empty(widest, np.float32), np.empty(widest, np.float32)
     for m in range(out.size):
         for i in range(columns):
             value = (statistics[m, i] - weights[i]) / weights[columns + i]

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from vllm_cospec.kernels import UNLIMITED, reference
-from vllm_cospec.kernels.cpu import PLACEHOLDER, Batch, BatchResult, Found, LogitRows, Requests, verify_batch
+from vllm_cospec.kernels.batch import Batch, BatchResult, LogitRows, Requests
+from vllm_cospec.kernels.cpu import PLACEHOLDER, Found, verify_batch
 from vllm_cospec.kernels.reference import Block, verify_block
 from vllm_cospec.kernels.regret import REGRET_UNIT, in_units
 

@@ -100,14 +100,13 @@ def compare(ours: Outcome, theirs: Outcome) -> dict[str, Any]:
 def paired_figures(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     """Return how two scores of the same problems, float64 [n] each, differ: difference, interval, McNemar's test."""
     difference, interval = paired_difference(ours, theirs)
+    return {"difference": difference, "ci95": list(interval), **changes(ours, theirs)}
+
+
+def changes(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """Return on how many of the same problems the first scores higher, and lower, float64 [n] each; McNemar's test."""
     gained, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
-    return {
-        "difference": difference,
-        "ci95": list(interval),
-        "gained": gained,
-        "lost": lost,
-        "p_value": mcnemar(gained, lost),
-    }
+    return {"gained": gained, "lost": lost, "p_value": mcnemar(gained, lost)}
 
 
 def table_of(outcomes: Mapping[str, Outcome], baseline: str | None = None) -> list[dict[str, Any]]:

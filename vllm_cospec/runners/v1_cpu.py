@@ -15,14 +15,11 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm_cospec.config import Settings
 from vllm_cospec.health import Reason
 from vllm_cospec.kernels import UNLIMITED, cpu
+from vllm_cospec.kernels.batch import Batch, BatchResult, LogitRows, Requests
 from vllm_cospec.kernels.cpu import (
-    Batch,
-    BatchResult,
     Decide,
     Found,
-    LogitRows,
     Network,
-    Requests,
     argmax,
     find_undeliverable,
     greedy_verdicts,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from kernel_cases import INF, Case, block, consulted_rows, verify
 
-from vllm_cospec.kernels.cpu import PLACEHOLDER, Found, LogitRows, verify_batch
+from vllm_cospec.kernels.batch import LogitRows
+from vllm_cospec.kernels.cpu import PLACEHOLDER, Found, verify_batch
 from vllm_cospec.kernels.policies import Mismatches
 from vllm_cospec.kernels.reference import verify_block
 

@@ -9,7 +9,8 @@ import torch
 
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.kernels import cpu, loops, walk
-from vllm_cospec.kernels.cpu import LogitRows, find_undeliverable, greedy_verdicts
+from vllm_cospec.kernels.batch import LogitRows
+from vllm_cospec.kernels.cpu import find_undeliverable, greedy_verdicts
 from vllm_cospec.kernels.reach import NO_STOP, STOPS, undeliverable
 from vllm_cospec.kernels.statistics import NUM_STATISTICS
 

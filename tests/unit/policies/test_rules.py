@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from policy_cases import INF, MARGIN, agrees, entropy, logs, mismatch_rows, mismatches, one, order, probabilities, quick
 
 from vllm_cospec.kernels import UNLIMITED, policies
-from vllm_cospec.kernels.cpu import Batch, Requests, rule, verify_batch
+from vllm_cospec.kernels.batch import Batch, Requests
+from vllm_cospec.kernels.cpu import rule, verify_batch
 from vllm_cospec.kernels.policies import Cascade, Fly, Kl, Mars, RelaxedTopK, Strict, Threshold, Typical
 from vllm_cospec.kernels.statistics import LOGPROB_FLOOR
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from vllm_cospec.kernels import UNLIMITED
-from vllm_cospec.kernels.cpu import Batch, BatchResult, Found, Requests, verify_batch
+from vllm_cospec.kernels.batch import Batch, BatchResult, Requests
+from vllm_cospec.kernels.cpu import Found, verify_batch
 from vllm_cospec.kernels.regret import REGRET_UNIT, in_units
 
 K, VOCABULARY = 4, 9
