@@ -49,7 +49,7 @@ class CoSpecConfig(Frozen):
     vLLM detects."""
     threshold: float | None = Field(None, ge=0, le=1)
     """Learned policy: keep the draft when the score exceeds it, and no request may ask for a lower one; left out: the
-    artefact's, and any."""
+    artefact's."""
     max_accuracy_loss: float | None = Field(None, gt=0, le=1)
     """Learned policy, instead of threshold: the fastest one whose calibration bounds the loss by this, at its level."""
     on_mismatch: Literal["warn", "refuse"] = "warn"
@@ -138,7 +138,6 @@ class Settings:
     num_speculative_tokens: int
     counters: str  # directory of the counters, see vllm_cospec.metrics
     max_regret: float | None = None  # nats
-    least_threshold: float = 0.0  # that a request may ask for
     request_settings: tuple[str, ...] = REQUEST_SETTINGS  # what a request may change
     scope: Scope = "all"
     thinking_tokens: tuple[int, int] | None = None  # that begin and end thinking; None: not known
@@ -148,9 +147,25 @@ class Settings:
     drift_pause: int | None = None
 
     @property
+    def least_threshold(self) -> float:
+        """What a request's threshold is not below: the served one, but where decisions are collected for training."""
+        return 0.0 if self.collect else self.threshold
+
+    @property
     def lossy(self) -> bool:
         """Whether output can differ from the target's own."""
-        return self.policy.policy != "strict" and in_units(self.max_regret) > 0
+        return self._exact_because is None
+
+    @property
+    def _exact_because(self) -> str | None:
+        """What makes output exactly the target's, whatever requests ask for; None for nothing."""
+        if self.policy.policy == "strict":
+            return "policy strict"
+        if in_units(self.max_regret) == 0:
+            return "max_regret 0"
+        if self.policy.arbiter is not None and self.least_threshold >= STRICT_THRESHOLD:
+            return f"arbiter {self.policy.arbiter} at threshold {self.threshold:g}, which no score exceeds"
+        return None
 
     def described(self) -> dict[str, Any]:
         """Return what a monitor, or a trainer that must not roll out with a lossy verifier, wants to know."""
@@ -171,14 +186,10 @@ class Settings:
 
     def announcement(self) -> str:
         """Return the one line that tells an operator what is on."""
-        if not self.lossy:
-            why = "policy strict" if self.policy.policy == "strict" else "max_regret 0"
-            return f"CoSpec: {why}, output is exactly that of the target."
+        if self._exact_because is not None:
+            return f"CoSpec: {self._exact_because}, output is exactly that of the target."
         if self.policy.arbiter is not None:
             what = f"policy {self.policy.policy}, threshold {self.threshold:g}, arbiter {self.policy.arbiter}"
-            if self.threshold >= STRICT_THRESHOLD:
-                lower = "; requests may ask for a lower cospec_threshold" if self.least_threshold < 1 else ""
-                return f"CoSpec: {what}: nothing is kept there, so output is exactly that of the target{lower}."
         else:
             what = f"policy {self.policy.describe()}"
         if self.max_regret is not None:

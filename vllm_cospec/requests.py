@@ -67,8 +67,7 @@ class RequestKeys(Frozen):
     cospec_policy: str | None = Field(None)
     """"strict" switches arbitration off; the server's own policy switches it on where it is off by default."""
     cospec_threshold: float | None = Field(None, ge=0, le=1)
-    """Threshold of the trained arbiter; not below the server's where it was started with one, or with a
-    max_accuracy_loss."""
+    """Threshold of the trained arbiter; not below the server's."""
     cospec_max_overrides: int | None = Field(None, ge=0, le=2**31 - 1)
     """Overrides allowed in this request."""
     cospec_max_regret: float | None = Field(None, ge=0, le=MAX_REGRET)

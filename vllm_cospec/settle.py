@@ -187,13 +187,11 @@ def settle(config: CoSpecConfig, models: Models, counters: str) -> Settings:
         threshold, calibrated, traffic = _settle_learned(config, policy.arbiter, models)
     elif config.threshold is not None or config.max_accuracy_loss is not None:
         raise ConfigError(f"{WHERE}.threshold: is for a trained arbiter, not for policy {policy.policy!r}; remove it")
-    limited = config.threshold is not None or config.max_accuracy_loss is not None
     return Settings(
         policy=policy,
         threshold=threshold,
         max_overrides=config.max_overrides,
         max_regret=config.max_regret,
-        least_threshold=threshold if limited and not config.collect else 0.0,
         request_settings=config.request_settings,
         scope=config.scope,
         thinking_tokens=_settle_scope(config, models),

@@ -35,6 +35,7 @@ SCHEMA = {
 BAD_KEYS: list[dict[str, Any]] = [
     {"cospec_policy": "nope"},
     {"cospec_threshold": 1.5},
+    {"cospec_threshold": 0.25},  # below the artefact's
     {"cospec_max_overrides": -1},
     {"cospec_max_overrides": "many"},
     {"cospec_exact_tokens": 0.5},
@@ -52,7 +53,7 @@ def arbiter(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ArtefactConfig(
         schema=current_schema(draft_logits=True),
         hidden_sizes=(32,),
-        threshold=0.5,
+        threshold=0.3,  # scores are about 0.5
         provenance=Provenance(vocab_size=len(vocabulary), tokenizer_hash=tokenizer_hash(vocabulary)),
     )
     directory = tmp_path_factory.mktemp("artefact") / "arbiter"
@@ -87,6 +88,7 @@ def server(
     arguments = (
         *SERVER_ARGUMENTS, "--per-request-spec-decode-metrics", "detailed",
         "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"adapter={adapter}",
+        "--enable-auto-tool-choice", "--tool-call-parser", "pythonic",
     )  # fmt: skip
     policy: Any = str(arbiter) if request.param == "learned" else {"policy": "typical", "posterior_threshold": 0.05}
     log = directory / f"{request.param}.log"
@@ -207,6 +209,31 @@ def test_strict_and_structured_requests_consult_nobody(server: Server, prompts: 
     assert check_counters(server)["vllm:cospec_num_mismatches"] == before
 
 
+@pytest.mark.engine
+def test_requests_that_declare_tools_are_strict_unless_they_name_the_policy(
+    server: Server, prompts: list[str], request: pytest.FixtureRequest
+) -> None:
+    policy = "learned" if "learned" in request.node.callspec.id else "typical"
+    tools = [{"type": "function", "function": {"name": "sum", "parameters": SCHEMA}}]
+    declared: dict[str, Any] = {"tools": tools, "tool_choice": "auto"}
+
+    def disagreements(keys: dict[str, Any], **declared: Any) -> float:
+        before = check_counters(server)["vllm:cospec_num_mismatches"]
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as api:
+            for prompt in prompts[:8]:
+                messages: Any = [{"role": "user", "content": prompt}]
+                api.chat.completions.create(
+                    model="demo", messages=messages, max_tokens=40, temperature=0, extra_body={"vllm_xargs": keys},
+                    **declared,
+                )  # fmt: skip
+        return check_counters(server)["vllm:cospec_num_mismatches"] - before
+
+    assert disagreements({}) > 0
+    assert disagreements({}, **declared) == 0
+    assert disagreements({"cospec_policy": policy}, **declared) > 0
+    assert disagreements({}, tools=tools, tool_choice="none") > 0  # it may not call them
+
+
 def ask_several(server: Server, prompts: list[str], model: str, **keys: Any) -> tuple[list[str], float]:
     """Return the texts, and how many mismatches were counted meanwhile."""
     before = server.counters()["vllm:cospec_num_mismatches"]
@@ -235,14 +262,11 @@ def test_a_request_with_an_adapter_is_strict_unless_it_names_the_policy(
 
 
 @pytest.mark.engine
-def test_answers_say_what_was_done_to_them(server: Server, prompts: list[str], request: pytest.FixtureRequest) -> None:
+def test_answers_say_what_was_done_to_them(server: Server, prompts: list[str]) -> None:
     before, reports = check_counters(server), []
-    keys = {"cospec_threshold": 0.3} if "learned" in request.node.callspec.id else {}  # untrained: about 0.5
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as api:
         for prompt in prompts[:5]:
-            answer: Any = api.completions.create(
-                model="demo", prompt=prompt, temperature=0, max_tokens=60, extra_body={"vllm_xargs": keys}
-            )
+            answer: Any = api.completions.create(model="demo", prompt=prompt, temperature=0, max_tokens=60)
             speculative = answer.metrics["speculative_decoding"]
             assert len(speculative["per_step_accepted"]) == speculative["num_spec_steps"]
             reports.append(speculative["cospec"])

@@ -68,6 +68,9 @@ def test_strict_is_stock(name: str, alone: int, pair: Path, prompts: list[str], 
     assert tokens(by_server) == expected
     assert tokens(by_request) == expected
     assert by_request["metrics"]["vllm:cospec_num_mismatches"] == 0
+    # what a trainer asks that must not roll out with a lossy verifier; requests may ask for more than strict
+    said = [(found["lossy"], found["policy"]) for run in (by_server, by_request) for found in run["described"]]
+    assert said == [(False, "strict"), (True, "cascade")]
 
 
 @pytest.mark.engine

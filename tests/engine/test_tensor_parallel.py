@@ -59,6 +59,8 @@ def test_two_ranks_count_as_one(
     counted = {name: value for name, value in one["metrics"].items() if name.startswith("vllm:cospec")}
     assert counted == {name: value for name, value in two["metrics"].items() if name.startswith("vllm:cospec")}
     assert counted["vllm:cospec_num_overrides"] > 100
+    assert two["described"] == 2 * one["described"]
+    assert one["described"][0]["lossy"]
     accepted = two["metrics"]["vllm:spec_decode_num_accepted_tokens"]
     assert counted["vllm:cospec_num_overrides"] <= accepted
 

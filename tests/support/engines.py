@@ -105,7 +105,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             of one request, one after the other, see :func:`in_parts`.
 
     Returns:
-        "runs": name -> for each prompt its completions; "metrics": vLLM's counters; "decisions": what was collected.
+        "runs": name -> for each prompt its completions; "metrics": vLLM's counters; "decisions": what was collected;
+        "described": what each worker says is served, none of stock vLLM.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
@@ -127,7 +128,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             for group in groups:
                 outputs += llm.generate([prompts[i] for i in group], [per_prompt[i] for i in group], use_tqdm=False)
         runs[run["name"]] = [[completion(o) for o in output.outputs] for output in outputs]
-    return {"runs": runs, "metrics": counters(llm), "decisions": decisions(llm)}
+    ours = (engine.get("speculative_config") or {}).get("method") == "cospec"
+    described = llm.collective_rpc("cospec_describe") if ours else []
+    return {"runs": runs, "metrics": counters(llm), "decisions": decisions(llm), "described": described}
 
 
 def in_parts(llm: Any, prompts: list[str], params: Any) -> list[list[int]]:

@@ -76,10 +76,9 @@ def test_the_coin_of_an_action_depends_on_seed_and_place_alone_and_is_uniform() 
     [
         ({"cospec_policy": "strict"}, "arbitrated", False),
         ({"cospec_policy": "learned"}, "arbitrated", True),
-        ({"cospec_threshold": 0.25}, "threshold", 0.25),
-        ({"cospec_threshold": 0.0}, "threshold", 0.0),
+        ({"cospec_threshold": 0.75}, "threshold", 0.75),
+        ({"cospec_threshold": 0.6}, "threshold", 0.6),
         ({"cospec_threshold": 1.0}, "threshold", 1.0),
-        ({"cospec_threshold": 0}, "threshold", 0.0),
         ({"cospec_threshold": 1}, "threshold", 1.0),
         ({"cospec_max_overrides": 3}, "max_overrides", 3),
         ({"cospec_max_overrides": 0}, "max_overrides", 0),
@@ -96,8 +95,8 @@ def test_each_key_overrides_the_server_and_leaves_the_rest(extra_args: dict[str,
 
 
 def test_all_keys_together() -> None:
-    result = asked(cospec_policy="learned", cospec_threshold=0.1, cospec_max_overrides=1, cospec_exact_tokens=9)
-    assert result == RequestSettings(arbitrated=True, threshold=0.1, max_overrides=1, exact_tokens=9)
+    result = asked(cospec_policy="learned", cospec_threshold=0.9, cospec_max_overrides=1, cospec_exact_tokens=9)
+    assert result == RequestSettings(arbitrated=True, threshold=0.9, max_overrides=1, exact_tokens=9)
 
 
 def test_a_null_leaves_the_servers_setting() -> None:
@@ -246,8 +245,8 @@ def test_structured_output_is_strict_unless_the_request_asks_otherwise(settings:
 
 
 def test_a_threshold_alone_does_not_arbitrate_structured_output() -> None:
-    result = asked_structured(cospec_threshold=0.1)
-    assert (result.arbitrated, result.threshold) == (False, 0.1)
+    result = asked_structured(cospec_threshold=0.7)
+    assert (result.arbitrated, result.threshold) == (False, 0.7)
 
 
 def test_a_strict_server_arbitrates_nothing() -> None:
@@ -270,7 +269,7 @@ def test_a_threshold_is_refused_where_no_trained_arbiter_serves(settings: Settin
 
 
 def test_a_strict_request_may_carry_a_threshold() -> None:
-    assert not asked(cospec_policy="strict", cospec_threshold=0.5).arbitrated
+    assert not asked(cospec_policy="strict", cospec_threshold=0.7).arbitrated
 
 
 def test_a_requests_extra_args_are_not_changed() -> None:
@@ -379,7 +378,7 @@ def test_true_is_no_number_although_the_protocol_reads_it_as_one(key: str, value
 def test_keys_that_beam_search_would_drop_are_checked() -> None:
     with pytest.raises(VLLMValidationError, match=r"vllm_xargs\.cospec_policy: 'bogus' is not served here"):
         handled({"cospec_policy": "bogus"})
-    assert handled({"cospec_policy": "strict", "cospec_threshold": 0.5}) == "answered"
+    assert handled({"cospec_policy": "strict", "cospec_threshold": 0.7}) == "answered"
 
 
 def test_keys_of_others_and_servers_without_cospec_are_left_alone() -> None:

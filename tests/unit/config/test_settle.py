@@ -249,8 +249,10 @@ def test_the_threshold_of_a_trained_arbiter(pair: Pair, knobs: dict[str, Any], t
     assert settings.threshold == threshold
     assert settings.calibrated.differences == ()
     assert ("LOSSY" in settings.announcement()) == (threshold < 1)
+    assert ("output is exactly that of the target" in settings.announcement()) == (threshold == 1)
     assert settings.calibrated.refuse == ("max_accuracy_loss" in knobs and threshold < 1)
-    assert settings.least_threshold == (threshold if knobs else 0)
+    assert settings.lossy == (threshold < 1)
+    assert settings.least_threshold == threshold  # the artefact's is the server's too
     assert settled(learned(pair.artefact), served=conditions(pair.draft), collect=True, **knobs).least_threshold == 0
 
 
