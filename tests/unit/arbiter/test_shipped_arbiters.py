@@ -60,7 +60,7 @@ def test_the_threshold_that_ships_keeps_the_loss(name: str) -> None:
     assert curve[loosest].acceptance_length >= own.acceptance_length
 
 
-@pytest.mark.parametrize("name", ["demo", "smollm2"])
+@pytest.mark.parametrize("name", ARBITERS)
 def test_requests_at_the_threshold_that_ships_are_known(name: str) -> None:
     _, artefact = load_artefact(ARBITERS[name])
     own = next(point for point in artefact.calibration if point.threshold == artefact.threshold)
