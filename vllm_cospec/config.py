@@ -145,6 +145,17 @@ class Settings:
     traffic: Traffic | None = None  # what calibration saw of requests with just these settings; None: not watched
     on_drift: Literal["log", "strict"] = "log"
     drift_pause: int | None = None
+    per_request: bool = False  # vLLM counts speculative decoding per request
+
+    @property
+    def counts_requests(self) -> bool:
+        """Whether anybody asks what was counted of a request: its response, histograms, or the drift test."""
+        return self.per_request or self.traffic is not None
+
+    @property
+    def counts_scores(self) -> bool:
+        """Whether an arbiter's scores are among it."""
+        return self.counts_requests and self.policy.arbiter is not None
 
     @property
     def least_threshold(self) -> float:

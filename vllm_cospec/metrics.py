@@ -136,6 +136,8 @@ class CoSpecDecodingProm(SpecDecodingProm):
         settings = getattr(speculative_config, "cospec", None)
         self.cospec: dict[int, Counters] = {}
         self.cospec_watch: dict[int, WatchCounters] = {}
+        self.cospec_alarms: dict[int, Any] = {}
+        self.cospec_scores: dict[int, Any] = {}
         if settings is None:
             return
         k = settings.num_speculative_tokens
@@ -172,45 +174,44 @@ class CoSpecDecodingProm(SpecDecodingProm):
         }
 
         self._inform(settings.described(), labelnames, per_engine_labelvalues)
-        if settings.traffic is not None:
+        if settings.counts_requests:
             self._watch(settings, labelnames, per_engine_labelvalues)
 
     def _watch(self, settings: Settings, labelnames: list[str], values: dict[int, list[object]]) -> None:
-        """Export what is watched of responses, where they are."""
+        """Export what is counted of responses, where they are."""
         self.cospec_watch = {engine: WatchCounters(settings.counters, engine) for engine in values}
-        self.cospec_alarms = self._counters(
-            "vllm:cospec_num_drift_alarms",
-            "Times that requests were found to be unlike those of calibration.",
-            labelnames,
-            values,
-        )
+        if settings.traffic is not None:
+            self.cospec_alarms = self._counters(
+                "vllm:cospec_num_drift_alarms",
+                "Times that requests were found to be unlike those of calibration.",
+                labelnames,
+                values,
+            )
         overrides = self._histogram_cls(
             name="vllm:cospec_overrides_per_response",
             documentation="Overrides of each response that has ended; more than 64 count as 64 in the sum.",
             labelnames=labelnames,
             buckets=(0, 1, 2, 4, 8, 16, 32, 63),
         )
-        scores = self._histogram_cls(
-            name="vllm:cospec_score",
-            documentation="Scores of the arbiter; its sum is of the middles of the buckets.",
-            labelnames=labelnames,
-            buckets=SCORE_EDGES,
-        )
         self.cospec_responses = {engine: overrides.labels(*labels) for engine, labels in values.items()}
-        self.cospec_scores = {engine: scores.labels(*labels) for engine, labels in values.items()}
+        if settings.counts_scores:
+            scores = self._histogram_cls(
+                name="vllm:cospec_score",
+                documentation="Scores of the arbiter; its sum is of the middles of the buckets.",
+                labelnames=labelnames,
+                buckets=SCORE_EDGES,
+            )
+            self.cospec_scores = {engine: scores.labels(*labels) for engine, labels in values.items()}
 
     def _observe_watch(self, engine: int) -> None:
         """Export what was counted of responses since the last call."""
         new = self.cospec_watch[engine].take_unexported()
-        self.cospec_alarms[engine].inc(new.alarms)
-        edges = np.array([0.0, *SCORE_EDGES, 1.0])
-        for histogram, bins, counts in (
-            (self.cospec_responses[engine], np.arange(len(new.overrides)), new.overrides),
-            (self.cospec_scores[engine], (edges[1:] + edges[:-1]) / 2, new.scores),
-        ):
-            for value, count in zip(bins.tolist(), counts.tolist(), strict=True):
-                for _ in range(count):
-                    histogram.observe(value)
+        if engine in self.cospec_alarms:
+            self.cospec_alarms[engine].inc(new.alarms)
+        _observe(self.cospec_responses[engine], np.arange(len(new.overrides)), new.overrides)
+        if engine in self.cospec_scores:
+            edges = np.array([0.0, *SCORE_EDGES, 1.0])
+            _observe(self.cospec_scores[engine], (edges[1:] + edges[:-1]) / 2, new.scores)
 
     def _inform(self, described: dict[str, Any], labelnames: list[str], values: dict[int, list[object]]) -> None:
         """Export the settings as labels of a gauge that is 1."""
@@ -248,6 +249,13 @@ class CoSpecDecodingProm(SpecDecodingProm):
         ):
             for counter, value in zip(counters, values, strict=True):
                 counter.inc(int(value))
+
+
+def _observe(histogram: Any, values: np.ndarray, counts: np.ndarray) -> None:
+    """Let a histogram see each value as often as it was counted."""
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        for _ in range(count):
+            histogram.observe(value)
 
 
 def log_line(stat_logger: Any) -> str | None:

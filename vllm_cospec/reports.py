@@ -18,7 +18,6 @@ from vllm.v1.metrics import stats
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_cospec import compat
-from vllm_cospec.config import Settings
 from vllm_cospec.hooks import STEP_OUTPUT
 from vllm_cospec.kernels.regret import REGRET_UNIT
 
@@ -52,17 +51,6 @@ class StepCounts:
             return None
         scores = self.scores[at].astype(np.int64)
         return RequestCounts(int(self.mismatches[at]), int(self.overrides[at]), float(self.regret[at]), scores)
-
-
-def wanted(vllm_config: Any) -> bool:
-    """Return whether this vLLM counts per request, and was asked to."""
-    level = getattr(vllm_config.observability_config, "per_request_spec_decode_metrics", "none")
-    return bool(level != "none")
-
-
-def counted(vllm_config: Any, settings: Settings) -> bool:
-    """Return whether anybody asks what was counted of a request: its response, or the drift test."""
-    return wanted(vllm_config) or settings.traffic is not None
 
 
 def attach(output: Any, counts: Callable[[], StepCounts]) -> Any:

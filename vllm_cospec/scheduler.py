@@ -88,7 +88,7 @@ class WholeBlocks(Scheduler):
 
         settings = getattr(speculative_config, "cospec", None)
         self._watch: RequestWatch | None = None
-        if settings is not None and settings.traffic is not None:
+        if settings is not None and settings.counts_requests:
             self._watch = RequestWatch(settings, self.vllm_config.parallel_config.data_parallel_index)
 
         self._heads = speculative_config is not None and speculative_config.use_eagle()

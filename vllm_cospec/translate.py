@@ -233,7 +233,9 @@ def _translate(
             f"({speculative_config.method}) on Model Runner V1; leave it out, or draft with ngram"
         )
     parser = getattr(engine_args, "reasoning_parser", None)
+    per_request = getattr(engine_args, "per_request_spec_decode_metrics", "none") != "none"
     settings = settle_loaded(config, speculative_config, target_model_config, hub, parser)
+    settings = dataclasses.replace(settings, per_request=per_request)
     replace_front_end()
     speculative_config.cospec = settings
     target_parallel_config.worker_cls = worker

@@ -65,17 +65,17 @@ class Watch:
 
 
 class RequestWatch:
-    """Tells the watch of requests, in the scheduler, which knows when they end and what of them was delivered."""
+    """Counts requests that have ended and tells the watch of them, in the scheduler, which knows what was delivered."""
 
     def __init__(self, settings: Settings, engine: int):
-        """Begin with what calibration saw.
+        """Begin with what calibration saw, if that is known.
 
         Args:
-            settings: with ``traffic``.
+            settings: with ``counts_requests``.
             engine: which of the server's engines this is, for the counters.
         """
         self._settings = settings
-        self._watch = Watch(settings)
+        self._watch = Watch(settings) if settings.traffic is not None else None
         self._usual = request_settings(None, settings)  # what is watched
         self._counters = WatchCounters(settings.counters, engine)
         self._counters.open(create=True)
@@ -87,7 +87,7 @@ class RequestWatch:
             scheduler_output: vLLM's SchedulerOutput.
             requests: that are in it, vLLM's Request.
         """
-        if self._watch.strict:
+        if self._watch is not None and self._watch.strict:
             setattr(scheduler_output, STRICT, True)
             for request in requests:
                 setattr(request, UNWATCHED, True)
@@ -98,12 +98,13 @@ class RequestWatch:
         counts = step.of(request.request_id) if step is not None else None
         found = None
         if counts is not None and not getattr(request, UNWATCHED, False):
-            scores = counts.scores
-            self._counters.count_response(counts.overrides, scores)
-            if served_settings(request.sampling_params, self._settings) == self._usual:
+            own, scores = served_settings(request.sampling_params, self._settings), counts.scores
+            if own.arbitrated:
+                self._counters.count_response(counts.overrides, scores)
+            if own == self._usual:
                 whole = request.status != RequestStatus.FINISHED_ABORTED
                 found = Finished(request.num_output_tokens, int(scores.sum()), counts.overrides, scores, whole)
-        if self._watch.finished(found):
+        if self._watch is not None and self._watch.finished(found):
             self._counters.count_alarm()
 
 

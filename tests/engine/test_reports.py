@@ -42,6 +42,10 @@ def test_every_choice_says_what_was_done_to_it(pair: Path, prompts: list[str], r
     assert len({report["num_overrides"] for report in own}) > 3
     assert sum(report["num_mismatches"] for report in own) == result["metrics"]["vllm:cospec_num_mismatches"]
     assert sum(report["num_overrides"] for report in own) == result["metrics"]["vllm:cospec_num_overrides"]
+    responses = "vllm:cospec_overrides_per_response"  # of those that were arbitrated
+    assert result["metrics"][f"{responses}_count"] == 30
+    assert result["metrics"][f"{responses}_sum"] == result["metrics"]["vllm:cospec_num_overrides"]
+    assert "vllm:cospec_score_count" not in result["metrics"]
     assert all((report["regret"] > 0) <= (report["num_overrides"] > 0) for report in own)
     assert sum(report["regret"] for report in own) > 1
     for choice in choices:
@@ -50,3 +54,19 @@ def test_every_choice_says_what_was_done_to_it(pair: Path, prompts: list[str], r
     for (choice,) in result["runs"]["strict"]:
         assert choice["metrics"]["cospec"] == {"num_mismatches": 0, "num_overrides": 0, "regret": 0.0}
         assert choice["metrics"]["num_spec_steps"] > 0
+
+
+@pytest.mark.engine
+def test_scores_are_counted_where_nothing_is_watched(pair: Path, prompts: list[str], run_engine: RunEngine) -> None:
+    greedy = {"temperature": 0, "max_tokens": 40}
+    runs = [{"name": "run", "prompts": prompts[:20], "params": greedy},
+            {"name": "strict", "prompts": prompts[:3], "params": STRICT}]  # fmt: skip
+    settings = {
+        "method": "cospec", "model": str(pair / "draft"), "num_speculative_tokens": 5, "arbiter": str(pair / "arbiter"),
+        "threshold": 0.4,
+    }  # fmt: skip
+    metrics = run_engine(runs, settings, per_request_spec_decode_metrics="summary")["metrics"]
+    assert metrics["vllm:cospec_overrides_per_response_count"] == 20
+    assert metrics["vllm:cospec_overrides_per_response_sum"] == metrics["vllm:cospec_num_overrides"] > 0
+    assert metrics["vllm:cospec_score_count"] == metrics["vllm:cospec_num_mismatches"]
+    assert "vllm:cospec_num_drift_alarms" not in metrics

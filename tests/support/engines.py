@@ -219,7 +219,10 @@ def completion(output: Any) -> dict[str, Any]:
 
 
 def counters(llm: Any) -> dict[str, float]:
-    """Return vLLM's counters by name, those of a position or a reason as ``name[label]`` (reasons summed, too)."""
+    """Return vLLM's counters by name, those of a position or a reason as ``name[label]`` (reasons summed, too).
+
+    Of a histogram ``name_count`` and ``name_sum``.
+    """
     found: dict[str, float] = {}
     for metric in llm.get_metrics():
         if hasattr(metric, "value"):
@@ -229,6 +232,9 @@ def counters(llm: Any) -> dict[str, float]:
                     names = {f"{metric.name}[{metric.labels[label]}]"} | (names if label == "reason" else set())
             for name in names:
                 found[name] = found.get(name, 0) + metric.value
+        elif hasattr(metric, "sum"):
+            for part in ("count", "sum"):
+                found[f"{metric.name}_{part}"] = getattr(metric, part)
     return found
 
 

@@ -102,6 +102,7 @@ def test_the_scheduler_falls_back_when_requests_are_unlike_those_of_calibration(
         watch.ended(request_of(found))
     for found in others:  # with a setting of their own they say nothing of the server's
         watch.ended(request_of(found, cospec_exact_tokens=1))
+    watch.ended(request_of(usual[0], cospec_policy="strict"))  # not arbitrated, so not counted
     assert not step()
     needed = 0
     while not step():

@@ -24,7 +24,7 @@ from vllm_cospec.kernels.reach import STOPS
 from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.kernels.scores import NUM_BINS
 from vllm_cospec.kernels.triton.step import Slots
-from vllm_cospec.reports import StepCounts, counted
+from vllm_cospec.reports import StepCounts
 from vllm_cospec.requests import response_ends, served_settings
 from vllm_cospec.runners.parts import Parts
 
@@ -131,10 +131,9 @@ class StagedSlots:
         self._forced = UvaBackedTensor(size, dtype=torch.int32)
         self._max_regret = UvaBackedTensor(size, dtype=torch.float32)
         self._ends = UvaBackedTensor((size, 1 + STOPS), dtype=torch.int32)
-        self._spent = Spent(size, runner.device, settings.traffic is not None)
+        self._spent = Spent(size, runner.device, settings.counts_scores)
         self.parts = Parts(size, settings, runner.device)
         self._preempted: dict[str, Tensor] = {}
-        self._reports = counted(runner.vllm_config, settings)
 
     def add_request(self, slot: int, request: Any) -> None:
         """Take up a request, vLLM's NewRequestData; slots are recycled, so everything is overwritten."""
@@ -188,7 +187,7 @@ class StagedSlots:
             regret_so_far=self._spent.regret,
             response_start=response_start,
             forced=self._forced.gpu,
-            stops=self._spent.stops if self._reports else None,
+            stops=self._spent.stops if self._settings.counts_requests else None,
             scores=self._spent.scores,
         )
 
@@ -212,9 +211,8 @@ class PlacedSlots:
         self._floats = np.zeros((len(_FLOATS), self.size), np.float32)
         self._seed = np.zeros(self.size, np.int64)
         self._ends = np.zeros((self.size, 1 + STOPS), np.int32)
-        self._spent = Spent(self.size, runner.device, settings.traffic is not None)
+        self._spent = Spent(self.size, runner.device, settings.counts_scores)
         self.parts = Parts(self.size, settings, runner.device)
-        self._reports = counted(runner.vllm_config, settings)
         self._send()
 
     def place(self) -> tuple[np.ndarray, list[int]]:
@@ -271,7 +269,7 @@ class PlacedSlots:
         spent = self._spent
         table = Slots(
             overrides_so_far=spent.overrides, regret_so_far=spent.regret,
-            stops=spent.stops if self._reports else None, scores=spent.scores, **columns,
+            stops=spent.stops if self._settings.counts_requests else None, scores=spent.scores, **columns,
         )  # fmt: skip
         return table, self._sent[2]
 

@@ -168,7 +168,7 @@ class V1CPUSampler(V1Sampler):
             undeliverable=beyond,
             **verdict,
         )
-        collect = self._settings.collect or self._settings.traffic is not None
+        collect = self._settings.collect or self._settings.counts_scores
         result = verify_batch(batch, self._decide(requests), collect)
         self._account(result, self._notes.states)
         return result.output
@@ -308,7 +308,7 @@ class V1CPUSampler(V1Sampler):
                 state.regret += regret
         if any(counts[0]) and self._counters is not None:
             self._counters.add(sum(counts[0]), result.overrides_per_position)
-        for consulted in result.consulted if self._settings.traffic is not None else ():
+        for consulted in result.consulted if self._settings.counts_scores else ():
             assert consulted.probability is not None
             bins = np.searchsorted(SCORE_EDGES, consulted.probability, side="right")
             for request, bin_ in zip(consulted.request.tolist(), bins.tolist(), strict=True):

@@ -193,7 +193,7 @@ class V1GPUSampler(DevicePolicy, V1Sampler):
         config = self._runner.model_config
         server = ServerShapes(
             config.get_vocab_size(), config.head_dtype, self.recorder.logits, self._settings.num_speculative_tokens,
-            self._runner.device, given_verdict=True, counts_scores=self._settings.traffic is not None,
+            self._runner.device, given_verdict=True, counts_scores=self._settings.counts_scores,
         )  # fmt: skip
         warm_up(server, self.program)
         self.recorder.warm_up()

@@ -161,7 +161,7 @@ class V2Sampler(DevicePolicy, RejectionSampler):
         server = ServerShapes(
             runner.vocab_size, runner.vllm_config.model_config.head_dtype, runner.speculator.draft_logits,
             self.num_speculative_steps, runner.device, use_fp64=self.sampler.use_fp64_gumbel,
-            counts_scores=self._settings.traffic is not None,
+            counts_scores=self._settings.counts_scores,
         )  # fmt: skip
         warm_up(server, self.program)
 

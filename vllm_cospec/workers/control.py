@@ -29,7 +29,7 @@ class Control:
     def sample_tokens(self, grammar_output: Any) -> Any:
         """As vLLM's; the output carries what was counted of its requests, where that was asked for."""
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        if reports.counted(self.vllm_config, self.vllm_config.speculative_config.cospec):
+        if self.vllm_config.speculative_config.cospec.counts_requests:
             output = reports.attach(output, self.cospec.request_counts())
         return output
 
