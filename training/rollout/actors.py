@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -11,6 +11,9 @@ from vllm_cospec.errors import ConfigError, CoSpecError, one_line
 from vllm_cospec.training.config import PairConfig, TaskConfig, TrainConfig, require_models
 from vllm_cospec.training.rollout.episodes import Episodes
 from vllm_cospec.training.rollout.units import Unit
+
+if TYPE_CHECKING:
+    from vllm_cospec.training.tasks.grading import Graders
 
 ACTOR_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -37,7 +40,7 @@ class EngineActor:
             require_models_here(pair)
             self._graders = Graders(task)
             self._engine = Engine(pair, arbiter, task=task, **options)
-            self._graders.wait_until_ready()
+            require_task_here(self._graders)
         except Exception as error:
             self._failure = error
 
@@ -77,6 +80,21 @@ def require_models_here(pair: PairConfig) -> None:
         raise ConfigError(
             f"{str(error).partition(';')[0]} on the node {socket.gethostname()}; put models at the same path on every "
             f"node or on a file system they share, or name them by hub id"
+        ) from None
+
+
+def require_task_here(graders: Graders) -> None:
+    """Wait for the grading processes; refuse a node that lacks a module or a file of the task, which the driver's has.
+
+    Raises:
+        ConfigError: names the setting, the node and the way out.
+    """
+    try:
+        graders.wait_until_ready()
+    except ConfigError as error:
+        raise ConfigError(
+            f"{str(error).partition(';')[0]} on the node {socket.gethostname()}; put modules and files that the task "
+            f"names at the same path on every node, or on a file system they share"
         ) from None
 
 

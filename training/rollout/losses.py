@@ -18,7 +18,23 @@ _ELSEWHERE = (
 _DEVICE = ("cuda out of memory", "hip out of memory", "outofmemoryerror")
 _MACHINE = ("memory monitor", "low on memory", "oom", "out of memory")
 
+# The second: the store is full, and so is the disk that objects would be moved to.
+_FULL = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
 _KILLED = "; it was killed for memory: lower rollout.actors or pair.engine.kv_cache_memory_bytes"
+_NO_ROOM = (
+    "; free the disk that holds TMPDIR, set ray_address to a cluster with a larger --object-store-memory, or lower "
+    "rollout.prompts_per_unit"
+)
+
+
+def cause_of(error: Exception) -> Exception:
+    """Return what went wrong inside of an actor, where that is what an error of Ray reports; else the error."""
+    return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an object found no room in Ray's object store; where it was a result, actor and unit are well."""
+    return isinstance(error, _FULL)
 
 
 def is_of_the_actor(error: Exception) -> bool:
@@ -26,11 +42,17 @@ def is_of_the_actor(error: Exception) -> bool:
     return not isinstance(error, _ELSEWHERE)
 
 
+def said_by(error: Exception) -> str:
+    """Return what an error says, shortened, with what to change where memory was short."""
+    said = "Ray's object store is full" if is_full(error) else one_line(error)[:300]
+    return said + reason_of(error)
+
+
 def reason_of(error: Exception | None) -> str:
     """Return what to change, as the end of a sentence, where the error says that memory was short; else nothing."""
     said = f"{type(error).__name__} {one_line(error)}".lower() if error is not None else ""
-    if isinstance(error, ray.exceptions.ObjectStoreFullError):
-        return "; lower rollout.prompts_per_unit, or give Ray a larger object store"
+    if error is not None and is_full(error):
+        return _NO_ROOM
     # Ray's own error first: it has the name of PyTorch's, which is about a device
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return _KILLED

@@ -15,6 +15,7 @@ longer than others is given to a second actor, and whichever result comes first 
 from __future__ import annotations
 
 import contextlib
+import copy
 import statistics
 import time
 from collections import deque
@@ -24,8 +25,8 @@ from typing import Any, Protocol
 
 import ray
 
-from vllm_cospec.errors import CoSpecError, TrainingError, one_line
-from vllm_cospec.training.rollout.losses import is_of_the_actor, reason_of
+from vllm_cospec.errors import CoSpecError, TrainingError
+from vllm_cospec.training.rollout.losses import cause_of, is_full, is_of_the_actor, said_by
 
 POLL_S = 1.0
 GRACE_S = 30.0  # for the slower ones, once the first actor is ready
@@ -237,20 +238,9 @@ class Pool:
         if actor not in self._actors:  # lost in the meantime, its work is queued again
             return
         try:
-            value = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            # what is wrong with the configuration or a reward is wrong on every actor; a start that worked once is not
-            if isinstance(cause, CoSpecError) and not (reference == actor.started and self._ever_ready):
-                raise type(cause)(str(cause)) from None
-            self._lost(actor, f"raised {type(cause).__name__}: {one_line(cause)[:300]}{reason_of(cause)}")
-            return
+            value = copy.deepcopy(ray.get(reference))  # arrays would lie in the object store for as long as they live
         except ray.exceptions.RayError as error:
-            why = one_line(error)[:300] + reason_of(error)
-            if reference == actor.started or is_of_the_actor(error) or actor.errors >= self._attempts:
-                self._lost(actor, why)
-            else:
-                self._repeat(actor, reference, why)
+            self._failed(actor, reference, error)
             return
         now = time.monotonic()
         if reference == actor.started:
@@ -264,6 +254,26 @@ class Pool:
         if not job.done:
             self._settle(job, value)
 
+    def _failed(self, actor: _Actor, reference: Any, error: Exception) -> None:
+        """Do what an error instead of a result asks for.
+
+        Raises:
+            CoSpecError: raised by the work itself; or a result finds no room, however often it is made.
+        """
+        cause = cause_of(error)
+        # what is wrong with the configuration or a reward is wrong on every actor; a start that worked once is not
+        if isinstance(cause, CoSpecError) and not (reference == actor.started and self._ever_ready):
+            raise type(cause)(str(cause)) from None
+        why = said_by(cause)
+        if reference != actor.started and is_full(cause):
+            self._repeat(actor, reference, why, full=True)
+        elif isinstance(error, ray.exceptions.RayTaskError):
+            self._lost(actor, f"raised {type(cause).__name__}: {why}")
+        elif reference == actor.started or is_of_the_actor(error) or actor.errors >= self._attempts:
+            self._lost(actor, why)
+        else:
+            self._repeat(actor, reference, why)
+
     def _let_go(self, actor: _Actor, reference: Any) -> Job:
         """Take a job from an actor that is done with it."""
         job = next(job for other, job in actor.running if other == reference)
@@ -271,13 +281,19 @@ class Pool:
         job.holders -= 1
         return job
 
-    def _repeat(self, actor: _Actor, reference: Any, why: str) -> None:
-        """Queue a job again whose result was lost on its way; the actor is well."""
+    def _repeat(self, actor: _Actor, reference: Any, why: str, full: bool = False) -> None:
+        """Queue a job again whose result was lost on its way; the actor is well.
+
+        Raises:
+            TrainingError: it found no room in a store that is ``full``, and not for the first time.
+        """
         actor.errors += 1
         actor.since = time.monotonic()
         job = self._let_go(actor, reference)
         self._notice(f"a result was lost ({why}); its unit is repeated")
         job.attempts += 1
+        if full and job.attempts >= self._attempts and not job.done:  # to set its prompts aside would lose them
+            raise TrainingError(f"rollout: the result of unit {job.work.key} found no room {job.attempts} times: {why}")
         self._queue_again([job], why)
 
     def _queue_again(self, jobs: list[Job], why: str) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import ray
 
-from vllm_cospec.errors import ConfigError, CoSpecError, one_line
+from vllm_cospec.errors import ConfigError, CoSpecError, TrainingError, one_line
 from vllm_cospec.server import interruptible
 from vllm_cospec.training.config import TrainConfig
+from vllm_cospec.training.rollout.losses import cause_of, said_by
 
 START_ATTEMPTS = 3
 # Ray's sockets lie about 65 characters below its directory, and a socket's path may have 107.
@@ -63,6 +64,7 @@ def ray_session(
 
     Raises:
         ConfigError: Ray cannot be reached, or does not start.
+        TrainingError: an error of Ray ended the block; says what to change where memory was short.
         KeyboardInterrupt: at SIGINT and SIGHUP, so that the local one is stopped and leaves nothing behind.
         SystemExit: at SIGTERM, from the handler that Ray installs; it unwinds the stack as well.
     """
@@ -85,10 +87,12 @@ def ray_session(
             else:
                 _join_ray(address)
             yield
-        except (CoSpecError, ray.exceptions.RayError):
+        except (CoSpecError, ray.exceptions.RayError) as error:
             if address is None:
                 _keep_logs(Path(scratch), logs, say)
-            raise
+            if isinstance(error, CoSpecError):
+                raise
+            raise TrainingError(f"Ray failed: {said_by(cause_of(error))}") from error
         finally:
             ray.shutdown()
 

@@ -16,7 +16,9 @@ from vllm_cospec.training.rollout.losses import is_of_the_actor, reason_of
          "lower pair.engine.gpu_memory_utilization or pair.engine.max_num_seqs"),
         (RuntimeError("HIP out of memory"), "lower pair.engine.gpu_memory_utilization or pair.engine.max_num_seqs"),
         (ray.exceptions.ObjectStoreFullError("the store is full"),
-         "lower rollout.prompts_per_unit, or give Ray a larger object store"),
+         "set ray_address to a cluster with a larger --object-store-memory, or lower rollout.prompts_per_unit"),
+        (ray.exceptions.OutOfDiskError("the store is full and nothing can be spilled"),
+         "set ray_address to a cluster with a larger --object-store-memory, or lower rollout.prompts_per_unit"),
         (MemoryError("out of memory"), "lower rollout.actors or pair.engine.kv_cache_memory_bytes"),
     ],
 )  # fmt: skip

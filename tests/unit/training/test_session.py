@@ -15,8 +15,9 @@ import ray
 from vllm_cospec.errors import ConfigError, TrainingError
 from vllm_cospec.training.config import PairConfig, TaskConfig, TrainConfig
 from vllm_cospec.training.rollout import session
-from vllm_cospec.training.rollout.actors import RolloutActor
+from vllm_cospec.training.rollout.actors import RolloutActor, require_task_here
 from vllm_cospec.training.rollout.session import START_ATTEMPTS, ray_session, require_room
+from vllm_cospec.training.tasks.grading import Graders
 
 
 class Ray:
@@ -126,6 +127,15 @@ def test_a_node_without_the_models_is_named(tmp_path: Path) -> None:
         RolloutActor(config, {}).ready()
     assert str(error.value).startswith(f"pair.target: no model at '{tmp_path}/target' (config.json is missing) on the ")
     assert f"node {socket.gethostname()}; put models at the same path on every node" in str(error.value)
+
+
+def test_a_node_without_the_tasks_own_modules_is_named() -> None:
+    """Its grading processes find that out: the driver has imported the reward from its own working directory."""
+    task = TaskConfig(name="demo", reward="only_on_the_driver:score", reward_processes=1)
+    with Graders(task) as graders, pytest.raises(ConfigError) as error:
+        require_task_here(graders)
+    assert str(error.value).startswith("task.reward: 'only_on_the_driver:score' cannot be imported (ModuleNotFound")
+    assert f"on the node {socket.gethostname()}; put modules and files that the task names at the" in str(error.value)
 
 
 def test_a_session_works_off_the_main_thread_and_its_logs_outlive_an_error(tmp_path: Path) -> None:
