@@ -55,6 +55,23 @@ def test_a_branch_that_decides_as_before_is_the_response_itself(which: str, leas
 
 
 @pytest.mark.engine
+def test_branches_start_when_their_own_response_is_done_and_not_the_slowest(found: dict[str, Any]) -> None:
+    events = found["timeline"]
+    slowest = max(i for i, (what, _, branch) in enumerate(events) if what == "done" and not branch)
+    begun = [i for i, (what, _, branch) in enumerate(events) if what == "begun" and branch]
+    assert len(begun) == found["branches"] + found["discarded"]
+    last = None  # what was done last
+    for what, seed, branch in events:
+        if what == "done":
+            last = seed, branch
+        elif branch:  # nothing else is done between a response and its branches
+            assert last == (seed, False)
+    assert sum(i < slowest for i in begun) > len(begun) / 2
+    # and they run beside the responses that are not done: some have come to their end before
+    assert ("done", True) in {(what, branch) for what, _, branch in events[:slowest]}
+
+
+@pytest.mark.engine
 def test_sampled_branches_may_have_several_continuations_of_each_action(found: dict[str, Any]) -> None:
     several = found["several"]
     assert several["repeatable"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from vllm_cospec.training.learning.learner import initial_arbiter
 from vllm_cospec.training.rollout.actors import ACTOR_ENVIRONMENT
 from vllm_cospec.training.rollout.branches import branch_request, joined
 from vllm_cospec.training.rollout.collect import roll_out
-from vllm_cospec.training.rollout.engine import Engine, Request
+from vllm_cospec.training.rollout.engine import Engine, Finished, Request, Response
 from vllm_cospec.training.rollout.episodes import Episodes
 from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import Problem, load_task
@@ -84,6 +86,32 @@ def several_continuations(engine: Engine, unit: Unit, config: TrainConfig, grade
     }
 
 
+def timeline(engine: Engine, unit: Unit, config: TrainConfig, graders: Graders) -> list[tuple[str, int, bool]]:
+    """Roll out a unit; returns what happened, in order: begun or done, the response's seed, whether it is a branch."""
+    events: list[tuple[str, int, bool]] = []
+    wanted: list[Request] = []
+    run, add = engine.run, engine._add
+
+    def note(what: str, request: Request) -> None:
+        events.append((what, request.seed, "cospec_branch" in request.extra))
+
+    def noted_add(request_id: str, request: Request) -> None:
+        wanted.append(request)
+        note("begun", request)
+        add(request_id, request)
+
+    def noted_run(requests: Sequence[Request], finished: Finished) -> list[Response]:
+        def done(number: int, response: Response) -> Iterable[Request]:
+            note("done", wanted[number])
+            return finished(number, response)
+
+        return run(requests, done)
+
+    with patch.object(engine, "_add", noted_add), patch.object(engine, "run", noted_run):
+        roll_out(engine, unit, config, graders)
+    return events
+
+
 def main(path: Path) -> dict[str, Any]:
     """Run everything on one engine in this process, as a configuration has it."""
     os.environ |= ACTOR_ENVIRONMENT
@@ -115,6 +143,7 @@ def main(path: Path) -> dict[str, Any]:
     found["decisions"], found["kept"] = len(once.kept), int(once.kept.sum())
     found["probability_error"] = float(np.abs(probability - once.probability).max())
     found["expected_kept"] = float(probability.sum())
+    found["timeline"] = timeline(engine, first, config, graders)
     found["roads"] = roads(engine, first, 0.0)
     found["sampled_roads"] = roads(engine, first, 1.0)
 
