@@ -232,7 +232,8 @@ class Random(Rule):
 class Learned(Policy):
     """Keep d when the arbiter's score exceeds the threshold (CoSpec, arXiv 2605.24793).
 
-    The network, its statistics and its training are this project's own design; the paper's are not public.
+    The network, its statistics and its training are this project's own design, built from the paper's abstract and a
+    digest of it; the text of its method was not used.
     """
 
     code: ClassVar[int] = 9
