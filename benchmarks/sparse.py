@@ -10,6 +10,7 @@ shown as a share of what that one gains over always taking the target's token. N
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,9 +30,21 @@ from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.rollout.episodes import Episodes
 
 UPDATES, WARM, BRANCHES = 120, 4, 1024  # as in training/configs/qwen3.toml: 256 prompts with 4 branches each
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to learn."""
+
+    config: LearnerConfig
+    again: bool = False  # policy gradient: at all telling branches of the run in each update, not at new ones alone
+
+
 LEARNERS = {
-    "policy_gradient": LearnerConfig(),
-    "labels": LearnerConfig(objective="labels", weight_decay=3.0, epochs=8),
+    "policy_gradient": Variant(LearnerConfig()),
+    "policy_gradient, weight_decay = 3": Variant(LearnerConfig(weight_decay=3.0)),
+    "policy_gradient of all branches": Variant(LearnerConfig(weight_decay=3.0, entropy_bonus=0.0), again=True),
+    "labels": Variant(LearnerConfig(objective="labels", weight_decay=3.0, epochs=8)),
 }
 
 
@@ -69,8 +82,9 @@ def episodes(learner: Learner, x: np.ndarray, difference: np.ndarray) -> Episode
     )  # fmt: skip
 
 
-def study(config: LearnerConfig, seed: int, telling: float, updates: int = UPDATES) -> dict[str, float]:
+def study(variant: Variant, seed: int, telling: float, updates: int = UPDATES) -> dict[str, float]:
     """Train once; returns the shares of the gain after the warm start and at the end, and the number of labels."""
+    config = variant.config
     generator = np.random.default_rng(seed)
     learner = Learner(config, seed, updates - WARM)
     seen: list[tuple[np.ndarray, np.ndarray]] = []
@@ -87,6 +101,9 @@ def study(config: LearnerConfig, seed: int, telling: float, updates: int = UPDAT
         elif update >= WARM and config.objective == "labels":
             learner.fit(statistics, differences, BRANCHES)
         elif update >= WARM:
+            if variant.again:  # both actions of each are known, so the present policy's gradient is exact there
+                told = np.flatnonzero(differences)
+                x, difference = statistics[told], differences[told]
             learner.update(branch_advantages(episodes(learner, x, difference), 0.0))
     labels = sum(int((difference != 0).sum()) for _, difference in seen)
     return {"warm_start": after_warm_start, "end": share_of_gain(learner), "labels": labels}
@@ -100,8 +117,8 @@ def main(
     """Train on synthetic branches and show which share of the achievable gain is reached."""
     torch.set_num_threads(1)
     rows: dict[str, list[dict[str, Any]]] = {}
-    for name, config in LEARNERS.items():
-        rows[name] = [{"seed": seed, **study(config, seed, telling)} for seed in range(1, seeds + 1)]
+    for name, variant in LEARNERS.items():
+        rows[name] = [{"seed": seed, **study(variant, seed, telling)} for seed in range(1, seeds + 1)]
         for row in rows[name]:
             print(f"{name}, seed {row['seed']}: {row['warm_start']:.2f} after the warm start, {row['end']:.2f} at the "
                   f"end, {row['labels']} labels")  # fmt: skip
