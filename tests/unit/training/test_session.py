@@ -138,7 +138,13 @@ def test_a_node_without_the_tasks_own_modules_is_named() -> None:
     assert f"on the node {socket.gethostname()}; put modules and files that the task names at the" in str(error.value)
 
 
-def test_a_session_works_off_the_main_thread_and_its_logs_outlive_an_error(tmp_path: Path) -> None:
+def test_a_session_works_off_the_main_thread_and_its_logs_outlive_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a cluster in RAY_ADDRESS that is not there, and a TMPDIR that is too long for Ray's sockets."""
+    (tmp_path / ("x" * 60)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 60)))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     found: list[object] = []
 
     def run() -> None:
