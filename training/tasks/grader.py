@@ -25,6 +25,7 @@ def main(connection: int, parent: int) -> None:
         parent: process without which this one is to end.
     """
     _end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process in its time
     with Connection(connection) as link:
         task = link.recv()
         try:

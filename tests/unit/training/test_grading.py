@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -79,6 +80,15 @@ def test_answers_are_graded_in_several_processes_that_end_with_the_pool() -> Non
     assert len(pids) == 2
     assert os.getpid() not in pids
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def test_control_c_is_left_to_the_one_that_started_them() -> None:
+    with Graders(task("bad_rewards:process")) as graders:
+        graders.wait_until_ready()
+        (before,) = graders.grade([PROBLEM], ["x"])
+        os.kill(int(before.score), signal.SIGINT)
+        (after,) = graders.grade([PROBLEM], ["x"])
+    assert after == before
 
 
 def test_processes_end_with_the_one_that_started_them_in_the_middle_of_a_calculation() -> None:
