@@ -120,8 +120,9 @@ def test_a_gold_answer_that_cannot_be_graded_is_named_with_the_way_out(tmp_path:
 
 def test_generators_are_checked_by_what_they_make_up() -> None:
     short = DEMO.pair.model_copy(update={"engine": {**DEMO.pair.engine, "max_model_len": 20}})
+    few = DEMO.calibration.model_copy(update={"problems": 50})
     with pytest.raises(ConfigError, match=r"rollout.long_prompts: \d+ of \d+ prompts leave fewer than 16 of 20 tokens"):
-        check_training(DEMO.model_copy(update={"pair": short}))
+        check_training(DEMO.model_copy(update={"pair": short, "calibration": few}))
     assert len(held_out_problems(DEMO, Problems(DEMO.pair, DEMO.task, DEMO.rollout))) == 200
 
 
