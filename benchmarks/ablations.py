@@ -31,6 +31,7 @@ if not __package__:  # run as a file: the package is found from the root
 
 from benchmarks.ablation_rows import AblationRow, markdown, paired, save_row, saved_rows
 from benchmarks.command import run as run_command
+from vllm_cospec.atomic import new_file
 from vllm_cospec.kernels.statistics import INDEX
 from vllm_cospec.training.commands import DEMO_CONFIG, notice
 from vllm_cospec.training.config import TrainConfig, load_train_config
@@ -104,7 +105,8 @@ class LabelKeeper(Trainer):
                 "statistics": torch.from_numpy(episodes.statistics[episodes.branch_decision]),
                 "worth": torch.from_numpy(episodes.difference() * episodes.branch_weight),
             }
-            save_file(labels, self.output / f"labels-{iteration}.safetensors")
+            with new_file(self.output / f"labels-{iteration}.safetensors") as partial:
+                save_file(labels, partial)
         return super()._learn(iteration, episodes)
 
 
@@ -114,7 +116,8 @@ def train(config: TrainConfig, output: Path) -> Weights:
     if not kept.is_file():
         trainer = LabelKeeper(config, output, resume=output.is_dir(), say=notice)
         trainer.run()
-        save_file(trainer.shipped()[1].state_dict(), kept)
+        with new_file(kept) as partial:
+            save_file(trainer.shipped()[1].state_dict(), partial)
     return load_file(kept)
 
 

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from vllm_cospec.atomic import new_file
 from vllm_cospec.errors import ConfigError, CoSpecError
 from vllm_cospec.training.config import cached_pair
 from vllm_cospec.training.pairs.code.llama import (
@@ -129,9 +130,8 @@ class Run:
             for weight, state in optimizer.state.items():
                 tensors |= {f"{key}.{names[weight]}": torch.as_tensor(value) for key, value in state.items()}
         about = {"progress": json.dumps(asdict(self.progress)), "recipe": json.dumps(asdict(self.hyperparameters))}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata=about)
-        partial.replace(path)
+        with new_file(path) as partial:
+            save_file(tensors, partial, metadata=about)
 
     def restore(self, path: Path) -> None:
         """Take over what :meth:`save` wrote.

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from vllm_cospec.atomic import new_file
 from vllm_cospec.training.tasks.code_corpus import Source
 
 END_OF_FILE = 0  # the tokenizer's <|endoftext|>
@@ -48,9 +49,8 @@ def token_stream(sources: list[Source], tokenizer: Any) -> torch.Tensor:
 def cached_stream(file: Path, sources: list[Source], tokenizer: Any) -> torch.Tensor:
     """Return :func:`token_stream`, kept in a file whose name must change with the sources."""
     if not file.exists():
-        partial = file.with_suffix(".partial")
-        save_file({"ids": token_stream(sources, tokenizer)}, partial)
-        partial.replace(file)
+        with new_file(file) as partial:
+            save_file({"ids": token_stream(sources, tokenizer)}, partial)
     return load_file(file)["ids"]
 
 
