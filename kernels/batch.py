@@ -67,7 +67,7 @@ class Batch:
     uniform: Tensor | None = None  # [N] float32
     logit_rows: Tokens | None = None  # [N] int, the row of logits each draft is verified with; None: its own
     legal: Tokens | None = None  # [N] bool, whether a draft may be kept; None: where its processed logit is finite
-    undeliverable: Tokens | None = None  # [N] bool, from vllm_cospec.kernels.reach: strict, and no mismatch
+    ends: np.ndarray | None = None  # int64 [B, 1 + STOPS], vllm_cospec.kernels.reach.ends_of; None: nothing ends them
 
 
 @dataclass

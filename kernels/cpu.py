@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.batch import Batch, BatchResult, Consulted, LogitRows, Tokens
 from vllm_cospec.kernels.policies import Mismatches, Rule
 from vllm_cospec.kernels.statistics import LOGPROB_FLOOR, NUM_STATISTICS, TINY
@@ -226,10 +227,9 @@ class _Walk:
         np.cumsum(batch.num_draft_tokens, out=self._first[1:])
         self._vocabulary = batch.raw_target_logits.shape[1]
         self._logits, self._stride = _flat(batch.raw_target_logits)
-        num_drafts = len(self._drafts)
-        self._row = np.arange(num_drafts) if batch.logit_rows is None else _integers(batch.logit_rows)
+        self._row = np.arange(len(self._drafts)) if batch.logit_rows is None else _integers(batch.logit_rows)
         legal = _legal(batch, self._row) if batch.legal is None else _array(batch.legal)
-        beyond = np.zeros(num_drafts, bool) if batch.undeliverable is None else _array(batch.undeliverable)
+        ends = np.full((num_requests, 1), UNLIMITED, np.int64) if batch.ends is None else batch.ends
         self._position, self._found = np.zeros(num_requests, np.int64), np.empty((5, num_requests), np.int64)
         self.overrides, self.mismatches = np.zeros(num_requests, np.int64), np.zeros(num_requests, np.int64)
         self.regret, self._given_up = np.zeros(num_requests), np.empty(num_requests)
@@ -237,7 +237,7 @@ class _Walk:
         self._waiting = np.ones(num_requests, bool)
         self._pair = np.empty((2, num_requests), np.float32)
         self._step = (
-            self._first, self._drafts, _array(batch.accepted), self._best, legal, beyond, self._logits, self._stride,
+            self._first, self._drafts, _array(batch.accepted), self._best, legal, ends, self._logits, self._stride,
             self._row, self._vocabulary, requests.arbitrated & ~requests.junk, requests.output_position,
             requests.overrides_so_far, requests.max_overrides, requests.exact_tokens, requests.regret_so_far,
             requests.max_regret, batch.num_speculative_tokens, self._position, self.overrides, self.regret,
@@ -304,23 +304,6 @@ def verify_batch(batch: Batch, decide: Decide, collect: bool = False) -> BatchRe
     return BatchResult(
         walk.emit(), walk.mismatches, walk.overrides, walk.regret, walk.overrides_per_position, consulted
     )
-
-
-def find_undeliverable(
-    draft_tokens: Tokens, num_draft_tokens: np.ndarray, output_position: np.ndarray, ends: np.ndarray
-) -> np.ndarray:
-    """Return which drafts cannot reach the responses, bool [N]: :func:`vllm_cospec.kernels.reach.undeliverable`.
-
-    Args:
-        draft_tokens: [N] int.
-        num_draft_tokens: int64 [B].
-        output_position: int64 [B], index in the response of each block's first token.
-        ends: int64 [B, 1 + STOPS], from :func:`vllm_cospec.kernels.reach.ends_of`.
-    """
-    out, first = np.empty(len(draft_tokens), bool), np.zeros(len(num_draft_tokens) + 1, np.int64)
-    np.cumsum(num_draft_tokens, out=first[1:])
-    _compiled.walk.find_undeliverable(first, _integers(draft_tokens), output_position, ends, out)
-    return out
 
 
 @dataclass(frozen=True)

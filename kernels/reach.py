@@ -17,6 +17,8 @@ NO_STOP = -2  # no token, and no placeholder either
 def undeliverable(before: Tensor, step: Tensor, output_position: Tensor, ends: Tensor) -> Tensor:
     """Return where a token could not reach the response, bool [R]: it is full, or a token before has ended it.
 
+    The definition; the CPU's loops and the GPU's kernels decide it where they come to a row, and are held to this.
+
     Args:
         before: [R] int.
         step: [R] int, index of each row in its request.

@@ -10,8 +10,20 @@ from vllm_cospec.kernels.loops import compiled
 from vllm_cospec.kernels.regret import REGRET_UNIT
 
 
+@compiled("boolean(int64[::1], int64, int64[::1])")
+def undeliverable(before, output_position, ends):
+    """As :func:`vllm_cospec.kernels.reach.undeliverable` of one token, with the block's drafts ``before`` it."""
+    if output_position >= ends[0]:
+        return True
+    for i in range(before.size):
+        for stop in range(1, ends.size):
+            if before[i] == ends[stop]:
+                return True
+    return False
+
+
 @compiled(
-    "int64(int64[::1], int64[::1], boolean[::1], int64[::1], boolean[::1], boolean[::1], "
+    "int64(int64[::1], int64[::1], boolean[::1], int64[::1], boolean[::1], int64[:, ::1], "
     "float32[::1], int64, int64[::1], int64, "
     "boolean[::1], int64[::1], int64[::1], int64[::1], int64[::1], float64[::1], float64[::1], int64, "
     "int64[::1], int64[::1], float64[::1], int64[::1], boolean[::1], "
@@ -23,7 +35,7 @@ def advance(
     accepted,  # [N], strict verification's verdicts
     best,  # [N], t*
     legal,  # [N]
-    undeliverable,  # [N]
+    ends,  # [B, 1 + STOPS], or [B, 1]: what ends each response
     logits,  # [*] rows of raw target logits
     stride,
     logit_row,  # [N]
@@ -61,10 +73,10 @@ def advance(
             continue
         draft = start + at
         token = drafts[draft]
-        if token < 0 or undeliverable[draft]:
+        place = output_position[request] + at
+        if token < 0 or undeliverable(drafts[start:draft], place, ends[request]):
             continue
         mismatches[request] += 1
-        place = output_position[request] + at
         made = overrides_so_far[request] + overrides[request]
         if not legal[draft] or token >= vocabulary or made >= max_overrides[request] or place < exact_tokens[request]:
             continue
@@ -121,16 +133,3 @@ def emit(first, drafts, target_tokens, bonus_tokens, position, output):
             output[request, i] = drafts[start + i] if i < kept else -1
         complete = kept == first[request + 1] - start
         output[request, kept] = bonus_tokens[request] if complete else target_tokens[start + kept]
-
-
-@compiled("void(int64[::1], int64[::1], int64[::1], int64[:, ::1], boolean[::1])")
-def find_undeliverable(first, drafts, output_position, ends, out):
-    """As :func:`vllm_cospec.kernels.reach.undeliverable`: ``ends`` is [B, 1 + STOPS], out [N] is written."""
-    for request in range(output_position.size):
-        ended = False
-        for i in range(first[request], first[request + 1]):
-            at = i - first[request]
-            if at > 0:
-                for stop in range(1, ends.shape[1]):
-                    ended = ended or drafts[i - 1] == ends[request, stop]
-            out[i] = ended or output_position[request] + at >= ends[request, 0]

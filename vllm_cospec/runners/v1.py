@@ -114,10 +114,8 @@ class V1Sampler(RejectionSampler):
         """Decide; returns the tokens of every request, int32 [B, max_spec_len + 1], padded with -1."""
         raise NotImplementedError
 
-    def scan_unprocessed(
-        self, metadata: SpecDecodeMetadata, logits: Tensor, bonus_tokens: Tensor, sampling_metadata: Any
-    ) -> Tensor | None:
-        """Decide a step whose logits need no copy, as :meth:`scan`; None where they do."""
+    def scan_unprocessed(self, metadata: SpecDecodeMetadata, logits: Tensor, bonus_tokens: Tensor) -> Tensor | None:
+        """Decide a step whose logits reach verification as they are, as :meth:`scan`; None where they need a copy."""
         return None
 
     def follow_stock(self, metadata: SpecDecodeMetadata, tokens: Tensor) -> None:
@@ -165,10 +163,11 @@ class V1Sampler(RejectionSampler):
             predict_bonus_token=True,
             logprobs_mode_override="processed_logits" if self.is_processed_logprobs_mode else "raw_logits",
         )
-        output = self.scan_unprocessed(metadata, logits, bonus.sampled_token_ids, sampling_metadata)
+        untouched = unprocessed(sampling_metadata)
+        output = self.scan_unprocessed(metadata, logits, bonus.sampled_token_ids) if untouched else None
         if output is not None:
             return SamplerOutput(sampled_token_ids=output, logprobs_tensors=None)
-        step = self._process(metadata, draft_probs, logits, bonus.sampled_token_ids, sampling_metadata)
+        step = self._process(metadata, draft_probs, logits, bonus.sampled_token_ids, sampling_metadata, untouched)
         output = self.scan(step)
         logprobs = None
         if sampling_metadata.max_num_logprobs is not None:
@@ -232,9 +231,10 @@ class V1Sampler(RejectionSampler):
         logits: Tensor,
         bonus_tokens: Tensor,
         sampling_metadata: Any,
+        untouched: bool,  # see :func:`unprocessed`
     ) -> V1Step:
         """Process the logits as stock does, and draw its random numbers."""
-        drafts, untouched = metadata.draft_token_ids, unprocessed(sampling_metadata)
+        drafts = metadata.draft_token_ids
         raw = processed = logits[metadata.target_logits_indices].to(torch.float32)
         index = drafts.long().clamp(0, logits.shape[1] - 1)
         legal = known = drafts == index

@@ -21,7 +21,6 @@ from vllm_cospec.kernels.cpu import (
     Found,
     Network,
     argmax,
-    find_undeliverable,
     greedy_verdicts,
     rule,
     verify_batch,
@@ -36,7 +35,7 @@ from vllm_cospec.requests import RequestSettings, action_coin, response_ends, se
 from vllm_cospec.runners.recorder import ProposedBlock, Recorder, draft_probabilities
 from vllm_cospec.runners.replay import Replay
 from vllm_cospec.runners.trace import Decision
-from vllm_cospec.runners.v1 import StepNotes, V1Sampler, V1Step, unprocessed
+from vllm_cospec.runners.v1 import StepNotes, V1Sampler, V1Step
 
 STATE = "cospec_state"  # attribute of vLLM's CachedRequestState: lives and dies with the request
 # Places in RequestState.numbers; what ends the response stands behind them.
@@ -140,11 +139,9 @@ class V1CPUSampler(V1Sampler):
             acceptance_ratio=verdict.acceptance_ratio, uniform=verdict.uniform,
         )  # fmt: skip
 
-    def scan_unprocessed(
-        self, metadata: SpecDecodeMetadata, logits: Tensor, bonus_tokens: Tensor, sampling_metadata: Any
-    ) -> Tensor | None:
+    def scan_unprocessed(self, metadata: SpecDecodeMetadata, logits: Tensor, bonus_tokens: Tensor) -> Tensor | None:
         """As the base's."""
-        if logits.dtype != torch.float32 or not unprocessed(sampling_metadata):
+        if logits.dtype != torch.float32:
             return None
         verdict = greedy_verdicts(metadata.draft_token_ids, metadata.target_logits_indices, logits)
         return self._verify(
@@ -156,7 +153,9 @@ class V1CPUSampler(V1Sampler):
     def _verify(self, metadata: SpecDecodeMetadata, drafts: np.ndarray, legal: np.ndarray, **verdict: Any) -> Tensor:
         """Walk the blocks; ``drafts`` int64 [N], ``legal`` bool [N], and the verdict in the words of ``Batch``."""
         requests, counts = self._requests(), np.array(metadata.num_draft_tokens, np.int64)
-        legal, beyond = self._reach(drafts, counts, legal, requests.output_position)
+        markers = self._settings.thinking_tokens
+        if markers is not None and self._notes.table[SCOPE].any():
+            legal = legal & ~self._out_of_scope(drafts, counts, markers)
         batch = Batch(
             draft_tokens=drafts,
             num_draft_tokens=counts,
@@ -165,7 +164,7 @@ class V1CPUSampler(V1Sampler):
             max_draft_tokens=metadata.max_spec_len,
             requests=requests,
             legal=legal,
-            undeliverable=beyond,
+            ends=np.ascontiguousarray(self._notes.table[ENDS:].T, np.int64),
             **verdict,
         )
         collect = self._settings.collect or self._settings.counts_scores
@@ -244,22 +243,15 @@ class V1CPUSampler(V1Sampler):
             forced_keep=forced_keep,
         )
 
-    def _reach(
-        self, drafts: np.ndarray, counts: np.ndarray, legal: np.ndarray, output_position: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return which drafts may be kept, and which cannot reach their responses, bool [N] each."""
-        ends = np.ascontiguousarray(self._notes.table[ENDS:].T, np.int64)
-        beyond = find_undeliverable(drafts, counts, output_position, ends)
-        markers = self._settings.thinking_tokens
-        if markers is None or not self._notes.table[SCOPE].any():
-            return legal, beyond
+    def _out_of_scope(self, drafts: np.ndarray, counts: np.ndarray, markers: tuple[int, int]) -> np.ndarray:
+        """Return which drafts lie outside of the part of the response that their requests have chosen, bool [N]."""
         request = np.repeat(np.arange(len(counts)), counts)
         local = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
         before, places = torch.from_numpy(drafts).roll(1), torch.from_numpy(local)
         start = np.array([self._part(i, markers) for i in range(len(counts))], np.int64)
         part = parts(torch.where(places > 0, before, -1), places, markers, torch.from_numpy(start[request]))
         scope = torch.from_numpy(self._notes.table[SCOPE].astype(np.int64)[request])
-        return legal & ~out_of_scope(part, scope).numpy(), beyond
+        return out_of_scope(part, scope).numpy()
 
     def _part(self, index: int, markers: tuple[int, int]) -> int:
         """Return the part of its response that a request of the batch goes on in."""

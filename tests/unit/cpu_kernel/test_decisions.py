@@ -179,9 +179,9 @@ def test_mismatches_describe_what_surrounds_them() -> None:
 def test_what_cannot_be_delivered_is_neither_kept_nor_counted() -> None:
     case = Case([block(), block()], np.full((2, 4), True))
     batch = case.batch()
-    batch.undeliverable = torch.tensor([False, False, True, True, True, False, False, False])
+    batch.ends = batch.requests.output_position[:, None] + np.array([[2], [0]])
     result = verify_batch(batch, case.decide, collect=True)
-    assert result.overrides.tolist() == [2, 0]  # nothing before a block's first undeliverable position is lost
+    assert result.overrides.tolist() == [2, 0]  # nothing before the end of a response is lost
     assert result.num_mismatches == 2
     assert result.overrides_per_position.tolist() == [1, 1, 0, 0]
     assert sum(len(consulted.request) for consulted in result.consulted) == 2

@@ -10,7 +10,7 @@ import torch
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.kernels import cpu, loops, walk
 from vllm_cospec.kernels.batch import LogitRows
-from vllm_cospec.kernels.cpu import find_undeliverable, greedy_verdicts
+from vllm_cospec.kernels.cpu import greedy_verdicts
 from vllm_cospec.kernels.reach import NO_STOP, STOPS, undeliverable
 from vllm_cospec.kernels.statistics import NUM_STATISTICS
 
@@ -73,7 +73,12 @@ def test_what_cannot_be_delivered_is_what_the_definition_says() -> None:
         step = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
         position = torch.from_numpy(start[request] + step)
         expected = undeliverable(drafts.roll(1), torch.from_numpy(step), position, torch.from_numpy(ends[request]))
-        assert find_undeliverable(drafts, counts, start, ends).tolist() == expected.tolist()
+        first = np.cumsum(counts) - counts
+        found = [
+            walk.undeliverable(drafts.numpy()[first[r] : first[r] + s], start[r] + s, ends[r])
+            for r, s in zip(request, step, strict=True)
+        ]
+        assert found == expected.tolist()
         seen += int(expected.sum())
     assert seen > 200
 
