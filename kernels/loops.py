@@ -30,6 +30,8 @@ LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # n * L
 MINUS_INF, INFINITY, LARGEST = np.int32(-2139095041), np.int32(0x7F800000), np.int32(0x7FFFFFFF)
 LIMIT = np.float32(INPUT_LIMIT)
 
+MENDED, ORIGINAL = "llvmlite.binding.ffi:_lib_wrapper.__getattr__", "__cospec_original__"
+"""What :func:`_mend_llvmlite` replaces, which vllm_cospec/ledger.py lists, and where it keeps what stood there."""
 REORDERED = {"reassoc", "nsz"}  # sums may be taken in any order, else they go through one register
 
 
@@ -39,7 +41,7 @@ def _mend_llvmlite() -> None:
     vLLM's registry of kernels looks into whatever modules hold, and no engine starts in a process with numba.
     """
     wrapper = getattr(ffi, "_lib_wrapper", None)
-    if wrapper is None or "__getattr__" not in vars(wrapper):
+    if wrapper is None or "__getattr__" not in vars(wrapper) or hasattr(wrapper.__getattr__, ORIGINAL):
         return
     found = wrapper.__getattr__
 
@@ -48,6 +50,7 @@ def _mend_llvmlite() -> None:
             raise AttributeError(name)
         return found(self, name)
 
+    setattr(find, ORIGINAL, found)
     wrapper.__getattr__ = find
 
 

@@ -291,6 +291,14 @@ PATCHES: tuple[Patch, ...] = (
         when="cospec runs on the CPU", level="registry",
     ),
     Patch(
+        "llvmlite.binding.ffi:_lib_wrapper.__getattr__",
+        why="numba's library answers for every name, and vLLM's registry of kernels, which looks into whatever modules "
+        "hold, takes it for a kernel: no engine starts in a process with numba",
+        how="refuses names that begin with two underscores; calls the original for everything else",
+        remove_when="llvmlite refuses them itself, or vLLM's registry looks at kernels alone",
+        when="cospec runs on Model Runner V1 on a CPU, once the loops are loaded", level="process",
+    ),
+    Patch(
         "sys:excepthook",
         why="fifty lines of frames hide the sentence that says what to change",
         how="prints the sentence of an error of this package; everything else goes to the hook that was there",

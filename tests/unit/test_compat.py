@@ -265,6 +265,21 @@ def test_the_kernel_that_is_swapped_in_vllms_registry_stands_in_the_ledger() -> 
     assert entry.symbol.replace(":", ".") == EXPAND_KERNEL
 
 
+def test_what_the_compiled_loops_replace_stands_in_the_ledger_and_is_replaced_once() -> None:
+    from vllm_cospec.kernels import loops
+
+    (entry,) = [patch for patch in PATCHES if patch.symbol == loops.MENDED]
+    assert (entry.level, loops.ORIGINAL) == ("process", MARK)
+    mended = find(entry.symbol)
+    original = getattr(mended, MARK)
+    assert not hasattr(original, MARK)
+    loops._mend_llvmlite()
+    assert find(entry.symbol) is mended
+    library: Any = object()
+    with pytest.raises(AttributeError, match="__triton_kernel__"):
+        mended(library, "__triton_kernel__")
+
+
 def test_a_method_wrapped_on_an_object_is_handed_back_and_the_class_keeps_its_own(
     monkeypatch: pytest.MonkeyPatch, other_module: Any
 ) -> None:
