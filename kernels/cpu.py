@@ -55,7 +55,9 @@ def warm_up(num_tensors: int) -> None:
     """
     row, one = torch.zeros(1, 2), np.zeros(1, np.int64)
     rows = LogitRows([row] * num_tensors, one, one) if num_tensors else None
-    _fill_in(np.zeros((1, NUM_STATISTICS), np.float32), np.zeros(1, bool), row, one, rows, one, one)
+    flat = None if rows is None else _Flat.of(rows.tensors, 2)
+    out = np.zeros((1, NUM_STATISTICS), np.float32)
+    _fill_in(out, np.zeros(1, bool), (*_flat(row), 2), one, rows, flat, one, one)
     _compiled.walk  # noqa: B018 - compiled when it is imported
 
 
@@ -69,8 +71,10 @@ def logit_statistics(target: Tensor, draft: Tensor | None, token: Tensor, top: T
         top: t*, int64 [M].
     """
     out, every = np.empty((len(target), NUM_STATISTICS), np.float32), np.arange(len(target))
-    draft_rows = None if draft is None else LogitRows.of(draft)
-    _fill_in(out, np.empty(len(target), bool), target, every, draft_rows, token.numpy(), top.numpy())
+    draft_rows, vocabulary = None if draft is None else LogitRows.of(draft), target.shape[1]
+    flat = None if draft_rows is None else _Flat.of(draft_rows.tensors, vocabulary)
+    sound, where = np.empty(len(target), bool), (*_flat(target), vocabulary)
+    _fill_in(out, sound, where, every, draft_rows, flat, token.numpy(), top.numpy())
     return torch.from_numpy(out[:, :10])
 
 
@@ -84,34 +88,49 @@ def argmax(logits: Tensor) -> Tensor:
 
 def _flat(logits: Tensor) -> tuple[np.ndarray, int]:
     """Return rows of logits, [R, V], as one float32 vector that holds them, and how far apart they begin."""
-    if logits.dtype != torch.float32 or logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:
+    (count, vocabulary), (stride, step) = logits.shape, logits.stride()
+    if logits.dtype != torch.float32 or step != 1 or stride < vocabulary:
         logits = logits.float().contiguous()
-    stride = logits.stride(0)
-    size = stride * (len(logits) - 1) + logits.shape[1] if len(logits) else 0
+        stride = logits.stride(0)
+    size = stride * (count - 1) + vocabulary if count else 0
     return logits.as_strided((size,), (1,)).numpy(), stride
 
 
+@dataclass(frozen=True)
+class _Flat:
+    """Some tensors of rows, each as :func:`_flat` gives it."""
+
+    tensors: Sequence[Tensor]
+    vectors: tuple[np.ndarray, ...]
+    strides: np.ndarray  # int64 [len(vectors)]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], vocabulary: int) -> _Flat:
+        """Look at them in that way; raises ValueError for rows of another length than ``vocabulary``."""
+        if any(tensor.shape[1] != vocabulary for tensor in tensors):
+            raise ValueError("target and draft have vocabularies of different sizes")
+        flat = [_flat(tensor) for tensor in tensors]
+        flat += flat[:1] * ((1 << (len(flat) - 1).bit_length()) - len(flat))  # each length is compiled by itself
+        vectors, strides = zip(*flat, strict=True)
+        return cls(tensors, vectors, np.array(strides, np.int64))
+
+
 def _fill_in(
-    out: np.ndarray, sound: np.ndarray, target: Tensor | tuple[np.ndarray, int, int], row: np.ndarray,
-    draft: LogitRows | None, token: np.ndarray, top: np.ndarray,
+    out: np.ndarray, sound: np.ndarray, target: tuple[np.ndarray, int, int], row: np.ndarray,
+    draft: LogitRows | None, flat: _Flat | None, token: np.ndarray, top: np.ndarray,
 ) -> None:  # fmt: skip
     """Write the first ten columns of statistics, see :func:`vllm_cospec.kernels.loops.logit_statistics`.
 
-    ``target`` may be given as its vector, its stride and V.
+    ``target`` is given as its vector, its stride and V, ``flat`` is what the rows of ``draft`` lie in.
     """
-    logits, stride, vocabulary = target if isinstance(target, tuple) else (*_flat(target), target.shape[1])
+    logits, stride, vocabulary = target
     none = np.zeros(len(row), np.int64)
-    parts: tuple[np.ndarray, ...] = (logits,)
+    vectors: tuple[np.ndarray, ...] = (logits,)
     strides, part, draft_row = none[:0], none, none
-    if draft is not None:
-        if any(tensor.shape[1] != vocabulary for tensor in draft.tensors):
-            raise ValueError("target and draft have vocabularies of different sizes")
-        flat = [_flat(tensor) for tensor in draft.tensors]
-        flat += flat[:1] * ((1 << (len(flat) - 1).bit_length()) - len(flat))  # each length is compiled by itself
-        parts, strides = tuple(vector for vector, _ in flat), np.array([step for _, step in flat], np.int64)
-        part, draft_row = draft.part, draft.row
+    if draft is not None and flat is not None:
+        vectors, strides, part, draft_row = flat.vectors, flat.strides, draft.part, draft.row
     _compiled.loops.logit_statistics(
-        out, sound, logits, stride, row, parts, strides, part, draft_row, token, top, vocabulary
+        out, sound, logits, stride, row, vectors, strides, part, draft_row, token, top, vocabulary
     )
 
 
@@ -227,6 +246,7 @@ class _Walk:
         np.cumsum(batch.num_draft_tokens, out=self._first[1:])
         self._vocabulary = batch.raw_target_logits.shape[1]
         self._logits, self._stride = _flat(batch.raw_target_logits)
+        self._flat: _Flat | None = None  # what the draft's rows lie in
         self._row = np.arange(len(self._drafts)) if batch.logit_rows is None else _integers(batch.logit_rows)
         legal = _legal(batch, self._row) if batch.legal is None else _array(batch.legal)
         ends = np.full((num_requests, 1), UNLIMITED, np.int64) if batch.ends is None else batch.ends
@@ -255,7 +275,10 @@ class _Walk:
         statistics, sound, index = statistics[:count], np.empty(count, bool), self._first[request] + at
         row = self._row[index]
         draft = None if batch.draft_logits is None else batch.draft_logits(request, at)
-        _fill_in(statistics, sound, (self._logits, self._stride, self._vocabulary), row, draft, token, top)
+        if draft is not None and (self._flat is None or draft.tensors is not self._flat.tensors):
+            self._flat = _Flat.of(draft.tensors, self._vocabulary)  # most often once a step
+        where = self._logits, self._stride, self._vocabulary
+        _fill_in(statistics, sound, where, row, draft, self._flat, token, top)
         return Found(
             batch, request, at, batch.requests.output_position[request] + at, statistics, sound, native, token, top,
             self._pair[:, :count].copy(), index, row, draft,

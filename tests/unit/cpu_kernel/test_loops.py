@@ -101,5 +101,6 @@ def test_nothing_is_compiled_once_the_loops_are_warm(signatures: list[int], padd
     rows = [torch.zeros(3, 100 + padding)[:, :100] for _ in range(8)]
     every, zeros = np.empty((2, NUM_STATISTICS), np.float32), np.zeros(2, np.int64)
     for draft in (None, LogitRows(rows[:7], np.array([0, 6]), zeros), LogitRows([rows[0]] * 7, zeros, zeros)):
-        cpu._fill_in(every, np.empty(2, bool), rows[7], zeros, draft, zeros, zeros)
+        flat = None if draft is None else cpu._Flat.of(draft.tensors, 100)
+        cpu._fill_in(every, np.empty(2, bool), (*cpu._flat(rows[7]), 100), zeros, draft, flat, zeros, zeros)
     assert every[:, 9].tolist() == [0, 0]
