@@ -32,6 +32,7 @@ from benchmarks.ablations import GROUPS, Weights, changed, logistic, warm_start
 from benchmarks.command import run as run_command
 from benchmarks.familiarity import auc
 from vllm_cospec.arbiter import Arbiter
+from vllm_cospec.kernels.statistics import INDEX
 from vllm_cospec.training.config import TrainConfig, load_train_config
 from vllm_cospec.training.learning.learner import Learner
 from vllm_cospec.training.measure.provenance import write_result
@@ -41,6 +42,7 @@ Labels = tuple[Tensor, Tensor]  # statistics [M, 16], and 1 or -1 for draft and 
 
 CONFIG = Path("training/configs/code.toml")
 THRESHOLDS = (0.5, 0.7)
+MEAN = 0.5  # the weight of mixture that was right most often on calibration lines
 FIGURES = ("auc", "loss", "right", *(f"gain_{threshold:g}" for threshold in THRESHOLDS))
 
 
@@ -95,6 +97,22 @@ def fits(
     return found
 
 
+def mean_of_both(statistics: Tensor, weight: float) -> Tensor:
+    """Return what ``mixture`` decides by, [M]: how far the draft's token leads the target's in w p + (1 - w) q."""
+    target = statistics[:, INDEX["target_logprob_draft"]].exp() - statistics[:, INDEX["target_logprob_top"]].exp()
+    draft = statistics[:, INDEX["draft_logprob_draft"]].exp() - statistics[:, INDEX["draft_logprob_target"]].exp()
+    return weight * target + (1 - weight) * draft
+
+
+def unfitted(lead: Tensor, labels: Tensor) -> dict[str, float]:
+    """Say how well a rule that keeps the draft where a number is at least 0 tells labels apart, see :func:`judged`."""
+    kept, right = lead >= 0, labels > 0
+    return {
+        "auc": auc(lead.numpy(), right.numpy()), "right": float((kept == right).float().mean()),
+        "gain": 100 * float((labels * kept).mean()),
+    }  # fmt: skip
+
+
 def markdown(result: dict[str, Any]) -> str:
     """Return a result file as a table in Markdown: means of the parts or seeds, and the range of the first figure."""
     lines = [
@@ -109,6 +127,13 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {mean['auc']:.3f} ({min(own):.3f} to {max(own):.3f}) | {mean['loss']:.3f} | "
             f"{100 * mean['right']:.1f} % | {gains} |"
+        )
+    for name, rows in result.get("unfitted", {}).items():
+        own = [row["auc"] for row in rows]
+        right, gain = (float(np.mean([row[key] for row in rows])) for key in ("right", "gain"))
+        lines.append(
+            f"| `{name}`, which is not fitted | {np.mean(own):.3f} ({min(own):.3f} to {max(own):.3f}) | | "
+            f"{100 * right:.1f} % | {gain:+.1f} |" + " |" * (len(THRESHOLDS) - 1)
         )
     return "\n".join(lines)
 
@@ -151,8 +176,10 @@ def main(
     given = {"labels": labels} | ({} if held_out is None else {"held_out": held_out})
     learnt = {name: read(path) for name, path in given.items()}
     found: dict[str, list[dict[str, float]]] = {}
+    rule: list[dict[str, float]] = []
     with progress_bar("fitting", parts * (2 + len(GROUPS))) as tick:
         for seed, (own, judge) in enumerate(partitions(learnt["labels"], learnt.get("held_out"), parts), 1):
+            rule.append(unfitted(mean_of_both(judge[0], MEAN), judge[1]))
             for name, fit in fits(run, own[0].numpy(), own[1].numpy(), seed).items():
                 logit = scored(fit(), run.learner.hidden_sizes, judge[0])
                 found.setdefault(name, []).append(judged(logit, judge[1]))
@@ -162,7 +189,7 @@ def main(
         result[name] = len(learnt[name][1])
         result[f"{name}_draft_right"] = float((learnt[name][1] > 0).float().mean())
         result[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    result["fits"] = found
+    result |= {"fits": found, "unfitted": {f"mixture(weight={MEAN:g})": rule}}
     print(markdown(result))
     if json_path is not None:
         write_result(json_path, result)

@@ -33,6 +33,19 @@ def test_scores_are_judged_by_hand_worked_labels() -> None:
     assert found["loss"] == pytest.approx(-float(likelihood), rel=1e-6)
 
 
+def test_the_mean_of_both_distributions_is_judged_unfitted() -> None:
+    statistics = torch.zeros(3, NUM_STATISTICS)
+    names = ("target_logprob_draft", "draft_logprob_draft", "target_logprob_top", "draft_logprob_target")
+    shares = torch.tensor([[0.1, 0.9, 0.5, 0.1], [0.2, 0.5, 0.6, 0.3], [0.3, 0.4, 0.4, 0.2]])
+    for column, name in enumerate(names):
+        statistics[:, INDEX[name]] = shares[:, column].log()
+    lead = label_fits.mean_of_both(statistics, 0.5)
+    assert lead.tolist() == pytest.approx([0.2, -0.1, 0.05])
+    found = label_fits.unfitted(lead, torch.tensor([1.0, -1.0, -1.0]))
+    assert found == pytest.approx({"auc": 1.0, "right": 2 / 3, "gain": 0.0})  # two kept: one won, one lost
+    assert label_fits.mean_of_both(statistics, 1.0)[0] == pytest.approx(-0.4)  # the target alone
+
+
 def test_a_fit_without_the_group_that_decides_is_blind() -> None:
     demo = load_train_config(DEMO_CONFIG)
     x, truth = labels(6000)
