@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import ast
 import codeop
+import json
 import random
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,11 +30,12 @@ from benchmarks.command import run as run_command
 from benchmarks.command import wide_console
 from benchmarks.natural import BASELINE, CONFIG, Contestant, ask, build_engine, contestants, named_arbiters
 from vllm_cospec.errors import ConfigError
-from vllm_cospec.training.config import load_train_config
+from vllm_cospec.training.config import PairConfig, load_train_config
 from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.intervals import accuracy_interval, bootstrap_interval
 from vllm_cospec.training.measure.outcome import changes
 from vllm_cospec.training.measure.provenance import write_result
+from vllm_cospec.training.pairs.code.text import END_OF_FILE
 from vllm_cospec.training.progress import progress_bar
 from vllm_cospec.training.tasks.code_corpus import Source, read_corpus
 from vllm_cospec.training.tasks.code_lines import CONTEXT, LEARNT_PACKAGE, load_tokenizer, similarity
@@ -144,6 +147,20 @@ def judge(function: Function, response: Any, tokenizer: Any) -> Body:
     return Body(tokens, text, parses(function, text), not ended)
 
 
+def beyond_lines(pair: PairConfig, directory: Path) -> PairConfig:
+    """Return the pair for answers that go on behind a line break: the models as they lie there end at each.
+
+    Args:
+        pair: of the lines.
+        directory: for the generation configuration; an engine has read it when it is built.
+    """
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [END_OF_FILE]}))
+    longest = LONGEST_PROMPT + MAX_TOKENS
+    return pair.model_copy(
+        update={"engine": {**pair.engine, "max_model_len": longest, "generation_config": str(directory)}}
+    )
+
+
 def load_judge(target: str) -> Any:
     """Return the target, by transformers in bfloat16."""
     import torch
@@ -232,13 +249,15 @@ def main(
 ) -> None:
     """Ask modes for whole function bodies."""
     run = load_train_config(config)
-    pair = run.pair.model_copy(update={"engine": {**run.pair.engine, "max_model_len": LONGEST_PROMPT + MAX_TOKENS}})
     wanted: list[Contestant] = contestants([BASELINE, *(mode or ())], named_arbiters(arbiter))
+    pair = run.pair
     tokenizer = load_tokenizer(pair.target)
     functions = draw(cast(Split, split), seed, problems, tokenizer)
     prompts = [tokenizer(function.prompt)["input_ids"] for function in functions]
     rows = []
-    engine, target = build_engine(pair, wanted), load_judge(pair.target)
+    with tempfile.TemporaryDirectory(prefix="cospec-bodies-") as scratch:
+        engine = build_engine(beyond_lines(run.pair, Path(scratch)), wanted)
+    target = load_judge(pair.target)
     with progress_bar("writing", len(wanted)) as tick:
         for contestant in wanted:
             responses = ask(engine, contestant, prompts, MAX_TOKENS, 0.0)

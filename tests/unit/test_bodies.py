@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from scripts import benchmark
+from transformers import GenerationConfig
 
+from vllm_cospec.training.config import PairConfig
 from vllm_cospec.training.tasks.code_corpus import Source
 
 bodies = benchmark("bodies")
@@ -118,3 +121,12 @@ def test_two_modes_are_compared_function_by_function() -> None:
     )
     assert (found["gained"], found["lost"]) == (1, 1)
     assert found["log_likelihood"] == pytest.approx(-0.5 / 3)
+
+
+def test_an_engine_for_bodies_reads_a_generation_configuration_without_line_breaks(tmp_path: Path) -> None:
+    own = {"dtype": "bfloat16", "max_model_len": 384}
+    pair = PairConfig(target="a/target", draft="a/draft", num_speculative_tokens=5, engine=own)
+    engine = bodies.beyond_lines(pair, tmp_path).engine
+    assert engine == {"dtype": "bfloat16", "max_model_len": 320 + 256, "generation_config": str(tmp_path)}
+    assert GenerationConfig.from_pretrained(engine["generation_config"]).eos_token_id == [0]
+    assert pair.engine["max_model_len"] == 384
