@@ -34,8 +34,8 @@ from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.artefact import short_name
 from vllm_cospec.training.measure.intervals import accuracy_interval
 from vllm_cospec.training.measure.modes import parse_mode, split_modes
-from vllm_cospec.training.measure.plots import SPEED, plot_accuracy
-from vllm_cospec.training.measure.provenance import command_line, write_result
+from vllm_cospec.training.measure.plots import plot_accuracy
+from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.tasks import digest, load_task
 
 ABOUT, BATCHES = "about.json", "batches.jsonl"
@@ -86,13 +86,15 @@ SPEEDS: dict[str, Speed] = {"tokens": whole, "answers": answers, "tokens_behind_
 
 def answer(
     engine: Any, prompts: Sequence[Sequence[int]], params: Any, clock: Callable[[], float] = time.perf_counter
-) -> tuple[float, list[list[Any]], list[str]]:
+) -> tuple[float, dict[str, list[Any]], list[str]]:
     """Ask an engine for a batch at once; times are those of a clock.
 
     Returns:
-        Seconds; time of the first and the last token, tokens and steps of each answer; the texts.
+        Seconds; first, last, tokens and steps of a :class:`Batch`; the texts.
     """
-    began, events, outputs = clock(), {}, {}
+    events: dict[str, list[float]] = {}
+    outputs: dict[str, Any] = {}
+    began = clock()
     for number, prompt in enumerate(prompts):
         engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, params)
     while engine.has_unfinished_requests():
@@ -103,27 +105,39 @@ def answer(
             outputs[output.request_id] = output.outputs[0]
     seconds = clock() - began
     names = [str(number) for number in range(len(prompts))]
-    figures = [[events[n][0] for n in names], [events[n][-1] for n in names],
-               [len(outputs[n].token_ids) for n in names], [len(events[n]) for n in names]]  # fmt: skip
+    figures: dict[str, list[Any]] = {
+        "first": [events[n][0] for n in names], "last": [events[n][-1] for n in names],
+        "tokens": [len(outputs[n].token_ids) for n in names], "steps": [len(events[n]) for n in names],
+    }  # fmt: skip
     return seconds, figures, [outputs[n].text for n in names]
 
 
-def speed(batches: Sequence[Batch], of: Speed) -> float:
-    """Return what was done in a second: the sum over the time's sum."""
-    done, seconds = np.array([of(batch) for batch in batches]).T
-    return float(done.sum() / seconds.sum())
+def resamples(count: int) -> np.ndarray:
+    """Return numbers of batches drawn with replacement, [RESAMPLES, count]."""
+    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+
+
+def interval(values: np.ndarray, count: int) -> list[float] | None:
+    """Return the middle 95 % of resampled figures; None of too few batches."""
+    return np.percentile(values, [2.5, 97.5]).tolist() if count >= FEWEST else None
+
+
+def speed(batches: Sequence[Batch], of: Speed) -> tuple[float, list[float] | None]:
+    """Return what was done in a second, the sum over the time's sum, with its 95 % bootstrap interval."""
+    own = np.array([of(batch) for batch in batches])
+    drawn = own[resamples(len(own))].sum(1)
+    return float(own[:, 0].sum() / own[:, 1].sum()), interval(drawn[:, 0] / drawn[:, 1], len(own))
 
 
 def times(ours: Sequence[Batch], theirs: Sequence[Batch], of: Speed) -> tuple[float, list[float] | None]:
     """Return how many times as fast one was as the other on the same batches, with its 95 % bootstrap interval."""
     one, two = (np.array([of(batch) for batch in side]) for side in (ours, theirs))
-    drawn = np.random.default_rng(0).integers(0, len(one), (RESAMPLES, len(one)))
+    drawn = resamples(len(one))
 
     def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.asarray((a[..., 0].sum(-1) / a[..., 1].sum(-1)) / (b[..., 0].sum(-1) / b[..., 1].sum(-1)))
 
-    interval = np.percentile(quotient(one[drawn], two[drawn]), [2.5, 97.5]).tolist() if len(one) >= FEWEST else None
-    return float(quotient(one, two)), interval
+    return float(quotient(one, two)), interval(quotient(one[drawn], two[drawn]), len(one))
 
 
 def rows_of(batches: Sequence[Batch]) -> list[dict[str, Any]]:
@@ -144,7 +158,7 @@ def rows_of(batches: Sequence[Batch]) -> list[dict[str, Any]]:
             "ttft_ms_p50": 1e3 * float(np.median(list(itertools.chain.from_iterable(b.first for b in mine)))),
         }  # fmt: skip
         for name, of in SPEEDS.items():
-            row[f"{name}_per_s"] = speed(mine, of)
+            row[f"{name}_per_s"], row[f"{name}_per_s_ci95"] = speed(mine, of)
             for base, place in (("target", (concurrency, 0, TARGET)), ("standard", (concurrency, k, STANDARD))):
                 both = sorted(own.keys() & grouped.get(place, {}).keys())
                 if mode not in (base, TARGET) and both:
@@ -201,7 +215,7 @@ def measure(
         for length, name in turns(engines, number):
             took, figures, texts = answer(engines[length, name], [setup.prompts[i] for i in asked], params, clock)
             right = [task.score(setup.problems[i], text) for i, text in zip(asked, texts, strict=True)]
-            found.append(Batch(load, length, name, number, took, *figures, right))
+            found.append(Batch(load, length, name, number, took, right=right, **figures))
         yield found
 
 
@@ -243,6 +257,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Which problems.")] = 2026,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw accuracy against speed into this PNG.")] = None,
+    accuracy: Annotated[
+        Path | None, typer.Option(help="Result of benchmarks.natural whose accuracies are drawn; many more lines.")
+    ] = None,
 ) -> None:
     """Measure speeds in engines that take turns."""
     lengths, loads = numbers(k, "--k"), numbers(concurrency, "--concurrency")
@@ -274,10 +291,12 @@ def main(
             batches += batch
             with (work / BATCHES).open("a") as file:  # all modes or none
                 file.write("".join(json.dumps(asdict(one)) + "\n" for one in batch))
-    report(batches, about, json_path, plot)
+    report(batches, about, json_path, plot, accuracy)
 
 
-def report(batches: Sequence[Batch], about: dict[str, Any], json_path: Path | None, plot: Path | None) -> None:
+def report(
+    batches: Sequence[Batch], about: dict[str, Any], json_path: Path | None, plot: Path | None, accuracy: Path | None
+) -> None:
     """Show the figures, and write them."""
     rows = rows_of(batches)
     console = wide_console()
@@ -289,14 +308,35 @@ def report(batches: Sequence[Batch], about: dict[str, Any], json_path: Path | No
             f"{row['tokens_behind_first_per_s']:.1f} tokens/s; {row['num_answers']} answers", markup=False,
         )  # fmt: skip
     if json_path is not None:
-        write_result(json_path, {"schema": 1, "about": about, "run": command_line(), "rows": rows})
+        write_result(json_path, {"schema": 1, "about": about, "rows": rows})
     if plot is not None:
-        fewest = min(row["concurrency"] for row in rows)
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            if row["concurrency"] == fewest:
-                groups.setdefault(row["mode"], []).append(row)
-        plot_accuracy(plot, groups, SPEED, labels="num_speculative_tokens")
+        draw(plot, rows, None if accuracy is None else json.loads(accuracy.read_text()))
+
+
+def accuracy_of(mode: str, answered: dict[str, Any]) -> dict[str, Any]:
+    """Return accuracy and interval of a mode from a result of :mod:`benchmarks.natural`.
+
+    Raises:
+        ConfigError: the mode was not asked there.
+    """
+    wanted = "strict" if mode in (TARGET, STANDARD) else mode  # greedy: the target's own answers
+    for name, row in answered["test"]["modes"].items():
+        if name.rpartition(": ")[2] == wanted:
+            return {key: row[key] for key in ("accuracy", "accuracy_ci95")}
+    raise ConfigError(f"--accuracy: the file has no answers of {wanted!r}; ask for them with benchmarks.natural")
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]], answered: dict[str, Any] | None) -> None:
+    """Draw accuracy against speed at the smallest load and the smallest K, a point for each mode and the target."""
+    load = min(row["concurrency"] for row in rows)
+    k = min(row["num_speculative_tokens"] for row in rows if row["mode"] != TARGET)
+    shown = [row for row in rows if row["concurrency"] == load and row["num_speculative_tokens"] in (0, k)]
+    groups = {
+        row["mode"]: [{**row, "rounds_tokens_per_s": row["tokens_per_s_ci95"] or [row["tokens_per_s"]],
+                       **(accuracy_of(row["mode"], answered) if answered else {})}]
+        for row in shown
+    }  # fmt: skip
+    plot_accuracy(path, groups, ("tokens_per_s", f"tokens per second, {load} at once, K = {k} (95 % interval)"))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ CONFIG = Path("training/configs/code.toml")
 ABOUT, ANSWERS = "about.json", "answers.jsonl"
 CHUNK = 100  # lines whose prompts stay cached while every mode answers them
 BASELINE = "strict"  # emits the target's tokens
+RESAMPLES = 2000  # of lines, for an interval
 
 app = several(__doc__)
 
@@ -325,6 +326,31 @@ def against(test: dict[str, Outcome], ours: Sequence[str], theirs: Sequence[str]
     }
 
 
+def times_strict(kept: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return of each mode how many times strict's acceptance length it has, with a 95 % interval: lines resampled."""
+    if BASELINE not in kept:
+        return {}
+    behind = {
+        mode: np.array([[row["tokens"] - 1, row["steps"] - 1] for row in rows], float) for mode, rows in kept.items()
+    }
+    drawn = np.random.default_rng(0).integers(0, len(behind[BASELINE]), (RESAMPLES, len(behind[BASELINE])))
+    once, often = ({mode: own.sum(0) for mode, own in behind.items()},
+                   {mode: own[drawn].sum(1) for mode, own in behind.items()})  # fmt: skip
+
+    def quotient(of: dict[str, np.ndarray], mode: str) -> np.ndarray:
+        lengths = [of[name][..., 0] / of[name][..., 1] for name in (mode, BASELINE)]
+        return np.asarray(lengths[0] / lengths[1])
+
+    return {
+        mode: {
+            "times_strict": float(quotient(once, mode)),
+            "ci95": np.percentile(quotient(often, mode), [2.5, 97.5]).tolist(),
+        }
+        for mode in behind
+        if mode not in (BASELINE, "target", "draft")
+    }
+
+
 @app.command()
 def report(
     calibration: Annotated[Path, typer.Option(help="Answers to calibration lines.")],
@@ -334,7 +360,7 @@ def report(
     """Show both, rules as tuned on the calibration lines, and compare on the test lines, or else on the others."""
     where = test or calibration
     tuning, tested = rows_of(calibration), rows_of(where)
-    found, _ = outcomes(where)
+    found, kept = outcomes(where)
     chosen = tuned(tuning)
     console = wide_console()
     console.print(rich_table(list(tuning.values()), "calibration"))
@@ -349,7 +375,7 @@ def report(
         for split, work, rows in (("calibration", calibration, tuning), ("test", test, tested))
         if work is not None
     }
-    result |= {"tuned": chosen, "best_rule": best, "paired": paired}
+    result |= {"tuned": chosen, "best_rule": best, "paired": paired, "acceptance_lengths": times_strict(kept)}
     for name, pair in paired.items():
         console.print(f"{name}: {100 * pair['difference']:+.1f} points, +{pair['gained']} -{pair['lost']}, "
                       f"p = {pair['p_value']:.2g}", markup=False)  # fmt: skip

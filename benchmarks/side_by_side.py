@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import vllm_cospec.demo
 
 BUNDLED = Path(vllm_cospec.demo.__file__).parent
 MAX_TOKENS = 60
+
+Name = TypeVar("Name")
 
 
 def stock(draft: str, num_speculative_tokens: int) -> dict[str, Any]:
@@ -42,6 +44,6 @@ def build_engines(target: str, methods: Mapping[str, dict[str, Any]], max_num_se
     }  # fmt: skip
 
 
-def turns(names: Iterable[str], number: int) -> list[str]:
+def turns(names: Iterable[Name], number: int) -> list[Name]:
     """Return in which order engines take their turns in a round; every second one goes the other way."""
     return list(names)[:: 1 if number % 2 else -1]

@@ -67,6 +67,23 @@ def test_an_interval_lies_between_the_batches_quotients() -> None:
     assert found == pytest.approx(24 / 18)
     assert interval is not None
     assert 1 <= interval[0] < found < interval[1] <= 2
+    mean, around = inside.speed(ours, inside.answers)
+    assert mean == pytest.approx(6 / 18)
+    assert around is not None
+    assert 1 / 4 <= around[0] < mean < around[1] <= 1 / 2
+
+
+def test_accuracies_of_many_more_lines_can_be_drawn() -> None:
+    modes = {
+        "strict": {"accuracy": 0.1, "accuracy_ci95": [0.0, 0.2], "more": 1},
+        "text: learned(threshold=0.5)": {"accuracy": 0.3, "accuracy_ci95": [0.2, 0.4]},
+    }
+    answered = {"test": {"modes": modes}}
+    for mode in ("target", "standard"):
+        assert inside.accuracy_of(mode, answered) == {"accuracy": 0.1, "accuracy_ci95": [0.0, 0.2]}
+    assert inside.accuracy_of("learned(threshold=0.5)", answered)["accuracy"] == 0.3
+    with pytest.raises(ConfigError, match=r"^--accuracy: the file has no answers of 'learned'; ask for them"):
+        inside.accuracy_of("learned", answered)
 
 
 def test_what_was_measured_is_read_again_and_another_run_keeps_off_it(tmp_path: Path) -> None:

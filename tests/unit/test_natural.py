@@ -88,3 +88,16 @@ def test_each_rule_is_tuned_by_accuracy_and_then_by_length() -> None:
         row("cascade(alpha=0.8)", 0.5, 2.5), row("cascade(alpha=0.9)", 0.5, 2.6), row("kl(max_kl=1.0)", 0.4, 3),
     ]  # fmt: skip
     assert natural.tuned({r["mode"]: r for r in rows}) == {"cascade": "cascade(alpha=0.9)", "kl": "kl(max_kl=1.0)"}
+
+
+def test_acceptance_lengths_are_compared_with_stricts_on_resampled_lines() -> None:
+    def rows(steps: list[int]) -> list[dict[str, Any]]:
+        return [{"tokens": 13, "steps": count} for count in steps]
+
+    kept = {"strict": rows([7, 7, 7]), "draft": rows([13] * 3), "kl(max_kl=1.0)": rows([7, 5, 4])}
+    found = natural.times_strict(kept)
+    assert list(found) == ["kl(max_kl=1.0)"]
+    assert found["kl(max_kl=1.0)"]["times_strict"] == pytest.approx((36 / 13) / 2)
+    low, high = found["kl(max_kl=1.0)"]["ci95"]
+    assert (low, high) == pytest.approx((1.0, 2.0))  # one of the lines three times
+    assert natural.times_strict({"draft": rows([13])}) == {}
