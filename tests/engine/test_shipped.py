@@ -70,6 +70,8 @@ def test_a_shipped_configuration_runs_from_preflight_to_artefact(name: str, tmp_
         "prompts_per_unit": few,
         "max_tokens": 3 * few,
     }
+    if eagle:  # as shipped it is greedy; sampled it runs from end to end too, so hot that random drafts are legal
+        raw["rollout"] |= {"temperature": 1.8, "top_p": 0.99}
     raw["learner"] |= {"warm_start_iterations": 1}
     raw["selection"] |= {"problems": 4}
     raw["calibration"] |= {"problems": 20, "thresholds": [0.5]}
@@ -83,6 +85,11 @@ def test_a_shipped_configuration_runs_from_preflight_to_artefact(name: str, tmp_
     cospec("train", "--config", str(file), "--output", str(tmp_path / "run"))
     _, made = load_artefact(tmp_path / "run" / "arbiter")
     assert made.provenance.vocab_size == 100
+    assert made.statement is not None
+    conditions = made.statement.conditions
+    assert (conditions.temperature, conditions.top_p) == (((1.8, 1.8), (0.99, 0.99)) if eagle else ((0, 0), (1, 1)))
+    recorded = made.provenance.training_config["rollout"]
+    assert (recorded["temperature"], recorded["top_p"]) == ((1.8, 0.99) if eagle else (0, 1))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [1, 2]
     assert lines[0]["warm_start_labels"] > 0

@@ -11,7 +11,7 @@ import pytest
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.commands import DEMO_CONFIG, as_served
 from vllm_cospec.training.config import load_train_config
-from vllm_cospec.training.measure.calibrate import _requests, conclusion
+from vllm_cospec.training.measure.calibrate import _conditions, _requests, conclusion
 from vllm_cospec.training.measure.thresholds import Sweep
 
 
@@ -49,6 +49,18 @@ def test_what_is_served_can_differ_from_what_was_trained_for() -> None:
     assert (other.calibration.temperature, other.calibration.level) == (0.7, 0.9)
     assert (other.pair.draft, other.pair.engine["max_model_len"]) == (config.pair.draft, 128)
     assert config.pair.engine["dtype"] == "float32"
+
+
+def test_an_artefact_says_how_its_answers_were_sampled() -> None:
+    """As in training, unless calibration names another temperature."""
+    demo = load_train_config(DEMO_CONFIG)
+    rollout = demo.rollout.model_copy(update={"temperature": 0.7, "top_p": 0.9})
+    sampled = demo.model_copy(update={"rollout": rollout})
+    for config, temperature, top_p in (
+        (demo, 0.0, 1.0), (sampled, 0.7, 0.9), (as_served(sampled, {}, {"temperature": 0.2}), 0.2, 0.9),
+    ):  # fmt: skip
+        found = _conditions(config, "float32")
+        assert (found.temperature, found.top_p) == ((temperature, temperature), (top_p, top_p))
 
 
 @pytest.mark.parametrize(
