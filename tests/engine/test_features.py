@@ -104,6 +104,7 @@ def test_budgets_hold_per_request(pair: Path, prompts: list[str], run_engine: Ru
         {"name": "request", "prompts": prompts,
          "params": GREEDY | {"extra_args": {"cospec_max_overrides": 1, "cospec_exact_tokens": 20}}},
         {"name": "none", "prompts": prompts, "params": GREEDY | {"extra_args": {"cospec_max_overrides": 0}}},
+        {"name": "no regret", "prompts": prompts, "params": GREEDY | {"extra_args": {"cospec_max_regret": 0.0}}},
         {"name": "strict", "prompts": prompts, "params": GREEDY | {"extra_args": {"cospec_policy": "strict"}}},
     ]  # fmt: skip
     result = run_engine(runs, cospec(pair, max_overrides=2, exact_tokens=6, collect=True))
@@ -124,7 +125,7 @@ def test_budgets_hold_per_request(pair: Path, prompts: list[str], run_engine: Ru
     assert min(map(min, request)) >= 20
     assert not others
     strict = token_ids(result["runs"]["strict"])
-    assert token_ids(result["runs"]["none"]) == strict
+    assert token_ids(result["runs"]["none"]) == token_ids(result["runs"]["no regret"]) == strict
     for exact, run in ((6, "server"), (20, "request")):
         assert [t[:exact] for t in token_ids(result["runs"][run])] == [t[:exact] for t in strict]
     overrides = sum(len(positions) for positions in by_request.values())
