@@ -35,6 +35,7 @@ from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.kernels.statistics import INDEX
 from vllm_cospec.training.config import TrainConfig, load_train_config
 from vllm_cospec.training.learning.learner import Learner
+from vllm_cospec.training.measure.outcome import changes
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.progress import progress_bar
 
@@ -177,12 +178,15 @@ def main(
     learnt = {name: read(path) for name, path in given.items()}
     found: dict[str, list[dict[str, float]]] = {}
     rule: list[dict[str, float]] = []
+    told: dict[str, list[list[Tensor]]] = {}  # whether the fit, and the rule, told each label
     with progress_bar("fitting", parts * (2 + len(GROUPS))) as tick:
         for seed, (own, judge) in enumerate(partitions(learnt["labels"], learnt.get("held_out"), parts), 1):
-            rule.append(unfitted(mean_of_both(judge[0], MEAN), judge[1]))
+            lead = mean_of_both(judge[0], MEAN)
+            rule.append(unfitted(lead, judge[1]))
             for name, fit in fits(run, own[0].numpy(), own[1].numpy(), seed).items():
                 logit = scored(fit(), run.learner.hidden_sizes, judge[0])
                 found.setdefault(name, []).append(judged(logit, judge[1]))
+                told.setdefault(name, []).append([(score >= 0) == (judge[1] > 0) for score in (logit, lead)])
                 tick(1, name)
     result: dict[str, Any] = {"parts": parts, "judged_by": "held_out" if held_out else "each part by the others"}
     for name, path in given.items():
@@ -190,6 +194,11 @@ def main(
         result[f"{name}_draft_right"] = float((learnt[name][1] > 0).float().mean())
         result[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     result |= {"fits": found, "unfitted": {f"mixture(weight={MEAN:g})": rule}}
+    if held_out is None:  # else each seed is judged by the same labels
+        result["told_against_unfitted"] = {
+            name: changes(*(torch.cat(side).numpy().astype(float) for side in zip(*own, strict=True)))
+            for name, own in told.items()
+        }
     print(markdown(result))
     if json_path is not None:
         write_result(json_path, result)
