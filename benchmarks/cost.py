@@ -30,7 +30,7 @@ RULE_SCAN = "scan_kernel of a rule"
 # without the branch of sampled rows; for stock's see `without_the_other_branch`. Others count with every branch, once.
 VARIANTS: dict[str, tuple[str, str]] = {
     "target_statistics_kernel": ("bf16, given verdict", "bf16, draft logits"),
-    "verdict_kernel": ("bf16, draft logits", "bf16, draft logits"),
+    "verdict_kernel": ("bf16", "bf16, draft logits"),
     "mismatch_kernel": ("bf16, draft logits", "bf16, draft logits"),
     "scan_kernel": ("bf16, draft logits, learned, 32x32", "bf16, draft logits, learned, 32x32"),
     RULE_SCAN: ("bf16, typical", "bf16, typical"),
@@ -101,7 +101,7 @@ class Kernel:
     instructions: float  # that each of its warps executes
     bytes: float
     cached: float = 0.0  # bytes of those that were read just before
-    reads: int = 1  # that wait for one another
+    reads: float = 1  # that wait for one another
     warps: int = 4
 
 
@@ -170,8 +170,10 @@ def kernels(which: str, traffic: VerificationStep, counts: Mapping[str, ProgramW
                 cached=again * t.row * pairs, reads=4,
             )
         )  # fmt: skip
-    scan = "scan_kernel" if which == "learned" else RULE_SCAN
-    return [*steps, kernel(scan, t.batch, reads=3 * t.steps), *draw]
+    # A rule's positions are read together, behind the request's place and slot; of a mismatch whose rows were read
+    # again first the sums, then single logits.
+    scan, waits = ("scan_kernel", 2 + 2 * t.rejected) if which == "learned" else (RULE_SCAN, 2)
+    return [*steps, kernel(scan, t.batch, reads=waits), *draw]
 
 
 def step_us(which: str, traffic: VerificationStep, card: Card, counts: Mapping[str, ProgramWork]) -> float:

@@ -156,7 +156,6 @@ HOOKS: tuple[Hook, ...] = (
          ("self", "num_reqs", "idx_mapping", "temperature", "seeds", "dummy_run"), "v2"),
     Hook("keep a preempted request's budget", f"{V2}.model_runner:GPUModelRunner.finish_requests",
          ("self", "scheduler_output"), "v2"),
-    Hook("keep settings where the device reads them", f"{V2}.buffer_utils:UvaBackedTensor", None, "v2"),
     Hook("draw the stock random numbers", f"{V2}.sample.gumbel:tl_rand32", None, "v2"),
     Hook("decide as stock does", f"{V2_KERNELS}:_compute_max_and_sumexp", None, "v2"),
     Hook("decide as stock does", f"{V2_KERNELS}:_compute_global_target_argmax", None, "v2"),

@@ -16,6 +16,7 @@ from vllm.triton_utils import triton
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils as stock
 
 from vllm_cospec.kernels import UNLIMITED
+from vllm_cospec.kernels.reach import ends_of
 from vllm_cospec.kernels.scores import NUM_BINS
 from vllm_cospec.kernels.statistics import NUM_STATISTICS
 from vllm_cospec.kernels.triton import joint, layout, mismatch, scan, target, verdict
@@ -41,6 +42,7 @@ NVIDIA = Tuning(
     1024, 512, {2: {"num_warps": 8, "maxnreg": 128}, 4: {"num_warps": 16, "maxnreg": 128}}, {"maxnreg": 255}
 )
 AMD = Tuning(2048, 512, {2: {"num_warps": 4}, 4: {"num_warps": 4}}, {})
+NO_DRAFT_LOGITS = None, 0, 0, 0
 tuning = AMD if torch.version.hip is not None else NVIDIA
 
 
@@ -55,12 +57,11 @@ def arbitrate(rows: Rows, sampling: Sampling, slots: Slots, program: Program, me
         memory: counters and scratch.
     """
     stages = _Stages(rows, slots, program, memory)
-    stages.statistics(sampling.temperature, rows.draft)
+    stages.statistics(sampling.temperature, weighs_draft=True)
     stages.verdicts(sampling)
-    stages.leave_out()
+    stages.close()
     stages.mismatches()
     stages.scan(sampling.temperature, sampling.seed)
-    stages.count_stops()
     stages.resample(sampling)
     return Verified(stages.sampled, stages.num_sampled, stages.trace)
 
@@ -79,12 +80,11 @@ def arbitrate_given(rows: Rows, given: Verdict, slots: Slots, program: Program, 
     if rows.separate:
         raise ValueError("a given verdict says itself what is legal: pass the raw logits alone")
     stages = _Stages(rows, slots, program, memory)
-    stages.statistics(None, None)  # the verdict has weighed the draft already
+    stages.statistics(None, weighs_draft=False)  # the verdict has
     stages.given_verdicts(given)
-    stages.leave_out()
+    stages.close()
     stages.mismatches()
     stages.scan(None, given.seed)
-    stages.count_stops()
     return Kept(stages.sampled, stages.num_sampled, stages.trace)
 
 
@@ -101,7 +101,8 @@ class _Stages:
         self._padded_blocks = triton.next_power_of_2(self._num_blocks)
         self._padded_steps = triton.next_power_of_2(rows.num_steps + 1)
         self._extra = {"KIND": program.extra, "K": max(program.numbers.top_k, 1)}
-        self._draft = rows.draft if program.reads_draft else None
+        self._raw, self._draft = readable(rows.raw, self._vocab_size), readable(rows.draft, self._vocab_size)
+        self._own_draft = self._draft if program.reads_draft else NO_DRAFT_LOGITS
         self.sampled = rows.raw.new_empty((self._num_requests, rows.num_steps + 1), dtype=torch.int64)
         self.num_sampled = rows.raw.new_empty((self._num_requests,), dtype=torch.int32)
         self.trace: Trace | None = None
@@ -112,17 +113,17 @@ class _Stages:
                 rows.raw.new_empty((self._num_rows,), dtype=torch.float32),
             )
 
-    def statistics(self, temperature: Tensor | None, strict_draft: Tensor | None) -> None:
+    def statistics(self, temperature: Tensor | None, weighs_draft: bool) -> None:
         """Read every target row; for strict verification of sampled rows the draft's as well."""
-        rows = self._rows
-        logits = [readable(part, self._vocab_size) for part in (rows.raw, rows.processed, strict_draft)]
+        rows, draft = self._rows, self._draft if weighs_draft else NO_DRAFT_LOGITS
+        processed = readable(rows.processed, self._vocab_size) if rows.separate else self._raw
         target.target_statistics_kernel[(self._num_rows, self._num_blocks)](
-            self._space.blocks, *logits[0], *logits[1], *(logits[2] if strict_draft is not None else (None, 0, 0, 0)),
+            self._space.blocks, *self._raw, *processed, *draft,
             rows.drafted, rows.slot, rows.step, temperature, self._slots.arbitrated,
             self._num_rows, self._vocab_size, self._num_blocks,
             BLOCK_SIZE=BLOCK_SIZE, TILE_SIZE=tuning.tile_size,
-            **vectors(self._vocab_size, *logits), **self._extra,
-            HAS_DRAFT_LOGITS=strict_draft is not None, SEPARATE=rows.separate,
+            **vectors(self._vocab_size, self._raw, processed, draft), **self._extra,
+            HAS_DRAFT_LOGITS=draft[0] is not None, SEPARATE=rows.separate,
         )  # fmt: skip
 
     def verdicts(self, sampling: Sampling) -> None:
@@ -132,9 +133,9 @@ class _Stages:
             self._space.rows, self._space.blocks,
             *_strided(rows.raw), *_strided(rows.processed), *_strided(rows.draft),
             rows.drafted, rows.slot, rows.step, rows.position, sampling.temperature, sampling.seed,
-            slots.arbitrated, slots.exact_tokens, slots.response_start,
+            slots.arbitrated, slots.exact_tokens, slots.response_start, slots.ends,
             self._num_rows, self._vocab_size, self._num_blocks,
-            PADDED_BLOCKS=self._padded_blocks, **self._extra,
+            PADDED_BLOCKS=self._padded_blocks, PADDED_STEPS=self._padded_steps, **self._extra,
             HAS_DRAFT_LOGITS=rows.draft is not None, SEPARATE=rows.separate,
             num_warps=1,
         )  # fmt: skip
@@ -143,30 +144,30 @@ class _Stages:
         """Combine the blocks of every row and take the verdict that is given."""
         rows, slots = self._rows, self._slots
         verdict.given_verdict_kernel[(given.draft_tokens.shape[0],)](
-            self._space.rows, self._space.blocks, *_strided(rows.raw), rows.request_slot, rows.position,
+            self._space.rows, self._space.blocks, *_strided(rows.raw),
+            rows.drafted, rows.step, rows.request_slot, rows.position,
             given.draft_tokens, given.request, given.accepted, given.tokens, given.legal, given.ratio, given.uniform,
-            slots.arbitrated, slots.exact_tokens, slots.response_start, self._vocab_size, self._num_blocks,
-            PADDED_BLOCKS=self._padded_blocks, **self._extra,
+            slots.arbitrated, slots.exact_tokens, slots.response_start, slots.ends,
+            self._vocab_size, self._num_blocks,
+            PADDED_BLOCKS=self._padded_blocks, PADDED_STEPS=self._padded_steps, **self._extra,
             num_warps=1,
         )  # fmt: skip
 
-    def leave_out(self) -> None:
-        """Close rows to the policy; drafts that cannot be delivered are, besides, as if none had been proposed."""
-        rows, fields = self._rows, layout.ROW_FIELDS.value
-        status = self._space.rows[: self._num_rows * fields].view(self._num_rows, fields)[:, layout.STATUS.value]
-        if rows.closed is not None:
-            status.masked_fill_(rows.closed & (status == layout.OPEN.value), layout.CLOSED.value)
-        if rows.undeliverable is not None:
-            status.masked_fill_(rows.undeliverable, layout.NO_DRAFT.value)
+    def close(self) -> None:
+        """Close rows to the policy, where a request has a scope."""
+        closed, fields = self._rows.closed, layout.ROW_FIELDS.value
+        if closed is not None:
+            status = self._space.rows[: self._num_rows * fields].view(self._num_rows, fields)[:, layout.STATUS.value]
+            status.masked_fill_(closed & (status == layout.OPEN.value), layout.CLOSED.value)
 
     def mismatches(self) -> None:
         """Read the rejected rows the policy may come to, where it reads more than the first pass knows."""
         if not self._program.rereads:
             return
         rows, slots = self._rows, self._slots
-        raw, draft = readable(rows.raw, self._vocab_size), readable(self._draft, self._vocab_size)
+        raw, draft = self._raw, self._own_draft
         common = (
-            self._space.partials, self._space.rows, *raw, *(draft if self._draft is not None else (None, 0, 0, 0)),
+            self._space.partials, self._space.rows, *raw, *draft,
             rows.drafted, rows.first, rows.request_slot,
             slots.max_overrides, slots.overrides_so_far, slots.max_regret, slots.regret_so_far,
             self._vocab_size, self._num_blocks,
@@ -198,10 +199,10 @@ class _Stages:
             self._memory.counters,
             *((trace.statistics, trace.action, trace.probability) if trace else (None, None, None)),
             space.rows, space.blocks, space.partials if program.rereads else None,
-            *(_strided(self._draft) if self._draft is not None else (None, 0, 0)),
+            *self._own_draft[:3],
             rows.drafted, rows.first, rows.request_slot, rows.position, temperature, seed,
             slots.arbitrated, slots.threshold, slots.max_overrides, slots.overrides_so_far, slots.max_regret,
-            slots.regret_so_far, slots.response_start,
+            slots.regret_so_far, slots.stops, slots.response_start,
             *scores, space.score_edges if slots.scores is not None else None,
             slots.forced if program.collect else None,
             program.weights, self._num_blocks, rows.num_steps,
@@ -212,19 +213,6 @@ class _Stages:
             PADDED_1=triton.next_power_of_2(hidden_1), PADDED_2=triton.next_power_of_2(max(hidden_2, 16)),
             **tuning.scan,
         )  # fmt: skip
-
-    def count_stops(self) -> None:
-        """Count blocks that ended at a mismatch, by slot; with its overrides that makes a request's mismatches."""
-        rows, stops = self._rows, self._slots.stops
-        if stops is None:
-            return
-        fields = layout.ROW_FIELDS.value
-        table = self._space.rows[: self._num_rows * fields].view(self._num_rows, fields)
-        slot, first = rows.request_slot.long(), rows.first.long()
-        at = first[:-1] + self.num_sampled
-        ended = (at < first[1:] - 1) & (self._slots.arbitrated[slot] != 0)
-        ended &= table[at, layout.STATUS.value] != layout.NO_DRAFT.value
-        stops.index_add_(0, slot, ended.to(stops.dtype))
 
     def resample(self, sampling: Sampling) -> None:
         """Draw the bonus token, or the replacement of a sampled request's rejected draft, with vLLM's own kernels."""
@@ -255,11 +243,13 @@ def _strided(logits: Tensor | None) -> tuple[Any, ...]:
 def readable(logits: Tensor | None, vocab_size: int) -> tuple[Any, ...]:
     """Return rows of logits with their strides and how many elements of a row may be read, at least ``vocab_size``.
 
+    Without draft logits, ``NO_DRAFT_LOGITS``.
+
     The vocabulary is rounded up to a multiple of 16 where every row goes on for that long, the last one too: vLLM
     pads rows to multiples of 64 and hands over the part that is the vocabulary.
     """
     if logits is None:
-        return (None,)
+        return NO_DRAFT_LOGITS
     *strides, _ = logits.stride()
     width = triton.cdiv(vocab_size, 16) * 16
     if width > vocab_size:
@@ -344,6 +334,8 @@ class ServerShapes:
             regret_so_far=self.constant(size, 0, torch.float32),
             response_start=self.constant(size, 1),
             forced=self.constant(size, -1),
+            ends=torch.tensor([ends_of(UNLIMITED, [])] * size, dtype=torch.int32, device=self.device),
+            stops=self.constant(size, 0),
             scores=torch.zeros(size, NUM_BINS, dtype=torch.int32, device=self.device) if self.counts_scores else None,
         )
 

@@ -90,7 +90,7 @@ def own_candidates(
     fields = rows_ptr + (start + steps) * ROW_FIELDS
     rejected = present & (tl.load(fields + ACCEPTED, mask=present, other=1.0) == 0.0)
     is_open = tl.load(fields + STATUS, mask=present, other=0.0) == OPEN
-    end = tl.min(tl.where(rejected & (not is_open), steps, PADDED_STEPS), axis=0)
+    end = tl.min(tl.where(rejected & ~is_open, steps, PADDED_STEPS), axis=0)
     candidate = rejected & (steps < end)
     before = tl.cumsum(candidate.to(tl.int32), axis=0) - 1
     budget = tl.load(max_overrides_ptr + slot) - tl.load(overrides_so_far_ptr + slot)

@@ -31,7 +31,6 @@ class Rows:
     slot: Tensor  # [R] int
     step: Tensor  # [R] int, index of each row in its request
     num_steps: int  # K
-    undeliverable: Tensor | None = None  # [R] bool, from vllm_cospec.kernels.reach: strict, and no mismatch
     closed: Tensor | None = None  # [R] bool: strict
 
     def __post_init__(self) -> None:
@@ -84,8 +83,9 @@ class Slots:
     regret_so_far: Tensor  # float32, nats, added to
     response_start: Tensor  # int32, tokens before the response
     forced: Tensor  # int32, 2 * (index in the response) + keep of a decision made beforehand, -1: none; for training
-    stops: Tensor | None = None  # int32, added to: blocks that ended at a mismatch; None where nobody asks
-    scores: Tensor | None = None  # [S, NUM_BINS] int32, added to: histogram of the learned policy's scores; likewise
+    ends: Tensor  # int32 [S, 1 + STOPS], vllm_cospec.kernels.reach.ends_of; what lies behind is strict, and no mismatch
+    stops: Tensor  # int32, added to: blocks that ended at a mismatch
+    scores: Tensor | None = None  # [S, NUM_BINS] int32, added to: histogram of the learned policy's, None: nobody asks
 
 
 @dataclass(frozen=True)

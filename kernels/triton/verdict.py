@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import (
     _compute_global_target_argmax,
 )
 
+from vllm_cospec.kernels import reach
 from vllm_cospec.kernels.triton.layout import (
     ACCEPTED,
     BLOCK_FIELDS,
@@ -50,6 +51,8 @@ from vllm_cospec.kernels.triton.layout import (
 )
 from vllm_cospec.kernels.triton.target import is_bonus, temperature_of
 from vllm_cospec.kernels.triton.tiles import combine, combine_moments
+
+STOPS = tl.constexpr(reach.STOPS)
 
 
 @triton.jit
@@ -121,6 +124,26 @@ def _store_statistics(
     return finite
 
 
+@triton.jit
+def _undeliverable(
+    ends_ptr,  # [slots, 1 + STOPS] int32
+    slot,
+    drafted_ptr,  # [num_rows]
+    row,
+    step,  # of the row in its request
+    output_position,
+    PADDED_STEPS: tl.constexpr,
+):
+    """Whether a row's token cannot reach the response, as :func:`vllm_cospec.kernels.reach.undeliverable` says."""
+    ends_ptr += slot * (1 + STOPS)
+    place = tl.arange(0, PADDED_STEPS)
+    before = place < step
+    tokens = tl.load(drafted_ptr + row - place, mask=before, other=0).to(tl.int32)
+    stops = tl.load(ends_ptr + 1 + tl.arange(0, STOPS))
+    ended = tl.sum(tl.sum(((tokens[:, None] == stops[None, :]) & before[:, None]).to(tl.int32), axis=1), axis=0)
+    return (output_position >= tl.load(ends_ptr)) | (ended > 0)
+
+
 @triton.jit(
     do_not_specialize=["num_rows", "num_blocks"],
     do_not_specialize_on_alignment=["drafted_ptr", "slot_ptr", "step_ptr", "position_ptr"],
@@ -144,24 +167,34 @@ def verdict_kernel(
     arbitrated_ptr,  # [slots] int32
     exact_tokens_ptr,  # [slots] int32
     response_start_ptr,  # [slots] int32
+    ends_ptr,  # [slots, 1 + STOPS] int32
     num_rows,
     vocab_size,
     num_blocks,
     PADDED_BLOCKS: tl.constexpr,
+    PADDED_STEPS: tl.constexpr,
     KIND: tl.constexpr,
     K: tl.constexpr,
     HAS_DRAFT_LOGITS: tl.constexpr,
     SEPARATE: tl.constexpr,
 ):
+    # What is read is asked for before it is known whether it is needed: else reads would wait for one another.
     row = tl.program_id(0).to(tl.int64)
-    if is_bonus(step_ptr, row, num_rows):
-        return
     slot = tl.load(slot_ptr + row).to(tl.int64)
     step = tl.load(step_ptr + row)
     position = tl.load(position_ptr + row)
+    drafted = tl.load(drafted_ptr + row + 1, mask=row + 1 < num_rows, other=-1).to(tl.int64)
+    if is_bonus(step_ptr, row, num_rows):
+        return
     greedy, temperature = temperature_of(temperature_ptr, slot)
-    drafted = tl.load(drafted_ptr + row + 1).to(tl.int64)
+    arbitrated = tl.load(arbitrated_ptr + slot) != 0
     token = tl.maximum(drafted, 0)
+    known = (drafted >= 0) & (drafted < vocab_size)
+    logit_draft = tl.load(raw_ptr + row * raw_stride + token, mask=known, other=-INFINITY).to(tl.float32)
+    legal = tl.load(processed_ptr + row * processed_stride + token, mask=known, other=-INFINITY).to(tl.float32)
+    output_position = position + 1 - tl.load(response_start_ptr + slot)
+    inexact = output_position >= tl.load(exact_tokens_ptr + slot)
+    undeliverable = _undeliverable(ends_ptr, slot, drafted_ptr, row, step, output_position, PADDED_STEPS)
     fields = rows_ptr + row * ROW_FIELDS
     blocks = blocks_ptr + row * (BLOCK_FIELDS + K - 1) * num_blocks
 
@@ -187,29 +220,27 @@ def verdict_kernel(
         ratio = tl.where(draft_logprob > -INFINITY, tl.exp(target_logprob - draft_logprob), 0.0)
         _store_verdict(fields, accepted, token, ratio, uniform, target_lse, draft_lse)
 
-    if tl.load(arbitrated_ptr + slot) == 0:
+    if not arbitrated:
         tl.store(fields + STATUS, CLOSED)
         tl.store(fields + MATCH, 0.0)
         return
-    known = (drafted >= 0) & (drafted < vocab_size)
-    logit_draft = tl.load(raw_ptr + row * raw_stride + token, mask=known, other=-INFINITY).to(tl.float32)
-    legal = tl.load(processed_ptr + row * processed_stride + token, mask=known, other=-INFINITY).to(tl.float32)
     finite = _store_statistics(fields, blocks, drafted, logit_draft, num_blocks, PADDED_BLOCKS, KIND, K)
-    output_position = position + 1 - tl.load(response_start_ptr + slot)
-    inexact = output_position >= tl.load(exact_tokens_ptr + slot)
     is_open = known & finite & (tl.abs(legal) < INFINITY) & inexact
-    tl.store(fields + STATUS, tl.where(drafted < 0, NO_DRAFT, tl.where(is_open, OPEN, CLOSED)).to(tl.float32))
+    nothing = (drafted < 0) | undeliverable
+    tl.store(fields + STATUS, tl.where(nothing, NO_DRAFT, tl.where(is_open, OPEN, CLOSED)).to(tl.float32))
 
 
 @triton.jit(
     do_not_specialize=["num_blocks"],
-    do_not_specialize_on_alignment=["request_slot_ptr", "request_ptr", "position_ptr"],
+    do_not_specialize_on_alignment=["drafted_ptr", "step_ptr", "request_slot_ptr", "request_ptr", "position_ptr"],
 )
 def given_verdict_kernel(
     rows_ptr,  # [num_rows, ROW_FIELDS] float32, written
     blocks_ptr,  # [num_rows, BLOCK_FIELDS + K - 1, num_blocks] float32
     raw_ptr,  # [num_rows, V]
     raw_stride,
+    drafted_ptr,  # [num_rows]
+    step_ptr,  # [num_rows]
     request_slot_ptr,  # [B]
     position_ptr,  # [num_rows]
     draft_ptr,  # [N] int32
@@ -222,9 +253,11 @@ def given_verdict_kernel(
     arbitrated_ptr,  # [S] int32
     exact_tokens_ptr,  # [S] int32
     response_start_ptr,  # [S] int32
+    ends_ptr,  # [S, 1 + STOPS] int32
     vocab_size,
     num_blocks,
     PADDED_BLOCKS: tl.constexpr,
+    PADDED_STEPS: tl.constexpr,
     KIND: tl.constexpr,
     K: tl.constexpr,
 ):
@@ -254,5 +287,7 @@ def given_verdict_kernel(
     output_position = tl.load(position_ptr + row) + 1 - tl.load(response_start_ptr + slot)
     inexact = output_position >= tl.load(exact_tokens_ptr + slot)
     legal = (tl.load(legal_ptr + index) != 0) & (tl.abs(logit_draft) < INFINITY)
-    status = tl.where(token < 0, NO_DRAFT, tl.where(known & finite & legal & inexact, OPEN, CLOSED))
+    step = tl.load(step_ptr + row)
+    nothing = (token < 0) | _undeliverable(ends_ptr, slot, drafted_ptr, row, step, output_position, PADDED_STEPS)
+    status = tl.where(nothing, NO_DRAFT, tl.where(known & finite & legal & inexact, OPEN, CLOSED))
     tl.store(fields + STATUS, status.to(tl.float32))

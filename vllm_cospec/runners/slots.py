@@ -1,7 +1,8 @@
 """Settings and state of the requests on a device, by slot: how either runner keeps the kernels' table.
 
 V2 has slots of its own, and settings of a slot become visible with its staged writes: :class:`StagedSlots`. V1 moves
-requests about in its batch; there each is placed in a slot for as long as it runs: :class:`PlacedSlots`.
+requests about in its batch; there each is placed in a slot for as long as it runs: :class:`PlacedSlots`. Both send one
+:class:`Table`, and only when a request has entered.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from vllm_cospec.config import Settings
 from vllm_cospec.kernels import UNLIMITED
@@ -29,8 +29,7 @@ from vllm_cospec.requests import response_ends, served_settings
 from vllm_cospec.runners.parts import Parts
 
 SLOT, SPENT = "cospec_slot", "cospec_spent"  # attributes of vLLM's CachedRequestState, on V1
-_INTEGERS = ("arbitrated", "max_overrides", "exact_tokens", "response_start", "forced")
-_FLOATS = ("threshold", "max_regret")
+_UNIT = 4  # int32: what a kernel is given begins at multiples of 16 bytes, or Triton compiles another for it
 
 
 @dataclass(frozen=True)
@@ -77,23 +76,34 @@ class Spent:
     """What the request in each slot has spent of its budgets. One that loses its slot takes it along to the next."""
 
     def __init__(self, size: int, device: torch.device, scores: bool):
-        self._table = torch.zeros(3 + NUM_BINS * scores, size, dtype=torch.int32, device=device)
-        self.overrides = self._table[0]  # [S], the kernels add to it
-        self.regret = self._table[1].view(torch.float32)  # [S], likewise; nats
-        self.stops = self._table[2]  # [S], likewise; blocks that ended at a mismatch
-        self.scores = self._table[3:].T if scores else None  # [S, NUM_BINS], likewise; histogram of the arbiter's
+        rounded = -(-size // _UNIT) * _UNIT
+        self._table = torch.zeros(3 + NUM_BINS * scores, rounded, dtype=torch.int32, device=device)
+        self.overrides = self._table[0, :size]  # [S], the kernels add to it
+        self.regret = self._table[1, :size].view(torch.float32)  # [S], likewise; nats
+        self.stops = self._table[2, :size]  # [S], likewise; blocks that ended at a mismatch
+        # [S, NUM_BINS], likewise; histogram of the arbiter's scores
+        self.scores = self._table[3:, :size].T if scores else None
+        self._entered: dict[int, int] = {}  # slots that are not started yet, and the overrides they start with
 
     def enter(self, slot: int, entry: SlotEntry, carried: Tensor | None) -> None:
-        """Start a slot with what the request has carried along, or with what its settings say."""
-        if carried is None:
-            self._table[:, slot].fill_(0)
-            self.overrides[slot].fill_(entry.overrides)
-        else:
+        """Start a slot, with :meth:`send`, with what the request has carried along or with what its settings say."""
+        self._entered[slot] = entry.overrides
+        if carried is not None:
+            self.send()
             self._table[:, slot].copy_(carried)
 
     def leave(self, slot: int) -> Tensor:
         """Return what was spent in a slot, to be carried along."""
+        self.send()
         return self._table[:, slot].clone()
+
+    def send(self) -> None:
+        """Start the slots that requests have entered, all at once."""
+        if self._entered:
+            slots, overrides = async_tensor_h2d(np.array([*self._entered.items()], np.int64).T, self._table.device)
+            self._entered = {}
+            self._table.index_fill_(1, slots, 0)
+            self.overrides.index_copy_(0, slots, overrides.to(torch.int32))
 
     def counts(self, slots: dict[str, int]) -> Callable[[], StepCounts]:
         """Send what was spent to the host; what is returned waits for it, and gives it.
@@ -101,6 +111,7 @@ class Spent:
         Args:
             slots: of each request, by its id.
         """
+        self.send()
         device = self._table.device
         copy = self._table.clone() if device.type == "cpu" else self._table.to("cpu", non_blocking=True)
         sent = None if device.type == "cpu" else torch.Event(device)
@@ -116,6 +127,100 @@ class Spent:
         return read
 
 
+class Settled(NamedTuple):
+    """One setting of every slot, [S]."""
+
+    np: np.ndarray
+    gpu: Tensor
+
+
+class Columns:
+    """The settings of S slots, one after the other in a vector."""
+
+    def __init__(self, size: int, vector: Tensor):
+        """Cut up a vector of :meth:`length` int32."""
+        self.vector = vector
+        parts = vector.split(self._rounded(size))
+        self.arbitrated, self.max_overrides, self.exact_tokens, self.response_start, self.forced = (
+            part[:size] for part in parts[:5]
+        )
+        self.threshold, self.max_regret = (part[:size].view(torch.float32) for part in parts[5:7])
+        self.seed = parts[7].view(torch.int64)[:size]  # int64, of sampled actions; V1's
+        self.ends = parts[8][: size * (1 + STOPS)].view(size, 1 + STOPS)
+
+    @staticmethod
+    def _rounded(size: int) -> list[int]:
+        rounded = -(-size // _UNIT) * _UNIT
+        return [rounded] * 7 + [2 * rounded, (1 + STOPS) * rounded]
+
+    @classmethod
+    def length(cls, size: int) -> int:
+        """Return how many int32 the settings of so many slots take."""
+        return sum(cls._rounded(size))
+
+
+class Table:
+    """The settings of every slot on the host, and as they were last sent to the device, in one piece.
+
+    What was sent is never written to again, so steps in flight keep the table they were launched with.
+    """
+
+    def __init__(self, size: int, device: torch.device, scores: bool):
+        self._size, self._device = size, device
+        self._host = Columns(size, torch.zeros(Columns.length(size), dtype=torch.int32))
+        self._numpy = {name: part.numpy() for name, part in vars(self._host).items() if name != "vector"}
+        self.spent = Spent(size, device, scores)
+        self._changed = True
+        self.send()
+
+    def enter(self, slot: int, entry: SlotEntry, num_prompt_tokens: int, seed: int, carried: Tensor | None) -> None:
+        """Write the settings of a request that enters a slot; slots are recycled, so everything is overwritten."""
+        values = {
+            "arbitrated": entry.arbitrated, "max_overrides": entry.max_overrides, "exact_tokens": entry.exact_tokens,
+            "response_start": num_prompt_tokens - entry.written, "forced": entry.forced, "threshold": entry.threshold,
+            "max_regret": entry.max_regret, "seed": seed, "ends": entry.ends,
+        }  # fmt: skip
+        for name, value in values.items():
+            self._numpy[name][slot] = value
+        self.spent.enter(slot, entry, carried)
+        self._changed = True
+
+    def send(self) -> None:
+        """Make what was written visible on the device; where nothing was, nothing is sent."""
+        if self._changed:
+            self._sent = Columns(self._size, async_tensor_h2d(self._host.vector.clone(), self._device))
+            self._changed = False
+        self.spent.send()
+
+    @property
+    def arbitrated(self) -> Settled:
+        """Which slots' requests want to be arbitrated, nonzero int32."""
+        return Settled(self._numpy["arbitrated"], self._sent.arbitrated)
+
+    @property
+    def seed(self) -> Tensor:
+        """Seeds of sampled actions, int64 [S]."""
+        return self._sent.seed
+
+    def on_device(self, arbitrated: Tensor | None = None) -> Slots:
+        """Return the table as the kernels take it; ``arbitrated``, int32 [S], is this step's where it differs."""
+        sent, spent = self._sent, self.spent
+        return Slots(
+            arbitrated=sent.arbitrated if arbitrated is None else arbitrated,
+            threshold=sent.threshold,
+            max_overrides=sent.max_overrides,
+            max_regret=sent.max_regret,
+            exact_tokens=sent.exact_tokens,
+            overrides_so_far=spent.overrides,
+            regret_so_far=spent.regret,
+            response_start=sent.response_start,
+            forced=sent.forced,
+            ends=sent.ends,
+            stops=spent.stops,
+            scores=spent.scores,
+        )
+
+
 class StagedSlots:
     """The table of Model Runner V2, whose slots these are; the runner's own wrappers tell it of requests."""
 
@@ -123,97 +228,54 @@ class StagedSlots:
         size = runner.max_num_reqs
         self._runner = runner
         self._settings = settings
-        self.arbitrated = UvaBackedTensor(size, dtype=torch.int32)
-        self._threshold = UvaBackedTensor(size, dtype=torch.float32)
-        self._max_overrides = UvaBackedTensor(size, dtype=torch.int32)
-        self._exact_tokens = UvaBackedTensor(size, dtype=torch.int32)
-        self._written = UvaBackedTensor(size, dtype=torch.int32)
-        self._forced = UvaBackedTensor(size, dtype=torch.int32)
-        self._max_regret = UvaBackedTensor(size, dtype=torch.float32)
-        self._ends = UvaBackedTensor((size, 1 + STOPS), dtype=torch.int32)
-        self._spent = Spent(size, runner.device, settings.counts_scores)
+        self._table = Table(size, runner.device, settings.counts_scores)
         self.parts = Parts(size, settings, runner.device)
         self._preempted: dict[str, Tensor] = {}
 
+    @property
+    def arbitrated(self) -> Settled:
+        """Which slots' requests want to be arbitrated, nonzero int32."""
+        return self._table.arbitrated
+
     def add_request(self, slot: int, request: Any) -> None:
-        """Take up a request, vLLM's NewRequestData; slots are recycled, so everything is overwritten."""
+        """Take up a request, vLLM's NewRequestData."""
         length = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
         entry = slot_entry(request.sampling_params, self._settings, self._runner.max_model_len - length)
-        self.arbitrated.np[slot] = entry.arbitrated
-        self._threshold.np[slot] = entry.threshold
-        self._max_overrides.np[slot] = entry.max_overrides
-        self._exact_tokens.np[slot] = entry.exact_tokens
-        self._written.np[slot] = entry.written
-        self._forced.np[slot] = entry.forced
-        self._max_regret.np[slot] = entry.max_regret
-        self._ends.np[slot] = entry.ends
+        self._table.enter(slot, entry, length, 0, self._preempted.pop(request.req_id, None))
         self.parts.enter(slot, entry.scope, length, request.prefill_token_ids or request.prompt_token_ids)
-        self._spent.enter(slot, entry, self._preempted.pop(request.req_id, None))
 
     def apply_staged_writes(self) -> None:
         """Make what was written visible on the device."""
-        for tensor in (
-            self.arbitrated, self._threshold, self._max_overrides, self._max_regret, self._exact_tokens, self._written,
-            self._forced, self._ends,
-        ):  # fmt: skip
-            tensor.copy_to_uva()
-
-    @property
-    def ends(self) -> Tensor:
-        """What ends the response in each slot, int32 [S, 1 + STOPS]."""
-        return self._ends.gpu
+        self._table.send()
 
     def finish_requests(self, scheduler_output: Any) -> None:
         """Remember what preempted requests have used of their budgets; they still have their slots."""
         for req_id in scheduler_output.preempted_req_ids or ():
             slot = self._runner.req_states.req_id_to_index.get(req_id)
             if slot is not None:
-                self._preempted[req_id] = self._spent.leave(slot)
+                self._preempted[req_id] = self._table.spent.leave(slot)
         for req_id in scheduler_output.finished_req_ids:
             self._preempted.pop(req_id, None)
 
     def on_device(self, arbitrated: Tensor) -> Slots:
         """Return the table as the kernels take it; ``arbitrated``, int32 [S], is this step's."""
-        response_start = self._runner.req_states.prompt_len.gpu
-        if self._settings.collect:
-            response_start = response_start - self._written.gpu
-        return Slots(
-            arbitrated=arbitrated,
-            threshold=self._threshold.gpu,
-            max_overrides=self._max_overrides.gpu,
-            max_regret=self._max_regret.gpu,
-            exact_tokens=self._exact_tokens.gpu,
-            overrides_so_far=self._spent.overrides,
-            regret_so_far=self._spent.regret,
-            response_start=response_start,
-            forced=self._forced.gpu,
-            stops=self._spent.stops if self._settings.counts_requests else None,
-            scores=self._spent.scores,
-        )
+        return self._table.on_device(arbitrated)
 
     def counts(self) -> Callable[[], StepCounts]:
         """Note what was counted of every request; what is returned gives it."""
-        return self._spent.counts(dict(self._runner.req_states.req_id_to_index))
+        return self._table.spent.counts(dict(self._runner.req_states.req_id_to_index))
 
 
 class PlacedSlots:
-    """The table of Model Runner V1.
-
-    The host's copy is sent whole when a request enters, so that steps in flight keep the one they were launched with.
-    """
+    """The table of Model Runner V1."""
 
     def __init__(self, runner: Any, settings: Settings):
         self.size = runner.max_num_reqs
         self._runner = runner
         self._settings = settings
         self._owners: list[Any] = [lambda: None] * self.size  # weak references to the requests
-        self._integers = np.zeros((len(_INTEGERS), self.size), np.int32)
-        self._floats = np.zeros((len(_FLOATS), self.size), np.float32)
-        self._seed = np.zeros(self.size, np.int64)
-        self._ends = np.zeros((self.size, 1 + STOPS), np.int32)
-        self._spent = Spent(self.size, runner.device, settings.counts_scores)
+        self._table = Table(self.size, runner.device, settings.counts_scores)
         self.parts = Parts(self.size, settings, runner.device)
-        self._send()
 
     def place(self) -> tuple[np.ndarray, list[int]]:
         """Give newcomers a slot.
@@ -230,7 +292,7 @@ class PlacedSlots:
             for index, slot in zip(new, free, strict=False):
                 self._give(slot, batch[index])
                 slots[index] = slot
-            self._send()
+            self._table.send()
         return slots, slots[new].tolist()
 
     def slot_of(self, request: Any) -> int | None:
@@ -238,22 +300,17 @@ class PlacedSlots:
         slot = getattr(request, SLOT, -1)
         return None if slot < 0 else slot
 
-    @property
-    def ends(self) -> Tensor:
-        """What ends the response in each slot, int32 [S, 1 + STOPS]."""
-        return self._sent[3]
-
     def leave(self, request: Any) -> None:
         """Take a preempted request's slot; what it has spent goes with it."""
         slot = self.slot_of(request)
         if slot is not None:
-            setattr(request, SPENT, self._spent.leave(slot))
+            setattr(request, SPENT, self._table.spent.leave(slot))
             setattr(request, SLOT, -1)
             self._owners[slot] = lambda: None
 
     def arbitrated(self, slots: np.ndarray) -> np.ndarray:
         """Return which of these slots' requests want to be arbitrated, bool [B]."""
-        return self._integers[0, slots] != 0
+        return self._table.arbitrated.np[slots] != 0
 
     def on_device(self, left_out: np.ndarray) -> tuple[Slots, Tensor]:
         """Return the table as the kernels take it, and the seeds of sampled actions, int64 [S].
@@ -261,22 +318,16 @@ class PlacedSlots:
         Args:
             left_out: slots that are strict in this step, whatever they want.
         """
-        columns = dict(zip(_INTEGERS + _FLOATS, [*self._sent[0], *self._sent[1]], strict=True))
-        if len(left_out):
-            arbitrated = self._integers[0].copy()
-            arbitrated[left_out] = 0
-            columns["arbitrated"] = async_tensor_h2d(arbitrated, self._runner.device)
-        spent = self._spent
-        table = Slots(
-            overrides_so_far=spent.overrides, regret_so_far=spent.regret,
-            stops=spent.stops if self._settings.counts_requests else None, scores=spent.scores, **columns,
-        )  # fmt: skip
-        return table, self._sent[2]
+        if not len(left_out):
+            return self._table.on_device(), self._table.seed
+        arbitrated = self._table.arbitrated.np.copy()
+        arbitrated[left_out] = 0
+        return self._table.on_device(async_tensor_h2d(arbitrated, self._runner.device)), self._table.seed
 
     def counts(self) -> Callable[[], StepCounts]:
         """Note what was counted of every request of the runner's batch; what is returned gives it."""
         batch = {request_id: self.slot_of(self._runner.requests[request_id]) for request_id in self._batch()}
-        return self._spent.counts({request_id: slot for request_id, slot in batch.items() if slot is not None})
+        return self._table.spent.counts({request_id: slot for request_id, slot in batch.items() if slot is not None})
 
     def _batch(self) -> list[str]:
         return list(self._runner.input_batch.req_ids)
@@ -287,22 +338,10 @@ class PlacedSlots:
             self.leave(before)
         room = self._runner.max_model_len - request.num_prompt_tokens
         entry = slot_entry(request.sampling_params, self._settings, room)
-        self._integers[:, slot] = (
-            entry.arbitrated, entry.max_overrides, entry.exact_tokens, request.num_prompt_tokens - entry.written,
-            entry.forced,
-        )  # fmt: skip
-        self._floats[:, slot] = entry.threshold, entry.max_regret
-        self._ends[slot] = entry.ends
+        seed = getattr(request.sampling_params, "seed", None)
+        seed = np.random.randint(2**62) if seed is None else seed
+        self._table.enter(slot, entry, request.num_prompt_tokens, seed, getattr(request, SPENT, None))
         tokens = None if request.prompt_token_ids is None else request.prompt_token_ids + request.output_token_ids
         self.parts.enter(slot, entry.scope, request.num_prompt_tokens, tokens)
-        seed = getattr(request.sampling_params, "seed", None)
-        self._seed[slot] = np.random.randint(2**62) if seed is None else seed
-        self._spent.enter(slot, entry, getattr(request, SPENT, None))
         self._owners[slot] = weakref.ref(request)
         setattr(request, SLOT, slot)
-
-    def _send(self) -> None:
-        self._sent = [
-            async_tensor_h2d(table.copy(), self._runner.device)
-            for table in (self._integers, self._floats, self._seed, self._ends)
-        ]

@@ -22,7 +22,6 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.health import REASONS, Reason
-from vllm_cospec.kernels.reach import undeliverable
 from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate_given, warm_up
 from vllm_cospec.kernels.triton.step import Rows, Verdict
 from vllm_cospec.metrics import Counters, counters_of_this_rank
@@ -132,10 +131,6 @@ class V1GPUSampler(DevicePolicy, V1Sampler):
             raw=step.logits, processed=step.logits, draft=self.recorder.logits, drafted=drafted, first=layout.first,
             position=position, request_slot=layout.request_slot, slot=layout.row_slot, step=layout.local,
             num_steps=self._settings.num_speculative_tokens,
-            undeliverable=undeliverable(
-                drafted, layout.local, position + 1 - table.response_start[layout.row_slot],
-                self._table.ends[layout.row_slot],
-            ),
         )  # fmt: skip
         arbitrated = table.arbitrated[layout.draft_slot] != 0
         self._counters.unhealthy[REASONS.index(Reason.CONTEXT)] += (arbitrated & outgrown).sum()

@@ -20,7 +20,6 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler, g
 from vllm_cospec import compat
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
-from vllm_cospec.kernels.reach import undeliverable
 from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate, warm_up
 from vllm_cospec.kernels.triton.step import Rows, Sampling
 from vllm_cospec.metrics import Counters, counters_of_this_rank
@@ -129,12 +128,7 @@ class V2Sampler(DevicePolicy, RejectionSampler):
         rows = Rows(
             raw=logits, processed=processed, draft=draft_logits, drafted=verify_draft_sampled, first=cu_num_logits,
             position=pos, request_slot=idx_mapping, slot=expanded_idx_mapping, step=expanded_local_pos,
-            num_steps=self.num_speculative_steps,
-            undeliverable=undeliverable(
-                verify_draft_sampled, expanded_local_pos, pos + 1 - slots.response_start[expanded_idx_mapping],
-                self._slots.ends[expanded_idx_mapping],
-            ),
-            closed=closed,
+            num_steps=self.num_speculative_steps, closed=closed,
         )  # fmt: skip
         sampling = Sampling(states.temperature.gpu, states.seeds.gpu, self.sampler.use_fp64_gumbel)
         verified = arbitrate(rows, sampling, slots, self.program, self._memory)

@@ -68,7 +68,7 @@ class DraftHealth:
 
         Args:
             batch: vLLM's InputBatch, with drafts.
-            wanted: UvaBackedTensor, nonzero int32 [S] where the request is to be arbitrated.
+            wanted: slots.Settled, nonzero int32 [S] where the request is to be arbitrated.
         """
         slots, counts, computed = batch.idx_mapping_np, batch.num_draft_tokens_per_req, batch.num_computed_tokens_np
         asked = wanted.np[slots] != 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -49,6 +50,28 @@ def test_decisions_equal_the_reference(name: str, regime: str, tally: Counter[st
     tally["blocks"] += compared
     tally["too close to call in float32"] += total - compared
     assert compared >= 0.8 * total
+
+
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if not policy.needs_draft_logits])
+def test_positions_decided_at_once_are_decided_as_one_after_the_other(name: str) -> None:
+    """Without a trace a rule that knows enough from the first pass decides all of a block together."""
+    network, overrides = arbiter(32), 0
+    for regime, seed in itertools.product(cases.REGIMES, range(2 * REPETITIONS)):
+        case = cases.make_case(
+            700 + seed, k=(5, 1 + 5 * seed % 16)[seed % 2], requests=6, regime=regime, separate=regime == "nan",
+            agreement=0.5, budgets=seed % 2 == 1, draft_logits=regime != "nan",  # a trace reads the draft's rows too
+        )  # fmt: skip
+        (one, counted, spent), (together, counted_again, spent_again) = (
+            case.ours(POLICIES[name], network, collect=collect) for collect in (True, False)
+        )
+        assert together.num_sampled.tolist() == one.num_sampled.tolist()
+        for request, count in enumerate(one.num_sampled.tolist()):
+            assert together.sampled[request, :count].tolist() == one.sampled[request, :count].tolist()
+        assert counted_again.tolist() == counted.tolist()
+        for field in ("overrides_so_far", "regret_so_far", "stops"):
+            assert getattr(spent_again, field).tolist() == getattr(spent, field).tolist(), field
+        overrides += int(counted[:-1].sum())
+    assert (overrides > 0) == (name != "strict")
 
 
 @pytest.mark.parametrize("name", ["typical", "learned"])

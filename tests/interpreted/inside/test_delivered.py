@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import arbitration_cases as cases
 import pytest
+import torch
 from v1_cases import IDS, Step, installed
 
 from vllm_cospec.kernels.policies import Random
+from vllm_cospec.kernels.reach import STOPS, undeliverable
+from vllm_cospec.kernels.triton.layout import NO_DRAFT, ROW_FIELDS, STATUS
+from vllm_cospec.kernels.triton.workspace import Workspace
 from vllm_cospec.metrics import Counters
 from vllm_cospec.runners import v1_cpu, v1_gpu
 
@@ -23,9 +26,10 @@ KEEP_ALL = Random(rate=1.0)
 def test_the_kernels_count_up_to_the_last_position_that_can_be_delivered(limit: int) -> None:
     case = cases.make_case(5, requests=5, regime="plain", separate=False, arbitrated=1.0, agreement=0.3)
     _, free, _ = case.ours(KEEP_ALL)
-    rows = case.rows()
-    rows = replace(rows, undeliverable=rows.step >= limit)
-    got, counters, slots = case.ours(KEEP_ALL, rows=rows)
+    first, request_slot, _, _ = case.layout()
+    begins = case.pos[first[:-1].long()] + 1 - case.slots.response_start[request_slot]
+    case.slots.ends[request_slot, 0] = (begins + limit).to(torch.int32)
+    got, counters, slots = case.ours(KEEP_ALL)
     k = case.num_speculative_steps
     assert counters[:limit].tolist() == free[:limit].tolist()
     assert counters[limit:k].tolist() == [0] * (k - limit)
@@ -38,6 +42,35 @@ def test_the_kernels_count_up_to_the_last_position_that_can_be_delivered(limit: 
         assert got.num_sampled.tolist() == num_sampled.tolist()
         for request, count in enumerate(num_sampled.tolist()):
             assert got.sampled[request, :count].tolist() == sampled[request, :count].tolist()
+
+
+@pytest.mark.parametrize("k", [1, 5, 12])
+def test_the_kernels_find_what_cannot_be_delivered_as_it_is_defined(k: int) -> None:
+    """The definition is :func:`vllm_cospec.kernels.reach.undeliverable`; a row's status says what the kernel found."""
+    found = []
+    for seed in range(4):
+        case = cases.make_case(seed, k=k, requests=6, arbitrated=1.0, agreement=0.3)
+        first, request_slot, slot, step = case.layout()
+        begins = case.pos[first[:-1].long()] + 1 - case.slots.response_start[request_slot]
+        case.slots.ends[request_slot, 0] = (begins + torch.tensor([0, 1, k, k, 99, 99])).to(torch.int32)
+        for request in (
+            3,
+            5,
+        ):  # two drafts end the response, wherever they stand; the first token of a block is no draft
+            own = case.draft_sampled[case.starts[request] : case.starts[request + 1]]
+            case.slots.ends[request_slot[request], [1, STOPS]] = own[[0, len(own) // 2]]
+        space = Workspace(cases.CPU, case.raw.shape[1], len(case.raw), 6)
+        case.ours(KEEP_ALL, space=space)
+        rows, drafts = len(case.raw), torch.ones(len(case.raw), dtype=torch.bool)
+        drafts[first[1:].long() - 1] = False  # the rows behind the last draft
+        status = space.rows[: rows * ROW_FIELDS.value].view(rows, ROW_FIELDS.value)[drafts, STATUS.value]
+        position = case.pos + 1 - case.slots.response_start[slot]
+        expected = undeliverable(case.draft_sampled, step, position, case.slots.ends[slot])
+        none = case.draft_sampled.roll(-1) < 0
+        assert (status == NO_DRAFT.value).tolist() == (expected | none)[drafts].tolist()
+        found += expected[drafts].tolist()
+    assert True in found
+    assert False in found
 
 
 def test_on_v1_both_paths_stop_counting_where_a_response_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

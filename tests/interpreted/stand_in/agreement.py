@@ -31,8 +31,6 @@ def check(case: cases.Case, policy: Policy, network: Arbiter | None = None) -> i
         slot = case.slot[request]
         assert int(slots.overrides_so_far[slot]) == int(case.slots.overrides_so_far[slot]) + len(result.overrides)
         found = len(result.mismatches) * int(case.slots.arbitrated[slot])
-        assert case.slots.stops is not None
-        assert slots.stops is not None
         assert int(slots.stops[slot]) == int(case.slots.stops[slot]) + found - len(result.overrides)
         # float32 sums, exact within a budget
         spent = float(case.slots.regret_so_far[slot]) + result.regret

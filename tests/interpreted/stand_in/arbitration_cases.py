@@ -18,6 +18,7 @@ from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.cpu import divergence, mixture_lead, top_k_entropy
 from vllm_cospec.kernels.policies import Mismatches, Policy, Rule
+from vllm_cospec.kernels.reach import ends_of
 from vllm_cospec.kernels.reference import Block, BlockResult, verify_block
 from vllm_cospec.kernels.regret import in_units
 from vllm_cospec.kernels.scores import NUM_BINS
@@ -142,6 +143,7 @@ def make_slots(size: int, generator: np.random.Generator, arbitrated: float = 0.
         regret_so_far=torch.zeros(size),
         response_start=torch.tensor(generator.integers(1, 5, size), dtype=torch.int32),
         forced=torch.full((size,), -1, dtype=torch.int32),
+        ends=torch.tensor([ends_of(UNLIMITED, [])] * size, dtype=torch.int32),
         stops=torch.arange(size, dtype=torch.int32) % 3,
         scores=(torch.arange(size * NUM_BINS, dtype=torch.int32) % 5).view(size, NUM_BINS),
     )

@@ -23,6 +23,7 @@ from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from benchmarks import variants  # noqa: E402
 from benchmarks.offline import TARGETS, Launch, recorded_launches  # noqa: E402
+from vllm_cospec.kernels.reach import STOPS  # noqa: E402
 from vllm_cospec.kernels.scores import NUM_BINS  # noqa: E402
 from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate, arbitrate_given, warm_up  # noqa: E402
 from vllm_cospec.kernels.triton.policies import Program, compile_policy  # noqa: E402
@@ -87,8 +88,9 @@ def step(
         **{
             name: torch.zeros(SLOTS, dtype=torch.float32 if name in FLOATS else torch.int32)
             for name in Slots.__dataclass_fields__
-            if name not in ("scores", "stops")  # the latter no kernel takes
+            if name not in ("scores", "ends")
         },
+        ends=torch.zeros(SLOTS, 1 + STOPS, dtype=torch.int32),
         scores=torch.zeros(NUM_BINS, SLOTS, dtype=torch.int32).T if server.counts_scores else None,
     )
     counters = torch.zeros(server.num_steps + 1, dtype=torch.int64)
