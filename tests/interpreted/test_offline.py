@@ -94,3 +94,12 @@ def test_the_committed_measurement_on_the_cpu_stays_within_its_bound() -> None:
         assert (row["num_draft_tokens"], row["agreement"]) == (5, 0.7)
         assert row["ratio"] <= 1.25
         assert row["floor_ms"] > 0
+
+
+@pytest.mark.slow  # checks a committed file
+def test_decisions_take_at_most_a_millisecond_of_a_step_in_a_running_engine() -> None:
+    report = json.loads((BENCHMARKS / "results" / "in_place.json").read_text())
+    assert (report["batch"], report["num_speculative_tokens"]) == (16, 7)
+    for mode in ("learned", "relaxed_topk"):
+        assert report[mode]["steps"] >= 50
+        assert report["stock"]["median_ms"] < report[mode]["median_ms"] <= 1.0
