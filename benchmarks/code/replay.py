@@ -4,7 +4,7 @@ Imports nothing of this project. Each line of FILE names a line of an installed 
 the places in the completion where the arbiter kept the draft's token. There the draft's most probable token is taken,
 elsewhere the target's; the first line of the completion is compared with the package's own.
 
-    python benchmarks/code/replay.py FILE PAIR [--package vllm] [--problems 200]
+    python benchmarks/code/replay.py FILE PAIR [--package vllm] [--problems 200] [--dtype float32]
 """
 
 import argparse
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("pair", type=Path, help="directory with target/ and draft/")
     parser.add_argument("--package", default="vllm")
     parser.add_argument("--problems", type=int, help="only the first so many")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="as FILE was recorded")
     options = parser.parse_args()
     data = options.file.read_bytes()
     text = (gzip.decompress(data) if options.file.suffix == ".gz" else data).decode()
@@ -57,7 +58,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.pair / "target")
     ends = set(GenerationConfig.from_pretrained(options.pair / "target").eos_token_id)
     models = [
-        AutoModelForCausalLM.from_pretrained(options.pair / role, dtype=torch.bfloat16).eval()
+        AutoModelForCausalLM.from_pretrained(options.pair / role, dtype=getattr(torch, options.dtype)).eval()
         for role in ("target", "draft")
     ]
     right = same = 0
