@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from scipy.stats import t
+
 from vllm_cospec.training.measure.outcome import Outcome, table_of
 
 BASES = ("target", "standard")
@@ -30,6 +33,18 @@ def quotients(rounds: Rounds, mode: str, base: str) -> list[float]:
     """Return how many times as many tokens per second as ``base`` a mode made, in each round that both finished."""
     pairs = zip(rounds[mode], rounds.get(base, ()), strict=False)
     return [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
+
+
+def mean_quotient(found: Sequence[float]) -> list[float] | None:
+    """Return the 95 % interval of the geometric mean of quotients of rounds, by Student's t of their logarithms.
+
+    None where there are fewer than two rounds.
+    """
+    if len(found) < 2:
+        return None
+    logarithms = np.log(found)
+    half = float(t.ppf(0.975, len(found) - 1) * logarithms.std(ddof=1) / np.sqrt(len(found)))
+    return [float(np.exp(logarithms.mean() + sign * half)) for sign in (-1, 1)]
 
 
 def ratios(rounds: Rounds) -> list[str]:

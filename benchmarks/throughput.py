@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +50,7 @@ from vllm_cospec.training.measure.render import SPEED, rich_table
 from vllm_cospec.training.progress import progress_bar
 from vllm_cospec.training.tasks.grading import FailureWatch, Graders
 
-WARM_UP = 16  # requests before the first round
+WARM_UP, WARM_UP_TOKENS = 16, 8  # requests before the first round, and how long their answers are
 BUNDLED_ARBITER = bundled("target").parent / "arbiter"
 
 Served = tuple[str, dict[str, Any] | None]  # model, speculative configuration
@@ -88,13 +90,33 @@ def require_shares(partition: bool, num_prompts: int, rounds: int) -> None:
         raise ConfigError(f"--partition: {num_prompts} problems are too few for {rounds} rounds; raise --num-prompts")
 
 
+def warm_up_prompts(setup: Setup) -> list[list[int]]:
+    """Return what a server is asked before the first round: prompts backwards, so that no prefix is cached by them."""
+    return [prompt[::-1] for prompt in setup.prompts[:WARM_UP]]
+
+
+def warm_up_load(loads: Sequence[Load]) -> Load:
+    """Return how it is asked: a few tokens each, as many at a time as will come."""
+    most = max(load.max_concurrency for load in loads)
+    return replace(loads[0], max_tokens=min(WARM_UP_TOKENS, loads[0].max_tokens), max_concurrency=most)
+
+
 def run_rounds(
-    setup: Setup, modes: dict[str, Served], outcomes: dict[str, list[Outcome]], rounds: int, load: Load,
-    partition: bool, one_server_at_a_time: bool,
+    setup: Setup, modes: dict[str, Served], outcomes: Sequence[dict[str, list[Outcome]]], rounds: int,
+    loads: Sequence[Load], partition: bool, one_server_at_a_time: bool,
 ) -> Iterator[int]:  # fmt: skip
     """Start the servers, let every mode answer the problems in turns, yield the number of each finished round.
 
-    With ``partition`` a round has its share of the problems, else all of them.
+    With ``partition`` every load of a round has its share of the problems, else each has all of them.
+
+    Args:
+        setup: what is asked of whom.
+        modes: what is served, by name.
+        outcomes: for each load, what came of it, by mode; filled here.
+        rounds: how many.
+        loads: asked one after another within a round, each of every mode.
+        partition: see above.
+        one_server_at_a_time: a server is started whenever its turn comes.
 
     Raises:
         ServerError, openai.OpenAIError, OSError: a server did not come up or is gone.
@@ -106,7 +128,7 @@ def run_rounds(
         tempfile.TemporaryDirectory(prefix="cospec-throughput-") as scratch,
         interruptible(),
         contextlib.ExitStack() as alive,
-        progress_bar("starting", rounds * len(names)) as tick,
+        progress_bar("starting", rounds * len(loads) * len(names)) as tick,
     ):
 
         def start(name: str, stack: contextlib.ExitStack) -> Server:
@@ -115,22 +137,23 @@ def run_rounds(
             server = Server(model, speculative, server_arguments(setup.pair.engine), log=log)
             stack.enter_context(server)
             server.wait_until_ready()
-            asyncio.run(ask(server.url, NAME, setup.prompts[:WARM_UP], load))
+            asyncio.run(ask(server.url, NAME, warm_up_prompts(setup), warm_up_load(loads)))
             return server
 
         servers = {} if one_server_at_a_time else {name: start(name, alive) for name in names}
-        for number in range(rounds):
-            shift = number % len(names)
-            asked = share(len(setup.problems), number, rounds if partition else 1)
+        for number, (place, load) in itertools.product(range(rounds), enumerate(loads)):
+            shift, part = number % len(names), number * len(loads) + place
+            asked = share(len(setup.problems), part, rounds * len(loads)) if partition else range(len(setup.problems))
             for name in names[shift:] + names[:shift]:
                 tick(text=f"round {number + 1}: {name[:30]}")
                 with contextlib.ExitStack() as brief:
                     server = servers.get(name) or start(name, brief)
                     outcome = ask_round(server, asked, setup, graders, load)
                 watch.add(len(asked), outcome.failures)
-                outcomes[name].append(outcome)
+                outcomes[place][name].append(outcome)
                 tick(1)
-            yield number
+            if place == len(loads) - 1:
+                yield number
 
 
 def main(
@@ -187,7 +210,7 @@ def main(
 
     load = Load(setup.max_tokens, temperature, max_concurrency, setup.max_model_len)
     try:
-        for _ in run_rounds(setup, servers, outcomes, rounds, load, partition, one_server_at_a_time):
+        for _ in run_rounds(setup, servers, [outcomes], rounds, [load], partition, one_server_at_a_time):
             publish(complete=False, show=False)
     except (CoSpecError, openai.OpenAIError, OSError, KeyboardInterrupt) as error:
         failure = error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.modes import parse_mode
 from vllm_cospec.training.measure.outcome import Outcome
 
-pareto, rounds, setup, sweep, throughput = map(benchmark, ("pareto", "rounds", "setup", "sweep", "throughput"))
+NAMES = ("load", "pareto", "rounds", "setup", "sweep", "throughput")
+load, pareto, rounds, setup, sweep, throughput = map(benchmark, NAMES)
 
 
 def row(accuracy: float, acceptance_length: float) -> dict[str, Any]:
@@ -121,9 +123,49 @@ def test_a_sweep_names_the_fastest_k_of_each_load_and_mode() -> None:
     assert rows[3]["rounds_times_target"] == [4.0, 2.0]
     found = [(row["concurrency"], row["mode"], row["num_speculative_tokens"]) for row in sweep.best(rows)]
     assert found == [(1, "learned", 4), (4, "learned", 4)]  # of two that are alike the smaller
+    assert "times_standard" not in rows[0]  # nobody asked for it
     shown = sweep.table(rows)
     assert shown.row_count == len(rows)
     assert sum("*" in str(cell) for cell in shown.columns[3].cells) == 2
+
+
+def test_the_speed_of_a_mode_is_compared_with_target_and_standard_within_rounds() -> None:
+    own = {
+        "target": [outcome([0], [1.0], 4.0), outcome([1], [1.0], 8.0)],
+        "standard": [outcome([0], [1.0], 2.0), outcome([1], [1.0], 4.0)],
+        "learned": [outcome([0], [1.0], 1.0), outcome([1], [1.0], 2.0)],
+    }
+    learned = sweep.rows_of(own, 4, 1)[2]
+    assert (learned["rounds_times_target"], learned["rounds_times_standard"]) == ([4.0, 4.0], [2.0, 2.0])
+    assert learned["times_standard_mean_ci95"] == pytest.approx([2.0, 2.0])
+
+
+def test_the_interval_of_a_mean_quotient_is_students() -> None:
+    low, high = rounds.mean_quotient([1.0, 2.0, 4.0])
+    half = 4.302653 * np.log(2) / np.sqrt(3)  # t of two degrees of freedom; the logarithms are log 2 apart
+    assert (low, high) == pytest.approx((2 * np.exp(-half), 2 * np.exp(half)))
+    assert rounds.mean_quotient([2.0]) is None
+
+
+def test_a_sweep_in_parts_keeps_what_its_file_has_of_other_k_and_loads(tmp_path: Path) -> None:
+    def place(k: int, in_flight: int, run: str) -> dict[str, Any]:
+        return {"concurrency": in_flight, "num_speculative_tokens": k, "run": run}
+
+    path, about = tmp_path / "sweep.json", {"task": "demo", "modes": ["target", "learned"]}
+    assert sweep.earlier_rows(path, about) == []
+    path.write_text(json.dumps({"about": about, "rows": [place(4, 1, "first"), place(4, 16, "first")]}))
+    found = sweep.merged(sweep.earlier_rows(path, about), [place(8, 1, "second"), place(4, 16, "second")])
+    assert found == [place(4, 1, "first"), place(8, 1, "second"), place(4, 16, "second")]
+    with pytest.raises(ConfigError, match=r"^--json: .* holds a sweep with other modes; choose another file"):
+        sweep.earlier_rows(path, {**about, "modes": ["target"]})
+
+
+def test_servers_warm_up_on_prompts_that_leave_no_prefix_of_the_asked_ones_cached() -> None:
+    asked = setup.set_up(None, {}, "demo", None, 20, 1, None)
+    warm = throughput.warm_up_prompts(asked)
+    assert [prompt[::-1] for prompt in warm] == asked.prompts[:16]
+    loads = [load.Load(48, 0.0, 1), load.Load(48, 0.0, 12)]
+    assert throughput.warm_up_load(loads) == load.Load(8, 0.0, 12)
 
 
 @pytest.mark.parametrize("text", ["", "4,", "0", "4;8", "-1", "many"])
