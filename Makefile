@@ -14,7 +14,7 @@ LAYOUT := build/layout
 RAY := $(addprefix tests/engine/test_,training.py shipped.py pool.py pool_faults.py evaluate.py tensor_parallel.py)
 FAST := not engine and not interpreted and not slow
 PARTS := test-engines test-ray test-interpreted test-unit
-ALONE := $(addprefix tests/unit/,arbiter cpu_kernel policies training)
+ALONE := $(addprefix tests/unit/,arbiter policies training)
 
 COMPAT := 0.33.0
 COMPAT_TESTS := tests/compat tests/unit/test_compat.py tests/unit/test_scheduler.py tests/engine/test_strict_parity.py \

@@ -47,11 +47,11 @@ FEWEST = 5  # batches, for an interval
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """With one thread and a quiet machine both say the same; only the second leaves out what other programs were given."""
 
-Speed = Callable[["Batch"], tuple[float, float]]  # what was done, and in which time
+Speed = Callable[["TimedBatch"], tuple[float, float]]  # what was done, and in which time
 
 
 @dataclass(frozen=True)
-class Batch:
+class TimedBatch:
     """What one mode made of one batch of prompts that were asked at once."""
 
     concurrency: int
@@ -66,17 +66,17 @@ class Batch:
     right: list[float]
 
 
-def whole(batch: Batch) -> tuple[float, float]:
+def whole(batch: TimedBatch) -> tuple[float, float]:
     """Tokens, in the time from asking to the last answer's end."""
     return float(sum(batch.tokens)), batch.seconds
 
 
-def answers(batch: Batch) -> tuple[float, float]:
+def answers(batch: TimedBatch) -> tuple[float, float]:
     """Answers, in the same time."""
     return float(len(batch.tokens)), batch.seconds
 
 
-def behind_first(batch: Batch) -> tuple[float, float]:
+def behind_first(batch: TimedBatch) -> tuple[float, float]:
     """Tokens behind each answer's first one, in the time they took: the prompt's own step is left out."""
     return float(sum(batch.tokens) - len(batch.tokens)), float(np.sum(batch.last) - np.sum(batch.first))
 
@@ -90,7 +90,7 @@ def answer(
     """Ask an engine for a batch at once; times are those of a clock.
 
     Returns:
-        Seconds; first, last, tokens and steps of a :class:`Batch`; the texts.
+        Seconds; first, last, tokens and steps of a :class:`TimedBatch`; the texts.
     """
     events: dict[str, list[float]] = {}
     outputs: dict[str, Any] = {}
@@ -122,14 +122,14 @@ def interval(values: np.ndarray, count: int) -> list[float] | None:
     return np.percentile(values, [2.5, 97.5]).tolist() if count >= FEWEST else None
 
 
-def speed(batches: Sequence[Batch], of: Speed) -> tuple[float, list[float] | None]:
+def speed(batches: Sequence[TimedBatch], of: Speed) -> tuple[float, list[float] | None]:
     """Return what was done in a second, the sum over the time's sum, with its 95 % bootstrap interval."""
     own = np.array([of(batch) for batch in batches])
     drawn = own[resamples(len(own))].sum(1)
     return float(own[:, 0].sum() / own[:, 1].sum()), interval(drawn[:, 0] / drawn[:, 1], len(own))
 
 
-def times(ours: Sequence[Batch], theirs: Sequence[Batch], of: Speed) -> tuple[float, list[float] | None]:
+def times(ours: Sequence[TimedBatch], theirs: Sequence[TimedBatch], of: Speed) -> tuple[float, list[float] | None]:
     """Return how many times as fast one was as the other on the same batches, with its 95 % bootstrap interval."""
     one, two = (np.array([of(batch) for batch in side]) for side in (ours, theirs))
     drawn = resamples(len(one))
@@ -140,9 +140,9 @@ def times(ours: Sequence[Batch], theirs: Sequence[Batch], of: Speed) -> tuple[fl
     return float(quotient(one, two)), interval(quotient(one[drawn], two[drawn]), len(one))
 
 
-def rows_of(batches: Sequence[Batch]) -> list[dict[str, Any]]:
+def rows_of(batches: Sequence[TimedBatch]) -> list[dict[str, Any]]:
     """Return a row of figures for each load, K and mode, compared with the target and, at the same K, with standard."""
-    grouped: dict[tuple[int, int, str], dict[int, Batch]] = {}
+    grouped: dict[tuple[int, int, str], dict[int, TimedBatch]] = {}
     for batch in batches:
         grouped.setdefault((batch.concurrency, batch.k, batch.mode), {})[batch.number] = batch
     rows = []
@@ -188,7 +188,7 @@ def build_engines(
 def measure(
     engines: dict[tuple[int, str], Any], setup: Setup, places: Sequence[tuple[int, int, range]], seconds: float,
     goes_on: bool, clock: Callable[[], float],
-) -> Iterator[list[Batch]]:  # fmt: skip
+) -> Iterator[list[TimedBatch]]:  # fmt: skip
     """Ask every engine for one batch after another; yields what they made of each.
 
     Args:
@@ -215,7 +215,7 @@ def measure(
         for length, name in turns(engines, number):
             took, figures, texts = answer(engines[length, name], [setup.prompts[i] for i in asked], params, clock)
             right = [task.score(setup.problems[i], text) for i, text in zip(asked, texts, strict=True)]
-            found.append(Batch(load, length, name, number, took, right=right, **figures))
+            found.append(TimedBatch(load, length, name, number, took, right=right, **figures))
         yield found
 
 
@@ -226,7 +226,7 @@ def shares(round_number: int, load: int, place: int, loads: int) -> Iterator[tup
         yield round_number * many + part, range(first + part * load, first + (part + 1) * load)
 
 
-def read(work: Path, about: dict[str, Any]) -> list[Batch]:
+def read(work: Path, about: dict[str, Any]) -> list[TimedBatch]:
     """Return the batches of a directory that was begun alike, or begin one.
 
     Raises:
@@ -240,7 +240,7 @@ def read(work: Path, about: dict[str, Any]) -> list[Batch]:
     if differing:
         raise ConfigError(f"--work: {work} holds batches with other {differing[0]}; choose another directory")
     lines = (work / BATCHES).read_text().splitlines() if (work / BATCHES).exists() else []
-    return [Batch(**json.loads(line)) for line in lines]
+    return [TimedBatch(**json.loads(line)) for line in lines]
 
 
 def main(
@@ -295,7 +295,7 @@ def main(
 
 
 def report(
-    batches: Sequence[Batch], about: dict[str, Any], json_path: Path | None, plot: Path | None, accuracy: Path | None
+    batches: Sequence[TimedBatch], about: dict[str, Any], json_path: Path | None, plot: Path | None, accuracy: Path | None
 ) -> None:
     """Show the figures, and write them."""
     rows = rows_of(batches)

@@ -17,7 +17,7 @@ inside = benchmark("inside")
 
 def batch(k: int, mode: str, number: int, seconds: float, tokens: list[int], steps: list[int]) -> Any:
     n = len(tokens)
-    return inside.Batch(n, k, mode, number, seconds, [1.0] * n, [seconds] * n, tokens, steps, [1.0, 0.0][:n])
+    return inside.TimedBatch(n, k, mode, number, seconds, [1.0] * n, [seconds] * n, tokens, steps, [1.0, 0.0][:n])
 
 
 def test_a_round_asks_sixteen_problems_of_each_load_and_no_two_loads_the_same() -> None:
