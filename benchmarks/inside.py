@@ -295,7 +295,11 @@ def main(
 
 
 def report(
-    batches: Sequence[TimedBatch], about: dict[str, Any], json_path: Path | None, plot: Path | None, accuracy: Path | None
+    batches: Sequence[TimedBatch],
+    about: dict[str, Any],
+    json_path: Path | None,
+    plot: Path | None,
+    accuracy: Path | None,
 ) -> None:
     """Show the figures, and write them."""
     rows = rows_of(batches)
