@@ -12,6 +12,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := vllm_cospec/demo
 LAYOUT := build/layout
 RAY := $(addprefix tests/engine/test_,training.py shipped.py pool.py pool_faults.py evaluate.py tensor_parallel.py)
+COMPILED := $(addprefix tests/interpreted/test_,offline.py launch_keys.py)
 FAST := not engine and not interpreted and not slow
 PARTS := test-engines test-ray test-interpreted test-unit
 ALONE := $(addprefix tests/unit/,arbiter policies training)
@@ -71,10 +72,11 @@ test-ray: $(STAMP)
 	$(BIN)/pytest $(SELECT) $(RAY)
 
 test-interpreted: $(STAMP)
-	$(BIN)/pytest $(SELECT) tests/interpreted
+	$(BIN)/pytest $(SELECT) tests/interpreted $(addprefix --ignore=,$(COMPILED))
 
+# The shortest, so it takes some of the longest.
 test-unit: $(STAMP)
-	$(BIN)/pytest $(SELECT) $(filter-out $(addprefix tests/,engine interpreted support __pycache__),$(patsubst %/,%,$(wildcard tests/*/)))
+	$(BIN)/pytest $(SELECT) $(COMPILED) $(filter-out $(addprefix tests/,engine interpreted support __pycache__),$(patsubst %/,%,$(wildcard tests/*/)))
 
 # That version exists for GPUs alone: its Python code runs here over the compiled modules of the CPU build.
 compat: $(STAMP) ## run the engine tests, V1 and interpreted V2, on vLLM $(COMPAT) (fetched by name, 340 MB)
