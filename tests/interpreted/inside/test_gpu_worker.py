@@ -81,7 +81,10 @@ def test_what_arbitration_cannot_be_combined_with_on_v2_is_refused(
     changes: dict[str, Any], sentence: str | None
 ) -> None:
     names = {"num_speculative_tokens": K, "enable_adaptive_verification": False, "rejection_sample_method": "standard"}
-    config: Any = SimpleNamespace(draft_sample_method="greedy", **{key: changes.get(key, names[key]) for key in names})
+    # 0.33 reads the parameters of its own fly, whatever the method
+    fly = dict.fromkeys(("fly_entropy_threshold", "fly_entropy_top_k", "fly_window_size"))
+    own = {key: changes.get(key, names[key]) for key in names}
+    config: Any = SimpleNamespace(draft_sample_method="greedy", **fly, **own)
     watermarking: Any = object.__new__(GPUWatermarkSampler)
     runner = SimpleNamespace(
         rejection_sampler=RejectionSampler(watermarking, config, META, watermark_key=changes.get("watermark_key")),
