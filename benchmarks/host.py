@@ -69,11 +69,10 @@ def count(step: Callable[[], Any], *modules: Any) -> HostWork:
 @contextlib.contextmanager
 def looked_up(target: str, *modules: Any) -> Iterator[None]:
     """Let every launch of a kernel in these modules look its program up, as for one of ``offline.TARGETS``, no more."""
-    import triton
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from benchmarks.offline import TARGETS
+    from benchmarks.offline import TARGETS, replaced_kernels
 
     class Launcher:
         def __init__(self, kernel: Any):
@@ -83,19 +82,8 @@ def looked_up(target: str, *modules: Any) -> Iterator[None]:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return self._bind
 
-    kernels = [
-        (module, name, value)
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, triton.runtime.JITFunction)
-    ]
-    for module, name, value in kernels:
-        setattr(module, name, Launcher(value))
-    try:
+    with replaced_kernels(Launcher, *modules):
         yield
-    finally:
-        for module, name, value in kernels:
-            setattr(module, name, value)
 
 
 def microseconds(step: Callable[[], Any], repetitions: int, *modules: Any) -> float:

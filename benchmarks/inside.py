@@ -26,13 +26,15 @@ import typer
 
 from benchmarks.command import run as run_command
 from benchmarks.command import wide_console
+from benchmarks.resumed import require_alike
 from benchmarks.setup import Setup, served, set_up
 from benchmarks.side_by_side import turns
 from benchmarks.sweep import numbers
 from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.artefact import short_name
-from vllm_cospec.training.measure.intervals import accuracy_interval
+from vllm_cospec.training.counts import Counts
+from vllm_cospec.training.measure.intervals import accuracy_interval, middle, resampled_quotient, resamples
 from vllm_cospec.training.measure.modes import parse_mode, split_modes
 from vllm_cospec.training.measure.plots import plot_accuracy
 from vllm_cospec.training.measure.provenance import write_result
@@ -112,32 +114,19 @@ def answer(
     return seconds, figures, [outputs[n].text for n in names]
 
 
-def resamples(count: int) -> np.ndarray:
-    """Return numbers of batches drawn with replacement, [RESAMPLES, count]."""
-    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-
-
-def interval(values: np.ndarray, count: int) -> list[float] | None:
-    """Return the middle 95 % of resampled figures; None of too few batches."""
-    return np.percentile(values, [2.5, 97.5]).tolist() if count >= FEWEST else None
-
-
 def speed(batches: Sequence[TimedBatch], of: Speed) -> tuple[float, list[float] | None]:
     """Return what was done in a second, the sum over the time's sum, with its 95 % bootstrap interval."""
     own = np.array([of(batch) for batch in batches])
-    drawn = own[resamples(len(own))].sum(1)
-    return float(own[:, 0].sum() / own[:, 1].sum()), interval(drawn[:, 0] / drawn[:, 1], len(own))
+    drawn = own[resamples(len(own), RESAMPLES)].sum(1)
+    interval = middle(drawn[:, 0] / drawn[:, 1])
+    return float(own[:, 0].sum() / own[:, 1].sum()), interval if len(own) >= FEWEST else None
 
 
 def times(ours: Sequence[TimedBatch], theirs: Sequence[TimedBatch], of: Speed) -> tuple[float, list[float] | None]:
     """Return how many times as fast one was as the other on the same batches, with its 95 % bootstrap interval."""
     one, two = (np.array([of(batch) for batch in side]) for side in (ours, theirs))
-    drawn = resamples(len(one))
-
-    def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.asarray((a[..., 0].sum(-1) / a[..., 1].sum(-1)) / (b[..., 0].sum(-1) / b[..., 1].sum(-1)))
-
-    return float(quotient(one, two)), interval(quotient(one[drawn], two[drawn]), len(one))
+    found, interval = resampled_quotient(one, two, RESAMPLES)
+    return found, interval if len(one) >= FEWEST else None
 
 
 def rows_of(batches: Sequence[TimedBatch]) -> list[dict[str, Any]]:
@@ -149,12 +138,15 @@ def rows_of(batches: Sequence[TimedBatch]) -> list[dict[str, Any]]:
     for (concurrency, k, mode), own in sorted(grouped.items()):
         mine = list(own.values())
         right = np.array(list(itertools.chain.from_iterable(batch.right for batch in mine)))
-        tokens, steps = (sum(map(sum, (getattr(batch, name) for batch in mine))) for name in ("tokens", "steps"))
+        tokens, steps = (
+            np.array([*itertools.chain.from_iterable(getattr(batch, name) for batch in mine)])
+            for name in ("tokens", "steps")
+        )
         row: dict[str, Any] = {
             "concurrency": concurrency, "num_speculative_tokens": k, "mode": mode, "num_batches": len(mine),
             "num_answers": len(right), "accuracy": float(right.mean()), "accuracy_ci95": list(accuracy_interval(right)),
-            "acceptance_length": (tokens - len(right)) / max(1, steps - len(right)),
-            "mean_output_tokens": tokens / len(right),
+            "acceptance_length": Counts.of_responses(tokens, steps).acceptance_length,
+            "mean_output_tokens": float(tokens.mean()),
             "ttft_ms_p50": 1e3 * float(np.median(list(itertools.chain.from_iterable(b.first for b in mine)))),
         }  # fmt: skip
         for name, of in SPEEDS.items():
@@ -236,9 +228,7 @@ def read(work: Path, about: dict[str, Any]) -> list[TimedBatch]:
     if not (work / ABOUT).exists():
         write_text(work / ABOUT, json.dumps(about, indent=1) + "\n")
     found = json.loads((work / ABOUT).read_text())
-    differing = [key for key, value in about.items() if found.get(key) != value]
-    if differing:
-        raise ConfigError(f"--work: {work} holds batches with other {differing[0]}; choose another directory")
+    require_alike(found, about, f"--work: {work} holds batches with other", "directory")
     lines = (work / BATCHES).read_text().splitlines() if (work / BATCHES).exists() else []
     return [TimedBatch(**json.loads(line)) for line in lines]
 

@@ -23,6 +23,7 @@ import typer
 from benchmarks.command import run as run_command
 from benchmarks.command import several, wide_console
 from benchmarks.pareto import families, grid
+from benchmarks.resumed import require_alike
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError
@@ -31,6 +32,7 @@ from vllm_cospec.training.artefact import portable
 from vllm_cospec.training.config import PairConfig, TrainConfig, load_train_config
 from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.evaluate import prepare
+from vllm_cospec.training.measure.intervals import resampled_quotient
 from vllm_cospec.training.measure.modes import Mode, parse_mode
 from vllm_cospec.training.measure.outcome import Outcome, compare, table_of
 from vllm_cospec.training.measure.plots import plot_accuracy
@@ -248,9 +250,7 @@ def answers(
     work.mkdir(parents=True, exist_ok=True)
     if (work / ABOUT).exists():
         found = json.loads((work / ABOUT).read_text())
-        differing = [key for key, value in about.items() if found.get(key) != value]
-        if differing:
-            raise ConfigError(f"--work: {work} holds answers with another {differing[0]}; choose another directory")
+        require_alike(found, about, f"--work: {work} holds answers with another", "directory")
     else:
         write_text(work / ABOUT, json.dumps({**about, "environment": environment()}, indent=1) + "\n")
     answering = Answering(run, work, drawn, temperature)
@@ -333,22 +333,12 @@ def times_strict(kept: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, A
     behind = {
         mode: np.array([[row["tokens"] - 1, row["steps"] - 1] for row in rows], float) for mode, rows in kept.items()
     }
-    drawn = np.random.default_rng(0).integers(0, len(behind[BASELINE]), (RESAMPLES, len(behind[BASELINE])))
-    once, often = ({mode: own.sum(0) for mode, own in behind.items()},
-                   {mode: own[drawn].sum(1) for mode, own in behind.items()})  # fmt: skip
-
-    def quotient(of: dict[str, np.ndarray], mode: str) -> np.ndarray:
-        lengths = [of[name][..., 0] / of[name][..., 1] for name in (mode, BASELINE)]
-        return np.asarray(lengths[0] / lengths[1])
-
-    return {
-        mode: {
-            "times_strict": float(quotient(once, mode)),
-            "ci95": np.percentile(quotient(often, mode), [2.5, 97.5]).tolist(),
-        }
-        for mode in behind
-        if mode not in (BASELINE, "target", "draft")
-    }
+    found = {}
+    for mode, own in behind.items():
+        if mode not in (BASELINE, "target", "draft"):
+            times, interval = resampled_quotient(own, behind[BASELINE], RESAMPLES)
+            found[mode] = {"times_strict": times, "ci95": interval}
+    return found
 
 
 @app.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,24 @@ class Resources:
 
 
 @contextlib.contextmanager
+def replaced_kernels(stand_in: Callable[[Any], Any], *modules: Any) -> Iterator[None]:
+    """Put ``stand_in(kernel)`` in the place of every kernel found in these modules."""
+    replaced = [
+        (module, name, value)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.runtime.JITFunction)
+    ]
+    for module, name, value in replaced:
+        setattr(module, name, stand_in(value))
+    try:
+        yield
+    finally:
+        for module, name, value in replaced:
+            setattr(module, name, value)
+
+
+@contextlib.contextmanager
 def recorded_launches(*modules: Any) -> Iterator[list[Launch]]:
     """Record, instead of running, every launch of a kernel found in these modules."""
     launches: list[Launch] = []
@@ -75,19 +93,8 @@ def recorded_launches(*modules: Any) -> Iterator[list[Launch]]:
 
             return launch
 
-    replaced = [
-        (module, name, value)
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, triton.runtime.JITFunction)
-    ]
-    for module, name, value in replaced:
-        setattr(module, name, LaunchRecorder(value))
-    try:
+    with replaced_kernels(LaunchRecorder, *modules):
         yield launches
-    finally:
-        for module, name, value in replaced:
-            setattr(module, name, value)
 
 
 def compile_launch(launch: Launch, target: str) -> Resources:

@@ -28,6 +28,7 @@ if not __package__:  # run as a file: the package is found from the root
 from benchmarks import rounds as results
 from benchmarks.command import run, wide_console
 from benchmarks.load import Load
+from benchmarks.resumed import require_alike
 from benchmarks.setup import served, set_up
 from benchmarks.throughput import BUNDLED_ARBITER, require_shares, run_rounds
 from vllm_cospec.errors import ConfigError
@@ -135,9 +136,7 @@ def earlier_rows(path: Path | None, about: dict[str, Any]) -> list[dict[str, Any
     if path is None or not path.exists():
         return []
     found = json.loads(path.read_text())
-    differing = [key for key, value in about.items() if found.get("about", {}).get(key) != value]
-    if differing:
-        raise ConfigError(f"--json: {path} holds a sweep with other {differing[0]}; choose another file")
+    require_alike(found.get("about", {}), about, f"--json: {path} holds a sweep with other", "file")
     rows: list[dict[str, Any]] = found["rows"]
     return rows
 

@@ -41,6 +41,32 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
+def resamples(count: int, number: int) -> np.ndarray:
+    """Return numbers below ``count`` drawn with replacement, int64 [number, count]; seeded."""
+    return np.random.default_rng(0).integers(0, count, (number, count))
+
+
+def middle(values: np.ndarray) -> list[float]:
+    """Return the middle 95 % of resampled figures."""
+    found: list[float] = np.percentile(values, [2.5, 97.5]).tolist()
+    return found
+
+
+def resampled_quotient(ours: np.ndarray, theirs: np.ndarray, number: int) -> tuple[float, list[float]]:
+    """Return how many times theirs our rate is, and its 95 % bootstrap interval; the same rows are drawn for both.
+
+    Args:
+        ours, theirs: [n, 2] of the same things: what was done, and what it took. A rate is the sum over the sum.
+        number: of resamples.
+    """
+    drawn = resamples(len(ours), number)
+
+    def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.asarray((a[..., 0].sum(-1) / a[..., 1].sum(-1)) / (b[..., 0].sum(-1) / b[..., 1].sum(-1)))
+
+    return float(quotient(ours, theirs)), middle(quotient(ours[drawn], theirs[drawn]))
+
+
 def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, tuple[float, float]]:
     """Return the difference of two mean scores on the same problems and its 95 % interval.
 

@@ -32,6 +32,10 @@ SLOT, SPENT = "cospec_slot", "cospec_spent"  # attributes of vLLM's CachedReques
 _UNIT = 4  # int32: what a kernel is given begins at multiples of 16 bytes, or Triton compiles another for it
 
 
+def _rounded(size: int) -> int:
+    return -(-size // _UNIT) * _UNIT
+
+
 @dataclass(frozen=True)
 class SlotEntry:
     """One request's settings, in the numbers of :class:`vllm_cospec.kernels.triton.step.Slots`."""
@@ -76,8 +80,7 @@ class Spent:
     """What the request in each slot has spent of its budgets. One that loses its slot takes it along to the next."""
 
     def __init__(self, size: int, device: torch.device, scores: bool):
-        rounded = -(-size // _UNIT) * _UNIT
-        self._table = torch.zeros(3 + NUM_BINS * scores, rounded, dtype=torch.int32, device=device)
+        self._table = torch.zeros(3 + NUM_BINS * scores, _rounded(size), dtype=torch.int32, device=device)
         self.overrides = self._table[0, :size]  # [S], the kernels add to it
         self.regret = self._table[1, :size].view(torch.float32)  # [S], likewise; nats
         self.stops = self._table[2, :size]  # [S], likewise; blocks that ended at a mismatch
@@ -140,7 +143,7 @@ class Columns:
     def __init__(self, size: int, vector: Tensor):
         """Cut up a vector of :meth:`length` int32."""
         self.vector = vector
-        parts = vector.split(self._rounded(size))
+        parts = vector.split(self._lengths(size))
         self.arbitrated, self.max_overrides, self.exact_tokens, self.response_start, self.forced = (
             part[:size] for part in parts[:5]
         )
@@ -149,14 +152,14 @@ class Columns:
         self.ends = parts[8][: size * (1 + STOPS)].view(size, 1 + STOPS)
 
     @staticmethod
-    def _rounded(size: int) -> list[int]:
-        rounded = -(-size // _UNIT) * _UNIT
+    def _lengths(size: int) -> list[int]:
+        rounded = _rounded(size)
         return [rounded] * 7 + [2 * rounded, (1 + STOPS) * rounded]
 
     @classmethod
     def length(cls, size: int) -> int:
         """Return how many int32 the settings of so many slots take."""
-        return sum(cls._rounded(size))
+        return sum(cls._lengths(size))
 
 
 class Table:
