@@ -1,12 +1,14 @@
-"""What the parts of training are for, on the bundled pair: each is left out, or changed, with several seeds.
+"""What the parts of training are for: each is left out, or changed, with several seeds.
 
-Four kinds of runs are trained: the demo configuration with fewer updates, the same without its warm start, at a
-temperature, and with fewer draft tokens. The labels that the warm start of the first kind was fitted to are kept, and
-fitted again: alone, by logistic regression, and without one group of the statistics after another. A statistic is left
-out by giving the network its mean instead, which is 0 after standardising. Each arbiter's threshold is chosen on
-calibration problems, as ``cospec calibrate`` chooses it; test problems are the same for all.
+Four kinds of runs are trained: a configuration's, by default the bundled pair's, with fewer updates; the same without
+its warm start, at a temperature, and with fewer draft tokens. The labels that the warm start of the first kind was
+fitted to are kept, and fitted again: alone, by logistic regression, and without one group of the statistics after
+another. A statistic is left out by giving the network its mean instead, which is 0 after standardising. Each arbiter's
+threshold is chosen on calibration problems, as ``cospec calibrate`` chooses it; test problems are the same for all.
 
     python benchmarks/ablations.py --work runs/ablations --json benchmarks/results/ablations.json
+    python benchmarks/ablations.py --work DIR --config training/configs/code_gpu.toml --rule "mixture(weight=0.5)" \
+        --test-seed 2026 --in-process 5    # with one engine in this process, and no Ray
 
 What has been trained or measured is kept in the directory of ``--work`` and not done again.
 """
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import ray
 import torch
 import typer
 from safetensors.torch import load_file, save_file
@@ -29,25 +30,25 @@ from torch import Tensor
 if not __package__:  # run as a file: the package is found from the root
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.ablation_engines import Engines, OneEngine, OnRay, Piece
 from benchmarks.ablation_rows import AblationRow, markdown, paired, save_row, saved_rows
 from benchmarks.command import run as run_command
+from benchmarks.sweep import numbers
 from vllm_cospec.atomic import new_file
+from vllm_cospec.errors import ConfigError
 from vllm_cospec.kernels.statistics import INDEX
+from vllm_cospec.training.artefact import portable
 from vllm_cospec.training.commands import DEMO_CONFIG, notice
 from vllm_cospec.training.config import TrainConfig, load_train_config
 from vllm_cospec.training.learning.learner import Learner
 from vllm_cospec.training.learning.linear import linear_arbiter, logistic_regression
-from vllm_cospec.training.measure.calibrate import CHUNK, Answered, Part, SweepActor, chosen
-from vllm_cospec.training.measure.evaluate import evaluate
+from vllm_cospec.training.measure.calibrate import CHUNK, chosen
 from vllm_cospec.training.measure.fixed_sequence import STRICT, threshold_sequence
-from vllm_cospec.training.measure.modes import parse_mode
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.measure.thresholds import Sweep
 from vllm_cospec.training.preflight import CALIBRATION_SEED
-from vllm_cospec.training.rollout.actors import EngineActor, remote
 from vllm_cospec.training.rollout.episodes import Episodes
-from vllm_cospec.training.rollout.pool import Pool
-from vllm_cospec.training.rollout.session import engines_session
+from vllm_cospec.training.rollout.pool import UnitPool
 from vllm_cospec.training.tasks import Problem, load_task
 from vllm_cospec.training.trainer import Trainer
 
@@ -64,7 +65,7 @@ GROUPS = {
     "position in the response": ("output_position",),
 }  # fmt: skip
 NO_SCALE = 1e30  # a statistic divided by it is 0
-BOTH, TEMPERATURE, FEWER = "warm start and RL", 0.7, 4
+BOTH, TEMPERATURE = "warm start and RL", 0.7
 # the best of 85 settings on 500 calibration problems, see benchmarks/results/pareto_demo.json
 RULE = "relaxed_topk(top_n=10, delta=0.9)"
 
@@ -77,15 +78,19 @@ class Kind:
 
     name: str
     changes: dict[str, dict[str, Any]]  # of the configuration, by table
-    served: tuple[tuple[float, int | None], ...]  # temperature, K (None: the configuration's)
+    served: tuple[tuple[float, int], ...]  # temperature, K
 
 
-KINDS = (
-    Kind(BOTH, {}, ((0.0, None), (TEMPERATURE, None))),
-    Kind("RL alone", {"learner": {"warm_start_iterations": 0}}, ((0.0, None),)),
-    Kind("trained at T = 0.7", {"rollout": {"temperature": TEMPERATURE}}, ((TEMPERATURE, None), (0.0, None))),
-    Kind("trained with K = 4", {"pair": {"num_speculative_tokens": FEWER}}, ((0.0, None), (0.0, FEWER))),
-)
+def kinds_of(config: TrainConfig) -> tuple[Kind, ...]:
+    """Return what is trained for a configuration."""
+    k = config.pair.num_speculative_tokens
+    fewer = min(4, k - 2)
+    return (
+        Kind(BOTH, {}, ((0.0, k), (TEMPERATURE, k))),
+        Kind("RL alone", {"learner": {"warm_start_iterations": 0}}, ((0.0, k),)),
+        Kind("trained at T = 0.7", {"rollout": {"temperature": TEMPERATURE}}, ((TEMPERATURE, k), (0.0, k))),
+        Kind(f"trained with K = {fewer}", {"pair": {"num_speculative_tokens": fewer}}, ((0.0, k), (0.0, fewer))),
+    )
 
 
 def changed(config: TrainConfig, changes: dict[str, dict[str, Any]], **top: Any) -> TrainConfig:
@@ -110,12 +115,15 @@ class LabelKeeper(Trainer):
         return super()._learn(iteration, episodes)
 
 
-def train(config: TrainConfig, output: Path) -> Weights:
-    """Train a run, or go on with it; returns the weights of the arbiter that would ship."""
+def train(config: TrainConfig, output: Path, engines: Engines) -> Weights | None:
+    """Train a run, or go on with it; returns the weights of the arbiter that would ship, None without such engines."""
     kept = output / "arbiter.safetensors"
     if not kept.is_file():
+        if not engines.draft(config.pair.num_speculative_tokens):
+            return None
         trainer = LabelKeeper(config, output, resume=output.is_dir(), say=notice)
-        trainer.run()
+        engines.train(trainer)
+        notice(f"{time.strftime('%H:%M:%S')} trained: {output}")
         with new_file(kept) as partial:
             save_file(trainer.shipped()[1].state_dict(), partial)
     return load_file(kept)
@@ -161,33 +169,6 @@ def logistic(config: TrainConfig, trained: Weights, statistics: np.ndarray, wort
 
 
 @dataclass(frozen=True)
-class Piece(Part):
-    """Some problems for one arbiter."""
-
-    arbiter: str
-
-    @property
-    def key(self) -> Any:
-        """Identifies it."""
-        return self.arbiter, self.thresholds, self.temperature, self.index
-
-
-class Judge(SweepActor):
-    """An engine that answers problems with the arbiter that comes along."""
-
-    def __init__(self, config: TrainConfig, weights: Weights):
-        arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
-        EngineActor.__init__(self, config.pair, config.task, arbiter)
-        self._max_tokens = config.rollout.max_tokens
-
-    def work(self, part: Part, payload: Any) -> Answered:
-        """Answer some problems."""
-        self.ready()
-        self._engine.set_arbiter(payload, sample_actions=False)
-        return super().work(part, None)
-
-
-@dataclass(frozen=True)
 class Questions:
     """What everything is measured on."""
 
@@ -196,18 +177,21 @@ class Questions:
 
 
 def judged(
-    pool: Pool, name: str, weights: Weights, problems: list[Problem], thresholds: tuple[float, ...], temperature: float
-) -> Sweep:
+    pool: UnitPool, name: str, weights: Weights, problems: list[Problem], thresholds: tuple[float, ...],
+    temperature: float,
+) -> Sweep:  # fmt: skip
     """Answer problems at thresholds."""
     pieces = [
         Piece(i, tuple(problems[first : first + CHUNK]), thresholds, temperature, 1.0, name)
         for i, first in enumerate(range(0, len(problems), CHUNK))
     ]
-    pool.submit(pieces, ray.put(weights))
+    pool.submit(pieces, pool.put(weights))
     return Sweep.merge([one.sweep for done in pool.collect([p.key for p in pieces]) for one in done])
 
 
-def measure(pool: Pool, row: AblationRow, weights: Weights, problems: Questions, config: TrainConfig) -> AblationRow:
+def measure(
+    pool: UnitPool, row: AblationRow, weights: Weights, problems: Questions, config: TrainConfig
+) -> AblationRow:
     """Choose a threshold on calibration problems, and answer the test problems with it; strict has none to choose."""
     key = f"{row.variant}/{row.seed}/{row.num_speculative_tokens}"
     threshold = STRICT
@@ -237,93 +221,102 @@ def weights_of(variant: str, config: TrainConfig, trained: Weights, output: Path
     return trained
 
 
-def rows_wanted(kind: Kind, variant: str, seed: int, default: int) -> list[AblationRow]:
+def rows_wanted(kind: Kind, variant: str, seed: int) -> list[AblationRow]:
     """Return where an arbiter is to be served; what is fitted to a warm start again, as the run was trained only."""
     served = kind.served if variant == kind.name else kind.served[:1]
-    return [AblationRow(variant, seed, temperature, k or default) for temperature, k in served]
+    return [AblationRow(variant, seed, temperature, k) for temperature, k in served]
 
 
 def serve(
-    config: TrainConfig, wanted: list[tuple[AblationRow, Weights]], problems: Questions, work: Path, end: float
-) -> None:
+    config: TrainConfig, engines: Engines, wanted: list[tuple[AblationRow, Weights]], problems: Questions, work: Path,
+    end: float,
+) -> None:  # fmt: skip
     """Measure some rows until it is ``end``, with one set of engines for each K."""
-    if time.monotonic() > end:
-        return
     for k in sorted({row.num_speculative_tokens for row, _ in wanted}, reverse=True):
+        if not engines.draft(k) or time.monotonic() > end:
+            continue
         own = changed(config, {"pair": {"num_speculative_tokens": k}})
-        actor = remote(Judge, own.rollout.cpus_per_actor, own.rollout.gpus_per_actor)
-        first = wanted[0][1]
-        with (
-            engines_session(own, notice),
-            Pool(lambda: actor.remote(own, first), own.rollout.actors, depth=1) as pool,  # noqa: B023
-        ):
+        with engines.judging(own, wanted[0][1]) as pool:
             for row, weights in wanted:
                 if row.num_speculative_tokens == k and time.monotonic() < end:
                     save_row(work, measure(pool, row, weights, problems, own))
                     notice(f"{time.strftime('%H:%M:%S')} {row.key}")
 
 
-def measure_rule(config: TrainConfig, problems: Questions, work: Path) -> None:
-    """Answer the test problems by the rule that did best on calibration problems."""
-    row = AblationRow(RULE, 0, 0.0, config.pair.num_speculative_tokens)
-    if row.key in {found.key for found in saved_rows(work)}:
-        return
-    with engines_session(config, notice):
-        found = evaluate(config.pair, config.task, config.rollout, [parse_mode(RULE)], problems.test)
-    save_row(work, row.with_outcome(found[RULE].outcome, None))
-
-
 def main(
     work: Annotated[Path, typer.Option(help="Directory of what has been trained and measured.")],
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Training seeds, from 1 on.")] = 3,
-    iterations: Annotated[int, typer.Option(min=8, help="Updates of each run.")] = 16,
+    config: Annotated[Path, typer.Option(help="TOML file of the runs.")] = DEMO_CONFIG,
+    rule: Annotated[str, typer.Option(help="The rule that did best on calibration problems.")] = RULE,
+    only: Annotated[str | None, typer.Option(help="Kinds of runs, separated by semicolons; all if left out.")] = None,
+    seeds: Annotated[str, typer.Option(help="Training seeds, separated by commas.")] = "1,2,3",
+    iterations: Annotated[int, typer.Option(min=2, help="Updates of each run.")] = 16,
     calibration: Annotated[int, typer.Option(min=20, help="Calibration problems.")] = 500,
     test: Annotated[int, typer.Option(min=20, help="Test problems.")] = 1000,
+    test_seed: Annotated[int, typer.Option(help="Which test problems.")] = 4242,
+    in_process: Annotated[
+        int | None, typer.Option(help="One engine in this process, with so many draft tokens, and no Ray.")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Begin nothing more after so long.")] = float("inf"),
 ) -> None:
     """Train and measure what is missing."""
     end = time.monotonic() + 60 * minutes
-    demo = load_train_config(DEMO_CONFIG)
-    task = load_task(demo.task.name, **demo.task.options)
+    base = load_train_config(config)
+    k = base.pair.num_speculative_tokens
+    task = load_task(base.task.name, **base.task.options)
     problems = Questions(
-        task.problems(CALIBRATION_SEED, calibration, "calibration"), task.problems(4242, test, "test")
+        task.problems(CALIBRATION_SEED, calibration, "calibration"), task.problems(test_seed, test, "test")
     )  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
-
-    k = demo.pair.num_speculative_tokens
-    for kind in KINDS:
-        done = {row.key for row in saved_rows(work)}
-        wanted: list[tuple[AblationRow, Weights]] = []
-        for seed in range(1, seeds + 1):
-            config = changed(demo, kind.changes, seed=seed, iterations=iterations)
-            output = work / f"{kind.name.replace(' ', '-').replace('=', '')}-{seed}"
-            missing = [
-                (variant, row)
-                for variant in variants(kind)
-                for row in rows_wanted(kind, variant, seed, k)
-                if row.key not in done
-            ]
-            if not missing or (time.monotonic() > end and not (output / "arbiter.safetensors").is_file()):
-                continue
-            trained = train(config, output)
-            notice(f"{time.strftime('%H:%M:%S')} trained: {output}")
-            wanted += [(row, weights_of(variant, config, trained, output)) for variant, row in missing]
-        if kind.name == BOTH and wanted:
-            strict = [AblationRow("strict", 0, t, k) for t in (0.0, TEMPERATURE)]
-            wanted += [(row, wanted[0][1]) for row in strict if row.key not in done]
-        serve(demo, wanted, problems, work, end)
-        if kind.name == BOTH and time.monotonic() < end:
-            measure_rule(demo, problems, work)
+    engines: Engines = OnRay() if in_process is None else OneEngine(base, in_process)
+    with engines:
+        for kind in chosen_kinds(base, only):
+            done = {row.key for row in saved_rows(work)}
+            wanted: list[tuple[AblationRow, Weights]] = []
+            for seed in numbers(seeds, "--seeds"):
+                run = changed(base, kind.changes, seed=seed, iterations=iterations)
+                output = work / f"{kind.name.replace(' ', '-').replace('=', '')}-{seed}"
+                missing = [
+                    (variant, row)
+                    for variant in variants(kind)
+                    for row in rows_wanted(kind, variant, seed)
+                    if row.key not in done
+                ]
+                trained = train(run, output, engines) if missing and time.monotonic() < end else None
+                if trained is None:
+                    continue
+                wanted += [(row, weights_of(variant, run, trained, output)) for variant, row in missing]
+            if kind.name == BOTH and wanted:
+                strict = [AblationRow("strict", 0, t, k) for t in (0.0, TEMPERATURE)]
+                wanted += [(row, wanted[0][1]) for row in strict if row.key not in done]
+            serve(base, engines, wanted, problems, work, end)
+        row = AblationRow(rule, 0, 0.0, k)
+        if row.key not in {found.key for found in saved_rows(work)} and engines.draft(k) and time.monotonic() < end:
+            save_row(work, row.with_outcome(engines.outcome(base, rule, problems.test), None))
     rows = saved_rows(work)
     if json_path is not None:
-        how = f"{iterations} updates a run; {calibration} calibration and {test} test problems, seed 4242"
-        write_result(json_path, {"settings": how, "rule": RULE, "rows": [row.as_json() for row in rows]})
-    print(markdown(rows, RULE))
-    rule = next((row for row in rows if row.variant == RULE), None)
+        how = f"{iterations} updates a run; {calibration} calibration and {test} test problems, seed {test_seed}"
+        result = {"settings": how, "rule": rule, "config": portable(base), "rows": [row.as_json() for row in rows]}
+        write_result(json_path, result)
+    print(markdown(rows, rule))
+    against = next((row for row in rows if row.variant == rule), None)
     for row in rows:
-        if rule and row.seed and (row.temperature, row.num_speculative_tokens) == (0.0, k):
-            print(f"{row.key}, against {RULE}: {paired(row, rule)}")
+        if against and row.seed and (row.temperature, row.num_speculative_tokens) == (0.0, k):
+            print(f"{row.key}, against {rule}: {paired(row, against)}")
+
+
+def chosen_kinds(config: TrainConfig, only: str | None) -> list[Kind]:
+    """Return the kinds of runs that are named, or all.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
+    kinds = {kind.name: kind for kind in kinds_of(config)}
+    names = list(kinds) if only is None else [name.strip() for name in only.split(";")]
+    for name in names:
+        if name not in kinds:
+            raise ConfigError(f"--only: {name!r} is none of {'; '.join(kinds)}")
+    return [kinds[name] for name in names]
 
 
 if __name__ == "__main__":

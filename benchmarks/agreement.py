@@ -10,7 +10,9 @@ mismatches whose two answers differ say who was right; the oracle is the one tha
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
@@ -25,16 +27,19 @@ from benchmarks.command import run as run_command
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.errors import ConfigError
 from vllm_cospec.training.commands import DEMO_CONFIG
-from vllm_cospec.training.config import load_train_config
+from vllm_cospec.training.config import TrainConfig, load_train_config
 from vllm_cospec.training.measure.intervals import accuracy_interval
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.progress import progress_bar
 from vllm_cospec.training.rollout.actors import RolloutActor, remote
+from vllm_cospec.training.rollout.engine import Engine
 from vllm_cospec.training.rollout.episodes import Episodes
-from vllm_cospec.training.rollout.pool import Pool
+from vllm_cospec.training.rollout.in_process import roll_out_with
+from vllm_cospec.training.rollout.pool import Pool, UnitPool
 from vllm_cospec.training.rollout.session import engines_session
 from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import Split, load_task
+from vllm_cospec.training.tasks.grading import Graders
 
 EVERY = 1000  # branches per response: more than there are mismatches
 CHUNK = 125
@@ -73,6 +78,22 @@ def figures(episodes: Episodes) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def engines(config: TrainConfig, weights: dict[str, Any], in_process: bool, units: int) -> Iterator[UnitPool]:
+    """Have engines that roll out: on Ray, or one in this process."""
+    if in_process:
+        arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
+        with Graders(config.task) as graders:
+            yield roll_out_with(Engine(config.pair, arbiter, task=config.task), graders, config)
+        return
+    actor = remote(RolloutActor, config.rollout.cpus_per_actor, config.rollout.gpus_per_actor)
+    with (
+        engines_session(config),
+        Pool(lambda: actor.remote(config, weights), min(config.rollout.actors, units)) as pool,
+    ):
+        yield pool
+
+
 def main(
     artefact: Annotated[Path, typer.Option(help="Directory of the trained arbiter.")],
     config: Annotated[Path, typer.Option(help="TOML file of the pair and the task.")] = DEMO_CONFIG,
@@ -80,6 +101,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Which problems.")] = 2026,
     split: Annotated[str, typer.Option(help="calibration or test.")] = "test",
     threshold: Annotated[float | None, typer.Option(help="Instead of the artefact's own.")] = None,
+    in_process: Annotated[bool, typer.Option("--in-process", help="With one engine in this process, no Ray.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Measure the agreement."""
@@ -96,14 +118,11 @@ def main(
         Unit(0, i, tuple(test[first : first + CHUNK]), first, seed, limit)
         for i, first in enumerate(range(0, problems, CHUNK))
     ]
-    weights = arbiter.state_dict()
-    actor = remote(RolloutActor, rollout.cpus_per_actor, rollout.gpus_per_actor)
     with (
-        engines_session(run),
-        Pool(lambda: actor.remote(run, weights), min(rollout.actors, len(units))) as pool,
+        engines(run, arbiter.state_dict(), in_process, len(units)) as pool,
         progress_bar("branching", problems) as tick,
     ):
-        pool.submit(units, weights)
+        pool.submit(units, arbiter.state_dict())
         parts = pool.collect([u.key for u in units], tick=lambda parts: tick(sum(len(p.problem) for p in parts)))
     found = figures(Episodes.merge([episode for part in parts for episode in part]))
     result: dict[str, Any] = {"split": split, "seed": seed, "threshold": limit, **found}

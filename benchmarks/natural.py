@@ -44,7 +44,7 @@ from vllm_cospec.training.tasks.code_lines import first_line, learnt_lines, simi
 
 CONFIG = Path("training/configs/code.toml")
 ABOUT, ANSWERS = "about.json", "answers.jsonl"
-CHUNK = 100  # lines whose prompts stay cached while every mode answers them
+CHUNK = 100  # lines whose prompts stay cached while every mode answers them, by default
 BASELINE = "strict"  # emits the target's tokens
 RESAMPLES = 2000  # of lines, for an interval
 
@@ -140,13 +140,17 @@ def ask(
 class Answering:
     """Asks contestants, one engine after another, and appends what they answer."""
 
-    def __init__(self, config: TrainConfig, work: Path, problems: Sequence[Problem], temperature: float):
+    def __init__(
+        self, config: TrainConfig, work: Path, problems: Sequence[Problem], temperature: float, together: int = CHUNK
+    ):
         """Args:
         config: the pair, the task, the longest answer.
         work: where answers are kept.
         problems: the lines.
         temperature: of every contestant; 0 is greedy.
+        together: lines that are asked at once.
         """
+        self._together = together
         self._config, self._path, self._problems = config, work / ANSWERS, problems
         self._temperature = temperature
         self.done = {(row["mode"], row["problem"]) for row in read_answers(work)} if self._path.exists() else set()
@@ -157,9 +161,9 @@ class Answering:
 
     def ask(self, engine: Any, wanted: Sequence[Contestant]) -> Iterator[tuple[str, int]]:
         """Ask; yields the name of a contestant and how many lines it has answered."""
-        for first in range(0, len(self._problems), CHUNK):
+        for first in range(0, len(self._problems), self._together):
             engine.start_afresh()
-            numbers = range(first, min(first + CHUNK, len(self._problems)))
+            numbers = range(first, min(first + self._together, len(self._problems)))
             for contestant in wanted:
                 open_ = [number for number in numbers if (contestant.name, number) not in self.done]
                 if open_:
@@ -224,6 +228,8 @@ def answers(
     split: Annotated[str, typer.Option(help="calibration or test.")] = "calibration",
     problems: Annotated[int, typer.Option(min=1, help="How many lines.")] = 500,
     seed: Annotated[int, typer.Option(help="Which of the split's lines.")] = 77,
+    skip: Annotated[int, typer.Option(min=0, help="Leave out so many of them, which were asked before.")] = 0,
+    together: Annotated[int, typer.Option(min=1, help="Lines that are asked at once; a GPU takes more.")] = CHUNK,
     mode: Annotated[
         list[str] | None, typer.Option(help="A mode to ask; NAME: learned(...) for a named arbiter.")
     ] = None,
@@ -240,12 +246,12 @@ def answers(
     run = run.model_copy(update={"task": task})
     settings = itertools.chain.from_iterable(grid(run.pair.num_speculative_tokens).values()) if rules else ()
     wanted = contestants([*(mode or [BASELINE]), *settings], named_arbiters(arbiter))
-    drawn = load_task(run.task.name, **run.task.options).problems(seed, problems, cast(Split, split))
+    drawn = load_task(run.task.name, **run.task.options).problems(seed, skip + problems, cast(Split, split))[skip:]
     dumped = portable(run)
     about = {
         "split": split, "seed": seed, "num_problems": problems, "problems_sha256": digest(drawn),
-        "temperature": temperature, "pair": dumped["pair"],
-        "task": dumped["task"],
+        "temperature": temperature, "pair": dumped["pair"], "task": dumped["task"],
+        **({"skipped": skip} if skip else {}),
     }  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     if (work / ABOUT).exists():
@@ -253,7 +259,7 @@ def answers(
         require_alike(found, about, f"--work: {work} holds answers with another", "directory")
     else:
         write_text(work / ABOUT, json.dumps({**about, "environment": environment()}, indent=1) + "\n")
-    answering = Answering(run, work, drawn, temperature)
+    answering = Answering(run, work, drawn, temperature, together)
     wanted = [one for one in wanted if answering.left(one)]
     with progress_bar("answering", sum(answering.left(one) for one in wanted)) as tick:
         for kind in dict.fromkeys(one.engine for one in wanted):

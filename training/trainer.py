@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
@@ -34,7 +33,7 @@ from vllm_cospec.training.measure.report import Report
 from vllm_cospec.training.preflight import Say, check_training, held_out_problems
 from vllm_cospec.training.rollout.actors import RolloutActor, remote
 from vllm_cospec.training.rollout.episodes import Episodes, saved
-from vllm_cospec.training.rollout.pool import Pool
+from vllm_cospec.training.rollout.pool import Pool, UnitPool
 from vllm_cospec.training.rollout.session import engines_session
 from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tally import Tally
@@ -137,7 +136,18 @@ class Trainer:
         if self._set_aside:
             report.say(f"{len(self._set_aside)} prompts always lost their actor and were set aside")
 
-    def _run(self, pool: Pool, report: Report) -> None:
+    def run_with(self, pool: UnitPool) -> None:
+        """Take all updates that are left, with engines that are there already; with the same units, the same weights.
+
+        Raises:
+            CoSpecError: training cannot go on; the last checkpoint is intact.
+        """
+        if self.finished:
+            return
+        with Report(self.output, self.config.iterations, self._version) as report:
+            self._run(pool, report)
+
+    def _run(self, pool: UnitPool, report: Report) -> None:
         watch = FailureWatch(
             self.config.task.max_failed_rewards,
             int(self.tally["responses"] + self.tally["branches"]),
@@ -197,7 +207,7 @@ class Trainer:
             for index, first in enumerate(range(0, len(problems), size))
         ]
 
-    def _episodes(self, pool: Pool, report: Report) -> Iterator[tuple[int, Episodes]]:
+    def _episodes(self, pool: UnitPool, report: Report) -> Iterator[tuple[int, Episodes]]:
         """Yield (iteration, episodes) in order, with as much under way as staleness allows."""
         references: dict[int, Any] = {}
         submitted = self._version
@@ -206,7 +216,7 @@ class Trainer:
             while submitted < self.config.iterations and self.version_for(submitted) <= self._version:
                 version = self.version_for(submitted)
                 if version not in references:
-                    references[version] = ray.put(self._history[version])
+                    references[version] = pool.put(self._history[version])
                 units = self.units(submitted)
                 pool.submit(units, references[version])
                 under_way[submitted] = [unit.key for unit in units]
@@ -224,10 +234,10 @@ class Trainer:
         last = self._version == self.config.iterations
         return (last or self._version % every == 0) and self._evaluated < self._version
 
-    def _evaluate(self, pool: Pool) -> Episodes:
+    def _evaluate(self, pool: UnitPool) -> Episodes:
         """Answer the held-out problems as they would be served, and remember the weights if none did better."""
         units = self._units(HELD_OUT, self._held_out, threshold=SERVED_THRESHOLD, branches=False)
-        pool.submit(units, ray.put(self._history[self._version]))
+        pool.submit(units, pool.put(self._history[self._version]))
         results = pool.collect([unit.key for unit in units])
         episodes = Episodes.merge([part for parts in results for part in parts])
         gain = self.config.learner.speed_weight * saved(episodes.steps, episodes.tokens)

@@ -23,10 +23,10 @@ from vllm_cospec.training.measure.thresholds import Sweep, sweep
 from vllm_cospec.training.measure.traffic import traffic_of
 from vllm_cospec.training.prompts import target_tokenizer
 from vllm_cospec.training.rollout.actors import EngineActor, remote
-from vllm_cospec.training.rollout.engine import Request
+from vllm_cospec.training.rollout.engine import Engine, Request
 from vllm_cospec.training.rollout.pool import Pool
 from vllm_cospec.training.tasks import Problem, digest
-from vllm_cospec.training.tasks.grading import FailureWatch
+from vllm_cospec.training.tasks.grading import FailureWatch, Graders
 
 CHUNK = 250
 
@@ -70,25 +70,28 @@ class SweepActor(EngineActor):
     def work(self, part: Part, payload: None) -> Answered:
         """Answer some problems."""
         self.ready()
-        engine = self._engine
-        engine.start_afresh()
-        prompts = [engine.encode(problem.prompt) for problem in part.problems]
-        requests = [
-            Request(
-                prompt, min(self._max_tokens, engine.max_model_len - len(prompt)),
-                seed=part.index * CHUNK + i, temperature=part.temperature, top_p=part.top_p,
-            )
-            for i, prompt in enumerate(prompts)
-        ]  # fmt: skip
+        return answer_part(self._engine, self._graders, part, self._max_tokens)
 
-        failures: list[str] = []
 
-        def score(i: int, text: str) -> float:
-            grade = self._graders.submit(part.problems[i], text).result()
-            failures.extend([grade.failure] * bool(grade.failure))
-            return grade.score
+def answer_part(engine: Engine, graders: Graders, part: Part, max_tokens: int) -> Answered:
+    """Answer some problems at every threshold, with the arbiter that the engine has."""
+    engine.start_afresh()
+    prompts = [engine.encode(problem.prompt) for problem in part.problems]
+    requests = [
+        Request(
+            prompt, min(max_tokens, engine.max_model_len - len(prompt)),
+            seed=part.index * CHUNK + i, temperature=part.temperature, top_p=part.top_p,
+        )
+        for i, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    failures: list[str] = []
 
-        return Answered(sweep(engine.run, requests, part.thresholds, score), engine.dtype, tuple(failures))
+    def score(i: int, text: str) -> float:
+        grade = graders.submit(part.problems[i], text).result()
+        failures.extend([grade.failure] * bool(grade.failure))
+        return grade.score
+
+    return Answered(sweep(engine.run, requests, part.thresholds, score), engine.dtype, tuple(failures))
 
 
 def chosen(found: Sweep, config: TrainConfig) -> tuple[np.ndarray, int]:

@@ -36,6 +36,21 @@ SLOW = 3.0  # times the median of the units done so far, after which a unit goes
 SLOW_AFTER_S = 10.0  # and no sooner than this
 
 
+class UnitPool(Protocol):
+    """What a run hands its units to: :class:`Pool`, or an engine of its own process."""
+
+    set_aside: list[Any]
+
+    def put(self, payload: Any) -> Any:
+        """Return what units are to be submitted with, for a payload that many of them share."""
+
+    def submit(self, work: Iterable[Any], payload: Any = None) -> None:
+        """Queue units; ``payload`` goes along with each."""
+
+    def collect(self, keys: Iterable[Hashable], tick: Callable[[Any], None] = ...) -> list[Any]:
+        """Wait for the results of units and return them, a list for each."""
+
+
 class Work(Protocol):
     """A unit of work."""
 
@@ -129,6 +144,10 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         for actor in self._actors:
             _kill(actor)
+
+    def put(self, payload: Any) -> Any:
+        """Return what units are to be submitted with, for a payload that many of them share: it travels once."""
+        return ray.put(payload)
 
     def submit(self, work: Iterable[Any], payload: Any = None) -> None:
         """Queue units; ``payload`` goes along with each."""

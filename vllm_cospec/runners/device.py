@@ -114,12 +114,15 @@ class DevicePolicy:
         self._steps: list[TracedStep] = []
         self.sample_actions = False
         """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
+        self._program = self._compiled(settings.policy)
+
+    def _compiled(self, policy: Policy) -> Program:
         arbiter = None
-        if settings.policy.arbiter is not None:
+        if policy.arbiter is not None:
             from vllm_cospec.arbiter import load_artefact
 
-            arbiter, _ = load_artefact(Path(settings.policy.arbiter))
-        self._program = compile_policy(settings.policy, device, arbiter, settings.collect)
+            arbiter, _ = load_artefact(Path(policy.arbiter))
+        return compile_policy(policy, self._device, arbiter, self._settings.collect)
 
     def load_memory(self, counters: Tensor, vocab_size: int, num_rows: int, num_requests: int, use_fp64: bool) -> None:
         """Allocate what the kernels work in, for the largest step; called once, when the sampler is built."""
@@ -147,8 +150,8 @@ class DevicePolicy:
         self._program.weights.copy_(flatten_weights(state_dict))
 
     def set_policy(self, policy: Policy) -> None:
-        """Replace a rule by another; takes effect at the next step, which may have to compile its kernels first."""
-        self._program = compile_policy(policy, self._device, None, self._settings.collect)
+        """Replace the policy; takes effect at the next step, which may have to compile its kernels first."""
+        self._program = self._compiled(policy)
 
     def take_decisions(self) -> list[Decision]:
         """Return what was recorded since the last call, and forget it. Waits for the device."""

@@ -1,0 +1,155 @@
+"""What the ablations are trained and measured with: engines on Ray, or a single one in this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vllm_cospec.training.commands import notice
+from vllm_cospec.training.config import TrainConfig
+from vllm_cospec.training.learning.learner import Learner
+from vllm_cospec.training.measure.calibrate import Answered, Part, SweepActor, answer_part
+from vllm_cospec.training.measure.evaluate import CHUNK, Answers, Chunk, answer, evaluate
+from vllm_cospec.training.measure.modes import parse_mode
+from vllm_cospec.training.measure.outcome import Outcome
+from vllm_cospec.training.rollout.actors import EngineActor, remote
+from vllm_cospec.training.rollout.engine import Engine
+from vllm_cospec.training.rollout.in_process import InProcess, roll_out_with
+from vllm_cospec.training.rollout.pool import Pool, UnitPool
+from vllm_cospec.training.rollout.session import engines_session
+from vllm_cospec.training.tasks import Problem
+from vllm_cospec.training.tasks.grading import Graders
+from vllm_cospec.training.trainer import Trainer
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Piece(Part):
+    """Some problems for one arbiter."""
+
+    arbiter: str
+
+    @property
+    def key(self) -> Any:
+        """Identifies it."""
+        return self.arbiter, self.thresholds, self.temperature, self.index
+
+
+class Judge(SweepActor):
+    """An engine that answers problems with the arbiter that comes along."""
+
+    def __init__(self, config: TrainConfig, weights: Weights):
+        arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
+        EngineActor.__init__(self, config.pair, config.task, arbiter)
+        self._max_tokens = config.rollout.max_tokens
+
+    def work(self, part: Part, payload: Any) -> Answered:
+        """Answer some problems."""
+        self.ready()
+        self._engine.set_arbiter(payload, sample_actions=False)
+        return super().work(part, None)
+
+
+class Engines(Protocol):
+    """Use as a context manager around everything that is trained and measured."""
+
+    def __enter__(self) -> Engines: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def draft(self, k: int) -> bool:
+        """Whether there are engines that draft ``k`` tokens a step."""
+
+    def train(self, trainer: Trainer) -> None:
+        """Train a run to its end."""
+
+    def judging(self, config: TrainConfig, weights: Weights) -> contextlib.AbstractContextManager[UnitPool]:
+        """Return a pool that answers :class:`Piece`; payloads are an arbiter's weights, the first of them given."""
+
+    def outcome(self, config: TrainConfig, rule: str, problems: Sequence[Problem]) -> Outcome:
+        """Answer problems by a rule; nothing is trained or judged afterwards."""
+
+
+class OnRay(contextlib.nullcontext[Any]):
+    """Engines as ``cospec train`` has them: started for each run, and for each K that is served."""
+
+    def draft(self, k: int) -> bool:
+        """As :meth:`Engines.draft`."""
+        return True
+
+    def train(self, trainer: Trainer) -> None:
+        """As :meth:`Engines.train`."""
+        trainer.run()
+
+    @contextlib.contextmanager
+    def judging(self, config: TrainConfig, weights: Weights) -> Iterator[UnitPool]:
+        """As :meth:`Engines.judging`."""
+        actor = remote(Judge, config.rollout.cpus_per_actor, config.rollout.gpus_per_actor)
+        with (
+            engines_session(config, notice),
+            Pool(lambda: actor.remote(config, weights), config.rollout.actors, depth=1) as pool,
+        ):
+            yield pool
+
+    def outcome(self, config: TrainConfig, rule: str, problems: Sequence[Problem]) -> Outcome:
+        """As :meth:`Engines.outcome`."""
+        with engines_session(config, notice):
+            found = evaluate(config.pair, config.task, config.rollout, [parse_mode(rule)], problems)
+        return found[rule].outcome
+
+
+class OneEngine:
+    """An engine of this process, which drafts as many tokens as it was started with."""
+
+    def __init__(self, config: TrainConfig, k: int):
+        """Start it.
+
+        Args:
+            config: of pair, task and learner.
+            k: draft tokens a step.
+        """
+        self._k = k
+        pair = config.pair.model_copy(update={"num_speculative_tokens": k})
+        weights = Learner(config.learner, config.seed, 1).weights()
+        self._graders = Graders(config.task)
+        arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
+        self._engine = Engine(pair, arbiter, task=config.task)
+
+    def __enter__(self) -> OneEngine:
+        self._graders.wait_until_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._graders.close()
+
+    def draft(self, k: int) -> bool:
+        """As :meth:`Engines.draft`."""
+        return k == self._k
+
+    def train(self, trainer: Trainer) -> None:
+        """As :meth:`Engines.train`."""
+        trainer.run_with(roll_out_with(self._engine, self._graders, trainer.config))
+
+    @contextlib.contextmanager
+    def judging(self, config: TrainConfig, weights: Weights) -> Iterator[UnitPool]:
+        """As :meth:`Engines.judging`."""
+
+        def work(piece: Piece, own: Weights) -> Answered:
+            self._engine.set_arbiter(own, sample_actions=False)
+            return answer_part(self._engine, self._graders, piece, config.rollout.max_tokens)
+
+        yield InProcess(work)
+
+    def outcome(self, config: TrainConfig, rule: str, problems: Sequence[Problem]) -> Outcome:
+        """As :meth:`Engines.outcome`."""
+        mode, most = parse_mode(rule), config.rollout.max_tokens
+        chunks = [
+            Chunk(mode, i, tuple(problems[first : first + CHUNK]))
+            for i, first in enumerate(range(0, len(problems), CHUNK))
+        ]
+        return Answers.merge([answer(self._engine, chunk, self._graders, most) for chunk in chunks]).outcome
