@@ -58,7 +58,8 @@ def drawn(work: Path) -> list[Problem]:
     """
     about = json.loads((work / ABOUT).read_text())
     task = load_task(about["task"]["name"], **about["task"]["options"])
-    problems = task.problems(about["seed"], about["num_problems"], cast(Split, about["split"]))
+    skip = about.get("skipped", 0)
+    problems = task.problems(about["seed"], skip + about["num_problems"], cast(Split, about["split"]))[skip:]
     if digest(problems) != about["problems_sha256"]:
         raise ConfigError(f"--calibration, --test: {work} is about other lines than the installed package gives")
     return problems

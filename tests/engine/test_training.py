@@ -78,6 +78,21 @@ class Dying(Trainer):
 
 Dying(load_train_config(Path(sys.argv[1])), Path(sys.argv[2]), resume=True).run()
 """
+IN_PROCESS = """
+import sys
+from pathlib import Path
+from vllm_cospec.training.config import load_train_config
+from vllm_cospec.training.rollout.engine import Engine
+from vllm_cospec.training.rollout.in_process import roll_out_with
+from vllm_cospec.training.tasks.grading import Graders
+from vllm_cospec.training.trainer import Trainer
+
+config = load_train_config(Path(sys.argv[1]))
+trainer = Trainer(config, Path(sys.argv[2]), resume=False)
+arbiter = {"hidden_sizes": config.learner.hidden_sizes, "state_dict": trainer.learner.weights()}
+with Graders(config.task) as graders:
+    trainer.run_with(roll_out_with(Engine(config.pair, arbiter, task=config.task), graders, config))
+"""
 LOSES_A_NODE = """
 import sys
 from pathlib import Path
@@ -149,6 +164,15 @@ def final(output: Path) -> Checkpoint:
     return found
 
 
+def require_same(expected: Checkpoint, found: Checkpoint) -> None:
+    assert expected.tensors.keys() == found.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(tensor, found.tensors[name]), name
+    assert expected.facts["best"] == found.facts["best"]
+    for name in ("responses", "branches", "discarded_branches", "telling_branches", "generated_tokens"):
+        assert expected.facts["totals"][name] == found.facts["totals"][name]  # nothing was counted twice
+
+
 def check_calibrated(directory: Path) -> ArtefactConfig:
     _, artefact = load_artefact(directory)
     thresholds = [point.threshold for point in artefact.calibration]
@@ -199,9 +223,15 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
     assert refused.returncode == 1
     assert "is not empty; pass --resume" in refused.stderr
 
+    log = tmp_path / "broken.log"
+    # Without Ray, on an engine of the driver's own process.
+    own = tmp_path / "own"
+    with training([sys.executable, "-c", IN_PROCESS, str(write_config(tmp_path, 1)), str(own)], log) as process:
+        assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
+    require_same(final(straight), final(own))
+
     # On two actors: one is killed in mid-rollout, then, inside that iteration, the driver. It goes on with one.
     one, two = write_config(tmp_path, 1), write_config(tmp_path, 2)
-    log = tmp_path / "broken.log"
     with training([sys.executable, "-c", TRAIN_ONLY, str(two), str(broken)], log) as process:
         wait_for(lambda: updates(broken) >= 1, process)
         victim = wait_for(lambda: descendants(process, "ray::RolloutActor.work"), process)[0]
@@ -238,10 +268,4 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
 
     lines = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == list(range(1, UPDATES + 1))
-    expected, found = final(straight), final(broken)
-    assert expected.tensors.keys() == found.tensors.keys()
-    for name, tensor in expected.tensors.items():
-        assert torch.equal(tensor, found.tensors[name]), name
-    assert expected.facts["best"] == found.facts["best"]
-    for name in ("responses", "branches", "discarded_branches", "telling_branches", "generated_tokens"):
-        assert expected.facts["totals"][name] == found.facts["totals"][name]  # nothing was counted twice
+    require_same(final(straight), final(broken))

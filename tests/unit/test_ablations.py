@@ -11,6 +11,7 @@ import torch
 from scripts import ROOT, benchmark
 
 from vllm_cospec.arbiter import Arbiter
+from vllm_cospec.errors import ConfigError
 from vllm_cospec.kernels.statistics import INDEX, NAMES, NUM_STATISTICS
 from vllm_cospec.training.commands import DEMO_CONFIG
 from vllm_cospec.training.config import TrainConfig, load_train_config
@@ -92,14 +93,31 @@ def test_changed_settings_are_checked_and_the_others_stay(demo: TrainConfig) -> 
         ablations.changed(demo, {"rollout": {"temperature": 7.0}})
 
 
-def test_what_is_fitted_again_is_served_as_it_was_trained_only() -> None:
-    both = ablations.KINDS[0]
-    assert [(row.temperature, row.num_speculative_tokens) for row in ablations.rows_wanted(both, both.name, 2, 7)] == [
+def test_what_is_fitted_again_is_served_as_it_was_trained_only(demo: TrainConfig) -> None:
+    both = ablations.kinds_of(demo)[0]
+    assert [(row.temperature, row.num_speculative_tokens) for row in ablations.rows_wanted(both, both.name, 2)] == [
         (0.0, 7), (0.7, 7),
     ]  # fmt: skip
     assert [
-        (row.temperature, row.num_speculative_tokens) for row in ablations.rows_wanted(both, "without draft", 2, 7)
+        (row.temperature, row.num_speculative_tokens) for row in ablations.rows_wanted(both, "without draft", 2)
     ] == [(0.0, 7)]
+
+
+def test_fewer_draft_tokens_are_fewer_than_a_configurations_own(demo: TrainConfig) -> None:
+    assert [kind.name for kind in ablations.kinds_of(demo)][-1] == "trained with K = 4"
+    few = ablations.changed(demo, {"pair": {"num_speculative_tokens": 5}})
+    last = ablations.kinds_of(few)[-1]
+    assert last.name == "trained with K = 3"
+    assert last.changes == {"pair": {"num_speculative_tokens": 3}}
+    assert last.served == ((0.0, 5), (0.0, 3))
+
+
+def test_kinds_are_chosen_by_name(demo: TrainConfig) -> None:
+    assert [kind.name for kind in ablations.chosen_kinds(demo, "RL alone; trained at T = 0.7")] == [
+        "RL alone", "trained at T = 0.7",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="--only: 'labels' is none of warm start and RL; RL alone;"):
+        ablations.chosen_kinds(demo, "labels")
 
 
 def test_rows_are_kept_and_become_a_table(tmp_path: Path) -> None:

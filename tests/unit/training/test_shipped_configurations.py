@@ -24,6 +24,7 @@ KINDS = {"qwen3": Qwen3Config, "llama31_eagle3": LlamaConfig, "llama33_70b": Lla
 # updates, units of all of them, responses, branches at most
 PLANS = {
     "code": None,
+    "code_gpu": None,
     "demo": (60, 240, 30_720, 61_440),
     "demo_branch_cold": None,
     "demo_group_cold": None,
@@ -52,7 +53,7 @@ def shipped(name: str, directory: Path) -> TrainConfig:
         task = task.model_copy(update={"options": task.options | options})
     elif not name.startswith("demo"):  # pairs that are built on a user's machine
         pair = pair.model_copy(update={role: str(bundled(role)) for role in ("target", "draft")})
-        if name == "code":
+        if name.startswith("code"):
             task = task.model_copy(update={"options": task.options | {"tokenizer": str(bundled("target"))}})
     return config.model_copy(update={"pair": pair, "task": task})
 
