@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,14 @@ import pytest
 import torch
 from processes import in_a_fork
 
+from vllm_cospec.arbiter import Arbiter, save_artefact
+from vllm_cospec.kernels.policies import Learned
+from vllm_cospec.training.artefact import artefact_config
 from vllm_cospec.training.config import LearnerConfig, PairConfig, RolloutConfig, TrainConfig, bundled
 from vllm_cospec.training.learning.learner import Learner
+from vllm_cospec.training.measure.modes import parse_mode
 from vllm_cospec.training.rollout.collect import roll_out
-from vllm_cospec.training.rollout.engine import Engine
+from vllm_cospec.training.rollout.engine import Engine, Request
 from vllm_cospec.training.rollout.episodes import Episodes
 from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import load_task
@@ -46,8 +52,15 @@ def roll_out_on_one_engine(config: TrainConfig) -> dict[str, Any]:
     weights = Learner(config.learner, seed=1, updates=1).weights()
     engine = Engine(config.pair, {"hidden_sizes": (8,), "state_dict": weights})
     sampler = engine._llm.llm_engine.model_executor.driver_worker.worker.cospec
-    found = {name: rolled_out(engine, keep) for name, keep in (("some", 0.4), ("always", 1 - 1e-6), ("again", 0.4))}
-    return {**found, "sampler": type(sampler).__module__}
+    found = {name: rolled_out(engine, keep) for name, keep in (("some", 0.4), ("always", 1 - 1e-6))}
+    engine.set_policy(parse_mode("fly(entropy_threshold=0.3, window=1)").policy)
+    prompt = engine.encode(load_task("demo").problems(seed=4, n=1, split="train")[0].prompt)
+    rule = engine.run([Request(prompt, 17, seed=1)])[0]
+    with tempfile.TemporaryDirectory() as directory:
+        save_artefact(Path(directory), Arbiter((8,)), artefact_config(config.pair, (8,)), "Any arbiter.\n")
+        engine.set_policy(Learned(artefact=directory))
+    found["again"] = rolled_out(engine, 0.4)
+    return {**found, "rule": [d.kept for d in rule.decisions], "sampler": type(sampler).__module__}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +78,11 @@ def test_v2_collects_decisions_of_the_weights_it_was_given(found: dict[str, Any]
     assert always.capped.all()
     assert always.acceptance_length == 4
     assert some.acceptance_length < 4
+
+
+def test_v2_follows_a_rule_and_an_arbiter_again(found: dict[str, Any]) -> None:
+    assert found["rule"]  # was asked; what it then does with the arbiter is the next test's
+    assert len(found["again"].kept) == len(found["some"].kept)
 
 
 def test_v2_branches_take_the_other_road_and_repeat_themselves(found: dict[str, Any]) -> None:
