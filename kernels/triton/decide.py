@@ -176,7 +176,8 @@ def decide(
     draft_ptr, draft_stride_0, draft_stride_1,
     drafted_ptr, position_ptr, seed_ptr, threshold_ptr, response_start_ptr,
     scores_ptr, scores_stride_0, scores_stride_1, edges_ptr,
-    forced_ptr, weights_ptr,
+    forced_ptr,
+    network, weights_ptr,  # of the learned policy: what is kept of it, all of it
     num_blocks, num_steps,
     first, second, seed, window,
     BLOCK_SIZE: tl.constexpr, PADDED_BLOCKS: tl.constexpr, PADDED_STEPS: tl.constexpr,
@@ -188,7 +189,10 @@ def decide(
     fields = rows_ptr + row * ROW_FIELDS
     draft_token = tl.load(drafted_ptr + row + 1).to(tl.int64)
     logit_top, logit_draft = tl.load(fields + LOGIT_TOP), tl.load(fields + LOGIT_DRAFT)
-    output_position = tl.load(position_ptr + row) + 1 - tl.load(response_start_ptr + slot)
+    position = tl.load(position_ptr + row)
+    output_position = position + 1 - tl.load(response_start_ptr + slot)
+    if POLICY == LEARNED:
+        bound = _score_bound(threshold_ptr, seed_ptr, slot, position, SAMPLE_ACTIONS)
     top, logprob_top = tl.load(fields + TOP), -tl.load(fields + LOG_SUM)
     logprob_draft = tl.maximum(logit_draft - logit_top + logprob_top, FLOOR)
     entropy, rank, gap = target_choices(
@@ -213,12 +217,11 @@ def decide(
                 num_steps,
             )  # fmt: skip
         if POLICY == LEARNED:
-            probability = network_score(x, weights_ptr, HIDDEN_1, HIDDEN_2, PADDED_1, PADDED_2)
+            probability = network_score(x, network, weights_ptr, HIDDEN_1, HIDDEN_2, PADDED_1, PADDED_2)
             if scores_ptr is not None:
                 histogram = scores_ptr + slot * scores_stride_0
                 _count_score(histogram, scores_stride_1, edges_ptr, probability, EDGES, PADDED_EDGES)
-            position = tl.load(position_ptr + row)
-            keep = probability > _score_bound(threshold_ptr, seed_ptr, slot, position, SAMPLE_ACTIONS)
+            keep = probability > bound
         else:
             keep = rule_keeps(
                 logprob_draft, logprob_top, entropy, rank, logit_draft, logit_top, extra, kl, q_draft,

@@ -35,6 +35,7 @@ from vllm_cospec.kernels.triton.target import place_of
 from vllm_cospec.kernels.triton.tiles import LOG2_E, aligned, base_of, combine, combine_moments, exp, load_logits
 
 _REGRET_UNIT = tl.constexpr(REGRET_UNIT)
+_TILE = tl.constexpr(2048)  # of bfloat16, 16 bytes for each thread
 
 
 @triton.jit
@@ -57,15 +58,49 @@ def _two_largest(first, second, other_first, other_second):
 
 
 @triton.jit
-def _two_largest_of(values, SIZE: tl.constexpr):
-    """The two largest of [SIZE] values; neighbours, which a thread holds, are merged as whole vectors."""
+def _second_largest_of(values, SIZE: tl.constexpr):
+    """The second of the largest of [SIZE] values; neighbours, which a thread holds, are merged as whole vectors."""
     one, other = tl.split(tl.reshape(values, (SIZE // 2, 2)))
     first, second = tl.maximum(one, other), tl.minimum(one, other)
     for level in tl.static_range(2):
         one, other = tl.split(tl.reshape(first, (SIZE // 4 >> level, 2)))
         one_second, other_second = tl.split(tl.reshape(second, (SIZE // 4 >> level, 2)))
         first, second = _two_largest(one, one_second, other, other_second)
-    return tl.reduce((first, second), 0, _two_largest)
+    _, second = tl.reduce((first, second), 0, _two_largest)
+    return second
+
+
+@triton.jit
+def _four_sums(a, b, c, d):
+    """The sums of four vectors; taken together they pass between warps at once."""
+    of_ab, of_cd = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=0))
+    of_a, of_b = tl.split(of_ab)
+    of_c, of_d = tl.split(of_cd)
+    return of_a, of_b, of_c, of_d
+
+
+@triton.jit
+def candidates_of(
+    rejected,  # [PADDED_STEPS] bool, by strict verification
+    is_open,  # [PADDED_STEPS] bool, to the policy
+    logit_top,  # [PADDED_STEPS]
+    logit_draft,  # [PADDED_STEPS]
+    steps,  # [PADDED_STEPS]
+    budget,  # overrides that the request has left
+    regret,  # that it has spent
+    max_regret,
+    PADDED_STEPS: tl.constexpr,
+):
+    """Positions the policy may come to: rejected, open, and paid for, as all rejected before them are.
+
+    It comes to a position when all before it are kept: every rejected draft before has been overridden, and has spent
+    of the budgets. -> bool, overrides before each position, what each costs of the regret; all [PADDED_STEPS].
+    """
+    cost = tl.where(rejected, given_up(logit_top, logit_draft), 0.0)
+    overrides = tl.cumsum(rejected.to(tl.int32), axis=0) - rejected.to(tl.int32)
+    is_open = is_open & (overrides < budget) & affordable(regret + tl.cumsum(cost, axis=0), max_regret)
+    end = tl.min(tl.where(rejected & ~is_open, steps, PADDED_STEPS), axis=0)
+    return rejected & (steps < end), overrides, cost
 
 
 @triton.jit
@@ -82,23 +117,23 @@ def own_candidates(
 ):
     """This program's share of the positions that the policy may come to, bool [PADDED_STEPS].
 
-    They are rejected and open, and so is every rejected position before them; the budgets let all of those be kept.
     Programs along the third axis of the grid take turns.
     """
     steps = tl.arange(0, PADDED_STEPS)
     present = steps < num_drafts
     fields = rows_ptr + (start + steps) * ROW_FIELDS
-    rejected = present & (tl.load(fields + ACCEPTED, mask=present, other=1.0) == 0.0)
-    is_open = tl.load(fields + STATUS, mask=present, other=0.0) == OPEN
-    end = tl.min(tl.where(rejected & ~is_open, steps, PADDED_STEPS), axis=0)
-    candidate = rejected & (steps < end)
-    before = tl.cumsum(candidate.to(tl.int32), axis=0) - 1
-    budget = tl.load(max_overrides_ptr + slot) - tl.load(overrides_so_far_ptr + slot)
-    logit_top = tl.load(fields + LOGIT_TOP, mask=candidate, other=0.0)
-    cost = given_up(logit_top, tl.load(fields + LOGIT_DRAFT, mask=candidate, other=0.0))
-    regret = tl.load(regret_so_far_ptr + slot) + tl.cumsum(cost, axis=0)
-    candidate &= (before < budget) & affordable(regret, tl.load(max_regret_ptr + slot))
-    return candidate & (before % tl.num_programs(2) == tl.program_id(2))
+    candidates, before, _ = candidates_of(
+        present & (tl.load(fields + ACCEPTED, mask=present, other=1.0) == 0.0),
+        tl.load(fields + STATUS, mask=present, other=0.0) == OPEN,
+        tl.load(fields + LOGIT_TOP, mask=present, other=0.0),
+        tl.load(fields + LOGIT_DRAFT, mask=present, other=0.0),
+        steps,
+        tl.load(max_overrides_ptr + slot) - tl.load(overrides_so_far_ptr + slot),
+        tl.load(regret_so_far_ptr + slot),
+        tl.load(max_regret_ptr + slot),
+        PADDED_STEPS,
+    )
+    return candidates & (before % tl.num_programs(2) == tl.program_id(2))
 
 
 @triton.jit
@@ -114,20 +149,29 @@ def _next_below(x):
 def _rank_in_block(
     logits,  # [BLOCK_SIZE]
     logit,  # of the token that is ranked
-    offsets,  # [BLOCK_SIZE]
     token,
+    row_ptr,  # [V] where the logits are from
     start,  # first token of the block
+    vocab_size,
+    width,
     BLOCK_SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     """How many tokens of the block come before a token: larger ones, and equals whose number is smaller.
 
     Only in the token's own block have equals to be told apart; elsewhere all of them come before it, or none.
     """
+    bound = tl.where(token < start + BLOCK_SIZE, logit, _next_below(logit))
+    rank = tl.sum(tl.where(logits > bound, 1.0, 0.0), axis=0)
     if (token >= start) & (token < start + BLOCK_SIZE):
-        before = tl.sum(((logits > logit) | ((logits == logit) & (offsets < token))).to(tl.int32), axis=0)
-    else:
-        before = tl.sum((logits > tl.where(token < start, logit, _next_below(logit))).to(tl.int32), axis=0)
-    return before
+        # The numbers of all logits in registers would push others out: those before the token are read once more.
+        equal = tl.zeros((_TILE,), tl.float32)
+        for tile in range(start, token, _TILE):
+            offsets = tile + tl.arange(0, _TILE)
+            again = load_logits(row_ptr, offsets, vocab_size, width, PADDED)
+            equal += tl.where((again == logit) & (offsets < token), 1.0, 0.0)
+        rank += tl.sum(equal, axis=0)
+    return rank
 
 
 @triton.jit(
@@ -172,33 +216,49 @@ def mismatch_kernel(
         row = start + position
         fields = rows_ptr + row * ROW_FIELDS
         partials = partials_ptr + row * MISMATCH_FIELDS * num_blocks + block
-        # Both blocks stay in registers: every logit is on its way before the first is looked at.
-        logits = load_logits(
-            raw_ptr + row * aligned(raw_stride, UNIT), offsets, vocab_size, aligned(raw_width, UNIT), PADDED
-        )
+        raw_row_ptr = raw_ptr + row * aligned(raw_stride, UNIT)
+        logits = load_logits(raw_row_ptr, offsets, vocab_size, aligned(raw_width, UNIT), PADDED)
         if draft_ptr is not None:
             draft_row_ptr = draft_ptr + slot * aligned(draft_stride_0, UNIT) + position * aligned(draft_stride_1, UNIT)
             draft = load_logits(draft_row_ptr, offsets, vocab_size, aligned(draft_width, UNIT), PADDED)
+        # Both blocks stay in registers. Without the barrier, and with what they are compared with read before it,
+        # compilers ask for half of them only when the other half has come.
+        tl.debug_barrier()
         token = tl.load(drafted_ptr + row + 1).to(tl.int32)
-        top = tl.load(fields + TOP).to(tl.int32)
-        rank = _rank_in_block(logits, tl.load(fields + LOGIT_DRAFT), offsets, token, block * BLOCK_SIZE, BLOCK_SIZE)
-        tl.store(partials + RANK_IN_BLOCK * num_blocks, rank.to(tl.float32))
-        if top // BLOCK_SIZE == block:  # of the other blocks it is known
-            tl.store(partials + SECOND * num_blocks, tl.max(tl.where(offsets == top, -INFINITY, logits), axis=0))
-        # logarithms to the base of 2 until they are summed, which spares a multiplication for every logit
-        log_sum = tl.load(fields + LOG_SUM) * LOG2_E
-        logprob = tl.maximum((logits - tl.load(fields + LOGIT_TOP)) * LOG2_E - log_sum, FLOOR * LOG2_E)
-        tl.store(partials + MOMENT * num_blocks, tl.sum(tl.exp2(logprob) * logprob, axis=0) / LOG2_E)
+        top, logit_top = tl.load(fields + TOP).to(tl.int32), tl.load(fields + LOGIT_TOP)
+        logit_draft, log_sum = tl.load(fields + LOGIT_DRAFT), tl.load(fields + LOG_SUM) * LOG2_E
         if draft_ptr is not None:
-            largest, second = _two_largest_of(draft, BLOCK_SIZE)
+            chosen = tl.load(draft_row_ptr + token).to(tl.float32)
+        rank = _rank_in_block(
+            logits, logit_draft, token, raw_row_ptr, block * BLOCK_SIZE, vocab_size,
+            aligned(raw_width, UNIT), BLOCK_SIZE, PADDED,
+        )  # fmt: skip
+        tl.store(partials + RANK_IN_BLOCK * num_blocks, rank)
+        if top // BLOCK_SIZE == block:  # of the other blocks it is known
+            tl.store(partials + SECOND * num_blocks, _second_largest_of(logits, BLOCK_SIZE))
+        if draft_ptr is not None:
+            largest = tl.max(draft, axis=0)
+            second = -INFINITY
+            if largest >= chosen:  # else the row's first choice is in another block, and the second no less than this
+                second = _second_largest_of(draft, BLOCK_SIZE)
+        # logarithms to the base of 2 until they are summed, which spares a multiplication for every logit
+        logprob = tl.maximum((logits - logit_top) * LOG2_E - log_sum, FLOOR * LOG2_E)
+        moment = tl.exp2(logprob) * logprob
+        if draft_ptr is None:
+            tl.store(partials + MOMENT * num_blocks, tl.sum(moment, axis=0) / LOG2_E)
+        else:
             shifted = draft - base_of(largest)
             weight = exp(shifted)
+            # below the floor a term is nil, and 0 x -inf is not
+            moment, draft_sum, draft_moment, cross = _four_sums(
+                moment, weight, weight * tl.maximum(shifted, FLOOR), weight * logprob
+            )
+            tl.store(partials + MOMENT * num_blocks, moment / LOG2_E)
             tl.store(partials + DRAFT_MAX * num_blocks, largest)
             tl.store(partials + DRAFT_SECOND * num_blocks, second)
-            tl.store(partials + DRAFT_SUM * num_blocks, tl.sum(weight, axis=0))
-            # below the floor a term is nil, and 0 x -inf is not
-            tl.store(partials + DRAFT_MOMENT * num_blocks, tl.sum(weight * tl.maximum(shifted, FLOOR), axis=0))
-            tl.store(partials + CROSS * num_blocks, tl.sum(weight * logprob, axis=0) / LOG2_E)
+            tl.store(partials + DRAFT_SUM * num_blocks, draft_sum)
+            tl.store(partials + DRAFT_MOMENT * num_blocks, draft_moment)
+            tl.store(partials + CROSS * num_blocks, cross / LOG2_E)
         position = tl.min(tl.where(candidates & (steps > position), steps, PADDED_STEPS), axis=0)
 
 

@@ -31,7 +31,8 @@ TYPICAL, RELAXED_TOPK, THRESHOLD, CASCADE, MARS, FLY, KL, RANDOM, LEARNED, ENTRO
     )
 )  # fmt: skip
 _LIMIT = tl.constexpr(INPUT_LIMIT)
-_TILE = tl.constexpr(16)  # rows of the second layer at a time: 16 x 256 floats fit the registers of four warps
+_KEPT = tl.constexpr(4096)  # floats of a second layer that the registers of four warps keep
+_TILE = tl.constexpr(16)  # rows of a larger one at a time, which has 256 columns at most
 _EARS_FLOOR = tl.constexpr(policies.EARS_FLOOR)
 _COIN_POSITION, _COIN_DRAFT, _COIN_TARGET = map(
     tl.constexpr, (policies.COIN_POSITION, policies.COIN_DRAFT, policies.COIN_TARGET)
@@ -110,8 +111,46 @@ def coin(seed, output_position, draft_token, target_token):
 
 
 @triton.jit
+def network_weights(
+    weights_ptr,
+    HIDDEN_1: tl.constexpr,
+    HIDDEN_2: tl.constexpr,
+    PADDED_1: tl.constexpr,
+    PADDED_2: tl.constexpr,
+):
+    """The learned policy's weights, asked for at once: in the middle of a decision their reads would wait in turn.
+
+    -> mean and scale [16]; weight [PADDED_1, 16] and bias of the first layer; what of the second is kept, weight
+    [PADDED_2, PADDED_1] or nothing where it is too large; bias and weight of the last, which follow it.
+    """
+    column, unit, row = tl.arange(0, STATISTICS), tl.arange(0, PADDED_1), tl.arange(0, PADDED_2)
+    present, there = unit < HIDDEN_1, row < HIDDEN_2
+    first_ptr = weights_ptr + 2 * STATISTICS
+    weight = tl.load(first_ptr + unit[:, None] * STATISTICS + column[None, :], mask=present[:, None], other=0.0)
+    first_ptr += HIDDEN_1 * STATISTICS
+    bias = tl.load(first_ptr + unit, mask=present, other=0.0)
+    second_ptr = first_ptr + HIDDEN_1
+    second = 0.0
+    if HIDDEN_2 == 0:
+        out = tl.load(second_ptr + unit, mask=present, other=0.0)
+        second_bias = 0.0
+        last = tl.load(second_ptr + HIDDEN_1)
+    else:
+        if PADDED_1 * PADDED_2 <= _KEPT:
+            place = row[:, None] * HIDDEN_1 + unit[None, :]
+            second = tl.load(second_ptr + place, mask=there[:, None] & present[None, :], other=0.0)
+        bias_ptr = second_ptr + HIDDEN_2 * HIDDEN_1
+        second_bias = tl.load(bias_ptr + row, mask=there, other=0.0)
+        out = tl.load(bias_ptr + HIDDEN_2 + row, mask=there, other=0.0)
+        last = tl.load(bias_ptr + 2 * HIDDEN_2)
+    mean, scale = tl.load(weights_ptr + column), tl.load(weights_ptr + STATISTICS + column)
+    return mean, scale, weight, bias, second, second_bias, out, last
+
+
+@triton.jit
 def network_score(
     statistics,  # [16] float32
+    network,  # of `network_weights`
     weights_ptr,
     HIDDEN_1: tl.constexpr,
     HIDDEN_2: tl.constexpr,
@@ -119,35 +158,26 @@ def network_score(
     PADDED_2: tl.constexpr,
 ):
     """The learned policy's score of one mismatch, in (0, 1)."""
-    column = tl.arange(0, STATISTICS)
-    mean = tl.load(weights_ptr + column)
-    scale = tl.load(weights_ptr + STATISTICS + column)
+    mean, scale, weight, bias, second, second_bias, out, logit = network
     x = tl.minimum(tl.maximum((statistics - mean) / scale, -_LIMIT), _LIMIT)
-    weights_ptr += 2 * STATISTICS
-    unit = tl.arange(0, PADDED_1)
-    present = unit < HIDDEN_1
-    weight = tl.load(weights_ptr + unit[:, None] * STATISTICS + column[None, :], mask=present[:, None], other=0.0)
-    weights_ptr += HIDDEN_1 * STATISTICS
-    hidden = tl.sum(weight * x[None, :], axis=1) + tl.load(weights_ptr + unit, mask=present, other=0.0)
-    hidden = tl.maximum(hidden, 0.0)
-    weights_ptr += HIDDEN_1
+    hidden = tl.maximum(tl.sum(weight * x[None, :], axis=1) + bias, 0.0)
     if HIDDEN_2 == 0:
-        logit = tl.sum(hidden * tl.load(weights_ptr + unit, mask=present, other=0.0), axis=0)
-        logit += tl.load(weights_ptr + HIDDEN_1)
+        logit += tl.sum(hidden * out, axis=0)
+    elif PADDED_1 * PADDED_2 <= _KEPT:
+        values = tl.sum(second * hidden[None, :], axis=1) + second_bias
+        logit += tl.sum(tl.maximum(values, 0.0) * out, axis=0)
     else:
+        unit = tl.arange(0, PADDED_1)
+        weights_ptr += 2 * STATISTICS + HIDDEN_1 * (STATISTICS + 1)
         bias_ptr = weights_ptr + HIDDEN_2 * HIDDEN_1
-        logit = tl.load(bias_ptr + 2 * HIDDEN_2)
         for first in range(0, PADDED_2, _TILE):
             row = first + tl.arange(0, _TILE)
             there = row < HIDDEN_2
-            tile = tl.load(
-                weights_ptr + row[:, None] * HIDDEN_1 + unit[None, :],
-                mask=there[:, None] & present[None, :],
-                other=0.0,
-            )
-            second = tl.sum(tile * hidden[None, :], axis=1) + tl.load(bias_ptr + row, mask=there, other=0.0)
-            out = tl.load(bias_ptr + HIDDEN_2 + row, mask=there, other=0.0)
-            logit += tl.sum(tl.maximum(second, 0.0) * out, axis=0)
+            place = row[:, None] * HIDDEN_1 + unit[None, :]
+            tile = tl.load(weights_ptr + place, mask=there[:, None] & (unit < HIDDEN_1)[None, :], other=0.0)
+            values = tl.sum(tile * hidden[None, :], axis=1) + tl.load(bias_ptr + row, mask=there, other=0.0)
+            last = tl.load(bias_ptr + HIDDEN_2 + row, mask=there, other=0.0)
+            logit += tl.sum(tl.maximum(values, 0.0) * last, axis=0)
     return 1.0 / (1.0 + tl.exp(-logit))
 
 

@@ -28,8 +28,8 @@ from vllm_cospec.kernels.triton.layout import (
     TOP,
     UNIFORM,
 )
-from vllm_cospec.kernels.triton.mismatch import affordable, given_up
-from vllm_cospec.kernels.triton.policies import rule_keeps
+from vllm_cospec.kernels.triton.mismatch import candidates_of
+from vllm_cospec.kernels.triton.policies import LEARNED, network_weights, rule_keeps
 from vllm_cospec.kernels.triton.target import place_of, temperature_of
 
 
@@ -123,8 +123,7 @@ def scan_kernel(
     stops = tl.load(stops_ptr + slot)
     sampled_ptr += request * sampled_stride
 
-    # A policy comes to a position when all before it are kept. So what it knows there of the block is known beforehand:
-    # every rejected draft before has been overridden, and has spent of the budgets.
+    # A policy comes to a position when all before it are kept, so what it knows there of the block is known beforehand.
     steps = tl.arange(0, PADDED_STEPS)
     present = steps < num_drafts
     rows = start + steps
@@ -138,11 +137,9 @@ def scan_kernel(
     logit_draft = tl.load(fields + LOGIT_DRAFT, mask=present, other=0.0)
     drafted = tl.load(drafted_ptr + rows + 1, mask=present, other=-1).to(tl.int64)
     rejected = present & (accepted == 0.0)
-    cost = tl.where(rejected, given_up(logit_top, logit_draft), 0.0)
-    overrides = tl.cumsum(rejected.to(tl.int32), axis=0) - rejected.to(tl.int32)
-    is_open = (status == OPEN) & (overrides < budget) & affordable(regret + tl.cumsum(cost, axis=0), max_regret)
-    end = tl.min(tl.where(rejected & ~is_open, steps, PADDED_STEPS), axis=0)
-    candidates = rejected & (steps < end)
+    candidates, overrides, cost = candidates_of(
+        rejected, status == OPEN, logit_top, logit_draft, steps, budget, regret, max_regret, PADDED_STEPS
+    )
 
     if partials_ptr is None:
         output_position = tl.load(position_ptr + rows, mask=present, other=0) + 1 - tl.load(response_start_ptr + slot)
@@ -152,6 +149,9 @@ def scan_kernel(
         )  # fmt: skip
     else:
         override = steps < 0
+        network = None
+        if POLICY == LEARNED:
+            network = network_weights(weights_ptr, HIDDEN_1, HIDDEN_2, PADDED_1, PADDED_2)
         match = tl.load(fields + MATCH, mask=present, other=0.0)
         i = tl.min(tl.where(candidates, steps, PADDED_STEPS), axis=0)
         while i < PADDED_STEPS:
@@ -159,9 +159,9 @@ def scan_kernel(
                 i, start + i, slot, steps, accepted, match, overrides, spent, num_drafts,
                 trace_statistics_ptr, trace_action_ptr, trace_probability_ptr, rows_ptr, blocks_ptr, partials_ptr,
                 draft_ptr, draft_stride_0, draft_stride_1, drafted_ptr, position_ptr, seed_ptr, threshold_ptr,
-                response_start_ptr, scores_ptr, scores_stride_0, scores_stride_1, edges_ptr, forced_ptr, weights_ptr,
-                num_blocks, num_steps, first, second, seed, window, BLOCK_SIZE, PADDED_BLOCKS, PADDED_STEPS, POLICY,
-                JOINT, KIND, K, COLLECT, SAMPLE_ACTIONS, HIDDEN_1, HIDDEN_2, PADDED_1, PADDED_2,
+                response_start_ptr, scores_ptr, scores_stride_0, scores_stride_1, edges_ptr, forced_ptr,
+                network, weights_ptr, num_blocks, num_steps, first, second, seed, window, BLOCK_SIZE, PADDED_BLOCKS,
+                PADDED_STEPS, POLICY, JOINT, KIND, K, COLLECT, SAMPLE_ACTIONS, HIDDEN_1, HIDDEN_2, PADDED_1, PADDED_2,
             )  # fmt: skip
             override = override | (steps == tl.where(keep, i, PADDED_STEPS))
             i = tl.where(keep, tl.min(tl.where(candidates & (steps > i), steps, PADDED_STEPS), axis=0), PADDED_STEPS)

@@ -52,6 +52,15 @@ def test_decisions_equal_the_reference(name: str, regime: str, tally: Counter[st
     assert compared >= 0.8 * total
 
 
+@pytest.mark.parametrize("hidden", [(70,), (70, 40), (72, 70)])
+def test_scores_of_larger_networks_decide_as_the_reference(hidden: tuple[int, ...]) -> None:
+    """One layer, two that stay in registers, and two of which the second is read in parts."""
+    network = arbiter(*hidden)
+    for seed in range(3):
+        case = cases.make_case(seed, k=5, agreement=0.4, dtype=(torch.float32, torch.bfloat16)[seed % 2])
+        assert check(case, POLICIES["learned"], network) >= 0.8 * len(case.num_drafts)
+
+
 @pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if not policy.needs_draft_logits])
 def test_positions_decided_at_once_are_decided_as_one_after_the_other(name: str) -> None:
     """Without a trace a rule that knows enough from the first pass decides all of a block together."""

@@ -20,7 +20,7 @@ from vllm_cospec.kernels import UNLIMITED
 from vllm_cospec.kernels.policies import Learned, Random, Strict, Typical
 from vllm_cospec.kernels.policies import coin as coin_on_cpu
 from vllm_cospec.kernels.triton import launch, mismatch, scan, target, verdict
-from vllm_cospec.kernels.triton.policies import coin, flatten_weights, network_score
+from vllm_cospec.kernels.triton.policies import coin, flatten_weights, network_score, network_weights
 from vllm_cospec.kernels.triton.step import Memory, Rows, Sampling, Slots
 from vllm_cospec.kernels.triton.workspace import Workspace
 
@@ -148,7 +148,8 @@ def test_the_network_clamps_its_inputs_as_it_does_on_a_cpu() -> None:
     @triton.jit
     def one(out_ptr, x_ptr, weights_ptr) -> None:  # type: ignore[no-untyped-def]
         x = tl.load(x_ptr + tl.arange(0, 16))
-        tl.store(out_ptr, network_score(x, weights_ptr, 16, 16, 16, 16))
+        kept = network_weights(weights_ptr, 16, 16, 16, 16)
+        tl.store(out_ptr, network_score(x, kept, weights_ptr, 16, 16, 16, 16))
 
     weights = flatten_weights(network.state_dict())
     for deviations in (0.5, 31.0, 33.0, -33.0, 1e6, float("inf")):
