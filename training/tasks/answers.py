@@ -9,12 +9,19 @@ else with what stands behind ``####``, else behind "the answer is", else with it
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 _SPACES = dict.fromkeys(map(ord, "\u00a0\u2007\u2009\u202f\u2060\ufeff"), " ")
-_CHARACTERS = _SPACES | {ord("\u2212"): "-", ord("\ufe63"): "-", ord("\uff0d"): "-", ord("\u2010"): "-"}
+_CHARACTERS = _SPACES | dict.fromkeys(map(ord, "\u2212\ufe63\uff0d\u2010\u2013"), "-") | {ord("\u221e"): r"\infty "}
+_POWERS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
+_POWER = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+")
+_ROOT = re.compile("\u221a ?(\\d+|[a-z](?![a-z])|\\([^()]*\\))")
+_VULGAR = re.compile("(\\d?)([\u00bc-\u00be\u2150-\u215e])")  # one half and its like, behind a whole number or not
+_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # but between digits: 3 1/2 is not 31/2
+_BASED = re.compile(r"(?P<digits>[0-9A-Z]+)(?:_\{?(?:\\text\{)?(?P<base>\d+)\}*)?")  # 1011_2
 _GROUPED = r"\d{1,3}(?:(?:,|\{,\}|\\,| |_|')\d{3})+|\d+"
 _CURRENCY = r"\\?[$€£¥]"
 _NUMBER = re.compile(
@@ -33,12 +40,18 @@ _WRAPPERS = (
 _BEHIND = re.compile(r"answer(?: is|:)", re.IGNORECASE)
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _COMMANDS = re.compile(r"\\[a-zA-Z]+")
-_FUNCTIONS = {"sin", "cos", "tan", "log", "ln", "exp", "sqrt", "pi", "lim", "max", "min", "cm", "mm", "km", "kg", "mph"}
+_TEXT = re.compile(r"\\(?:text|mathrm)\{([^{}]*)\}")
+_QUANTITY = re.compile(r"(?P<number>.*\d) ?(?P<unit>[A-Za-z]{2,}(?: [A-Za-z]{2,})*)")
+_FACTORS = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "percent"}
+_CLOCK = {"am", "pm"}
+_NAMES = {"sin", "cos", "tan", "log", "ln", "exp", "sqrt", "pi", "lim", "max", "min"}
+_FUNCTIONS = _NAMES | {"cm", "mm", "km", "kg", "mph"}
+_NO_UNITS = _FACTORS | _CLOCK | _NAMES | {"or", "and"}
 
 
 def plain(text: str) -> str:
     """Return a text without what does not change its meaning: delimiters around it, odd spaces and minus signs."""
-    text = " ".join(text.translate(_CHARACTERS).split())
+    text = " ".join(_latex(text).split())
     while True:
         inner = _unboxed(text)
         for wrapper in _WRAPPERS:
@@ -75,13 +88,21 @@ def canonical_number(text: str) -> str:
     return sign + re.sub(r"\D", "", found["whole"] or "0") + (found["decimals"] or "").removesuffix(".")
 
 
+def quantity(text: str) -> tuple[Fraction | None, str]:
+    """Return the number and the unit of ``18 dollars``; an empty unit, and no number, where there is none."""
+    found = _QUANTITY.fullmatch(" ".join(_TEXT.sub(r" \1 ", plain(text)).split()))
+    value = number(found["number"]) if found and not _NO_UNITS & set(found["unit"].lower().split()) else None
+    return (number(text), "") if found is None or value is None else (value, found["unit"].lower().rstrip("s"))
+
+
 def is_words(text: str) -> bool:
     """Whether an answer is words, a choice or a time of day rather than mathematics."""
     text = plain(text)
     bare = _COMMANDS.sub(" ", text)
     words = [word for word in _WORDS.findall(bare) if word.lower() not in _FUNCTIONS]
     single = re.fullmatch(r"[(\[]?[A-Za-z][)\].]?", text) is not None
-    return bool(words and not re.match(r"[-+]?[\d.,]+ ?[a-z]+$", text)) or single or ":" in text
+    unit = re.match(r"[-+]?[\d.,]+ ?([a-z]+)$", text)
+    return bool(words and (unit is None or unit[1] in _CLOCK | _FACTORS)) or single or ":" in text
 
 
 def final_answer(text: str) -> str:
@@ -130,11 +151,20 @@ def score(gold: str, text: str) -> float:
     expected = number(gold)
     if expected is not None and expected == number(answer):
         return 1.0
+    (amount, unit), (own, own_unit) = quantity(gold), quantity(answer)
+    if unit and own is not None and own_unit in ("", unit):
+        return float(own == amount)
     if expected is None and is_words(gold):
         return float(_key(gold).strip("()[]") == _key(answer).strip("()[]"))
+    based = _BASED.fullmatch(plain(gold))
+    if based and based["base"]:  # math-verify reads past it
+        given = _BASED.fullmatch(plain(answer))
+        return float(
+            given is not None and given["digits"] == based["digits"] and given["base"] in (None, based["base"])
+        )
     from math_verify import parse, verify
 
-    found = parse(text.translate(_CHARACTERS), parsing_timeout=None)
+    found = parse(_latex(text), parsing_timeout=None)
     return float(verify(_parsed(gold), found, timeout_seconds=None))
 
 
@@ -159,7 +189,16 @@ def _parsed(gold: str) -> Any:
 
 
 def _key(text: str) -> str:
-    return re.sub(r"\s+", "", plain(text)).casefold().strip("\"'`.!,;")
+    key = _SPACE.sub("", plain(text)).casefold().lstrip("\"'`").rstrip("\"'`.,;")
+    return re.sub(r"(?<=[a-z]{2})!+$", "", key)  # of a word; behind a number or a letter it is a factorial
+
+
+def _latex(text: str) -> str:
+    """A text with LaTeX for signs that math-verify does not read: minus, infinity, powers, roots, fractions."""
+    text = text.translate(_CHARACTERS)
+    text = _VULGAR.sub(lambda found: f"{found[1]} " * bool(found[1]) + unicodedata.normalize("NFKC", found[2]), text)
+    text = _POWER.sub(lambda found: f"^{{{found[0].translate(_POWERS)}}}", text.replace("\u2044", "/"))
+    return _ROOT.sub(lambda found: rf"\sqrt{{{found[1]}}}", text)
 
 
 def _unboxed(text: str) -> str:
