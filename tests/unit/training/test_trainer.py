@@ -199,6 +199,32 @@ def test_a_run_goes_on_with_its_own_models_and_reward_only(tmp_path: Path, monke
         Trainer(own, tmp_path / "run", resume=True)
 
 
+def test_a_run_goes_on_where_its_models_and_data_lie_elsewhere(tmp_path: Path) -> None:
+    """In another checkout, or in a home directory that is mounted at another place."""
+
+    def run_in(home: Path) -> TrainConfig:
+        pair = {role: str(home / role) for role in ("target", "draft")} | {"engine": {"tokenizer": str(home / "draft")}}
+        options = {"path": str(home / "p.jsonl"), "test_path": str(home / "test.jsonl")}
+        task = TaskConfig(name="jsonl", options=options)
+        return config(pair=DEMO.pair.model_copy(update=pair), task=task)
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    for role in ("target", "draft"):
+        shutil.copytree(getattr(DEMO.pair, role), old / role)
+    jsonl_run(old / "p.jsonl", 900)
+    jsonl_run(old / "test.jsonl", 30, start=2000)
+    advance(Trainer(run_in(old), tmp_path / "run", resume=False), 2)
+    old.rename(new)
+    assert Trainer(run_in(new), tmp_path / "run", resume=True).updates == 2
+    (new / "draft" / "config.json").write_text((new / "draft" / "config.json").read_text() + "\n")
+    with pytest.raises(ConfigError, match=r"--resume: what pair.draft names has changed since the run began"):
+        Trainer(run_in(new), tmp_path / "run", resume=True)
+    # a hub id in place of a directory says nothing about what is in it
+    named = run_in(new).model_copy(update={"pair": run_in(new).pair.model_copy(update={"draft": "org/draft"})})
+    with pytest.raises(ConfigError, match=r"--resume: pair.draft was '.*draft' when the run began and is 'org/draft'"):
+        Trainer(named, tmp_path / "run", resume=True)
+
+
 def test_held_out_problems_are_trained_on_in_no_iteration(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     run = jsonl_run(path, 600).model_copy(update={"selection": SelectionConfig(every=2, problems=400)})
