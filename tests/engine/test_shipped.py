@@ -1,4 +1,4 @@
-"""The shipped GSM8K configurations run from preflight to artefact, on random models of the same architectures."""
+"""The shipped configurations run from preflight to artefact, on random models of the same architectures."""
 
 from __future__ import annotations
 
@@ -94,6 +94,43 @@ def test_a_shipped_configuration_runs_from_preflight_to_artefact(name: str, tmp_
     assert [line["update"] for line in lines] == [1, 2]
     assert lines[0]["warm_start_labels"] > 0
     assert lines[1]["branches"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["code", "demo_branch_cold", "demo_group_cold", "smollm2"])
+def test_a_configuration_for_two_cores_runs_from_preflight_to_artefact(name: str, tmp_path: Path) -> None:
+    """As it is shipped but for how many of everything; pairs that are built on a user's machine are random Llamas."""
+    config = load_train_config(ROOT / "training" / "configs" / f"{name}.toml")
+    raw = config.model_dump(mode="json", exclude_none=True)
+    bundled_pair = name.startswith("demo")
+    if not bundled_pair:
+        roles = enumerate(("target", "draft"), 1)
+        raw["pair"] |= {role: str(random_model(tmp_path / role, name, seed)) for seed, role in roles}
+        raw["task"] |= {"reward": "odd_rewards:odd"}
+    if name == "code":
+        raw["task"]["options"] |= {"tokenizer": raw["pair"]["target"]}
+    raw["pair"]["engine"] |= {"kv_cache_memory_bytes": 2**26, "max_num_seqs": 16}
+    raw["rollout"] |= {"actors": 1, "prompts_per_iteration": 16, "prompts_per_unit": 8}
+    warm = min(1, raw["learner"]["warm_start_iterations"])
+    raw["learner"] |= {"warm_start_iterations": warm}
+    raw["selection"] |= {"problems": 4}
+    raw["calibration"] |= {"problems": 20, "thresholds": [0.5]}
+    raw["iterations"] = 1 + warm
+    file = tmp_path / "run.toml"
+    file.write_text(toml(raw))
+    responses = 16 * raw["rollout"]["responses_per_prompt"] * raw["iterations"]
+    assert f"{responses} responses" in cospec("train", "--plan", "--config", str(file))
+    cospec("train", "--config", str(file), "--output", str(tmp_path / "run"))
+    _, made = load_artefact(tmp_path / "run" / "arbiter")
+    assert made.statement is not None
+    assert made.statement.conditions.dtype == config.pair.engine["dtype"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == list(range(1, 2 + warm))
+    if warm:
+        assert lines[0]["warm_start_labels"] > 0
+    assert lines[-1]["mismatches_per_response"] > 0
+    assert (lines[-1]["branches"] > 0) == (config.learner.advantage == "branch")
 
 
 def cospec(*arguments: str) -> str:
