@@ -16,9 +16,10 @@ from vllm_cospec.training.measure.calibrate import Answered, Part, SweepActor, a
 from vllm_cospec.training.measure.evaluate import CHUNK, Answers, Chunk, answer, evaluate
 from vllm_cospec.training.measure.modes import parse_mode
 from vllm_cospec.training.measure.outcome import Outcome
-from vllm_cospec.training.rollout.actors import EngineActor, remote
+from vllm_cospec.training.rollout.actors import EngineActor
 from vllm_cospec.training.rollout.engine import Engine
 from vllm_cospec.training.rollout.in_process import InProcess, roll_out_with
+from vllm_cospec.training.rollout.placement import Placed
 from vllm_cospec.training.rollout.pool import Pool, UnitPool
 from vllm_cospec.training.rollout.session import engines_session
 from vllm_cospec.training.tasks import Problem
@@ -89,7 +90,7 @@ class OnRay(contextlib.nullcontext[Any]):
     @contextlib.contextmanager
     def judging(self, config: TrainConfig, weights: Weights) -> Iterator[UnitPool]:
         """As :meth:`Engines.judging`."""
-        actor = remote(Judge, config.rollout.cpus_per_actor, config.rollout.gpus_per_actor)
+        actor = Placed(Judge, config.pair, config.rollout)
         with (
             engines_session(config, notice),
             Pool(lambda: actor.remote(config, weights), config.rollout.actors, depth=1) as pool,

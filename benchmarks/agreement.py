@@ -31,10 +31,11 @@ from vllm_cospec.training.config import TrainConfig, load_train_config
 from vllm_cospec.training.measure.intervals import accuracy_interval
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.progress import progress_bar
-from vllm_cospec.training.rollout.actors import RolloutActor, remote
+from vllm_cospec.training.rollout.actors import RolloutActor
 from vllm_cospec.training.rollout.engine import Engine
 from vllm_cospec.training.rollout.episodes import Episodes
 from vllm_cospec.training.rollout.in_process import roll_out_with
+from vllm_cospec.training.rollout.placement import Placed
 from vllm_cospec.training.rollout.pool import Pool, UnitPool
 from vllm_cospec.training.rollout.session import engines_session
 from vllm_cospec.training.rollout.units import Unit
@@ -86,7 +87,7 @@ def engines(config: TrainConfig, weights: dict[str, Any], in_process: bool, unit
         with Graders(config.task) as graders:
             yield roll_out_with(Engine(config.pair, arbiter, task=config.task), graders, config)
         return
-    actor = remote(RolloutActor, config.rollout.cpus_per_actor, config.rollout.gpus_per_actor)
+    actor = Placed(RolloutActor, config.pair, config.rollout)
     with (
         engines_session(config),
         Pool(lambda: actor.remote(config, weights), min(config.rollout.actors, units)) as pool,

@@ -50,6 +50,11 @@ class PairConfig(Frozen):
         sizes = (self.engine.get(f"{kind}_parallel_size") for kind in ("tensor", "pipeline"))
         return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
 
+    @property
+    def ranks_are_ray_actors(self) -> bool:
+        """Whether vLLM starts the ranks of an engine as Ray actors, and not as child processes."""
+        return self.engine.get("distributed_executor_backend") == "ray"
+
     def speculative_config(self, arbiter: str | dict[str, Any] | None) -> dict[str, Any]:
         """Return vLLM's speculative configuration for this pair.
 
@@ -102,7 +107,8 @@ class RolloutConfig(Frozen):
     cpus_per_actor: float = Field(1.0, ge=0)
     """CPUs Ray reserves for each; also its number of OpenMP threads on a machine without GPUs, at least 1."""
     gpus_per_actor: float = Field(0.0, ge=0)
-    """GPUs Ray reserves for each, all on one node; with ``pair.engine.tensor_parallel_size`` as many as that."""
+    """GPUs Ray reserves for each, all on one node; with ``pair.engine.tensor_parallel_size`` as many as that. With
+    ``pair.engine.distributed_executor_backend = "ray"`` each actor has them in a placement group of its own."""
     prompts_per_iteration: int = Field(256, ge=1)
     """Problems between two updates."""
     prompts_per_unit: int = Field(64, ge=1)
@@ -260,6 +266,11 @@ class TrainConfig(Frozen):
             raise ValueError(
                 f"rollout.gpus_per_actor: {self.rollout.gpus_per_actor:g} is too few for an engine of {ranks} ranks "
                 f"(pair.engine); set it to {ranks}"
+            )
+        if self.pair.ranks_are_ray_actors and not (gpus := self.rollout.gpus_per_actor) == int(gpus) > 0:
+            raise ValueError(
+                f"rollout.gpus_per_actor: {gpus:g}, but ranks that are Ray actors "
+                f"(pair.engine.distributed_executor_backend) take a whole GPU each; set it to {ranks}"
             )
         if self.learner.warm_start_iterations >= self.iterations:
             raise ValueError(

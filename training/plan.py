@@ -20,8 +20,9 @@ from vllm_cospec.training.learning.learner import Learner
 from vllm_cospec.training.measure.fixed_sequence import threshold_sequence
 from vllm_cospec.training.preflight import HELD_OUT_SEED, check_training
 from vllm_cospec.training.problems import Problems
-from vllm_cospec.training.rollout.actors import RolloutActor, remote
+from vllm_cospec.training.rollout.actors import RolloutActor
 from vllm_cospec.training.rollout.episodes import Episodes
+from vllm_cospec.training.rollout.placement import Placed
 from vllm_cospec.training.rollout.pool import Pool
 from vllm_cospec.training.rollout.session import engines_session
 from vllm_cospec.training.rollout.units import Unit
@@ -140,7 +141,7 @@ def probe(config: TrainConfig, problems: Problems, count: int, say: Say) -> Epis
     chosen = tuple(problems.draw(HELD_OUT_SEED, count, "train", "--probe"))
     alone = config.model_copy(update={"rollout": rollout.model_copy(update={"actors": 1})})
     weights = Learner(config.learner, config.seed, 1).weights()
-    actor = remote(RolloutActor, rollout.cpus_per_actor, rollout.gpus_per_actor)
+    actor = Placed(RolloutActor, alone.pair, rollout)
     with (
         engines_session(alone, say),
         Pool(

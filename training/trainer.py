@@ -31,8 +31,9 @@ from vllm_cospec.training.learning.learner import Learner
 from vllm_cospec.training.learning.overlong import treat_overlong
 from vllm_cospec.training.measure.report import Report
 from vllm_cospec.training.preflight import Say, check_training, held_out_problems
-from vllm_cospec.training.rollout.actors import RolloutActor, remote
+from vllm_cospec.training.rollout.actors import RolloutActor
 from vllm_cospec.training.rollout.episodes import Episodes, saved
+from vllm_cospec.training.rollout.placement import Placed
 from vllm_cospec.training.rollout.pool import Pool, UnitPool
 from vllm_cospec.training.rollout.session import engines_session
 from vllm_cospec.training.rollout.units import Unit
@@ -120,7 +121,7 @@ class Trainer:
         ):
             began = time.perf_counter()
             report.say(f"starting {rollout.actors} engines")
-            actor = remote(RolloutActor, rollout.cpus_per_actor, rollout.gpus_per_actor)
+            actor = Placed(RolloutActor, self.config.pair, rollout)
             first = self._history[max(self._history)]
             with Pool(
                 lambda: actor.remote(self.config, first),

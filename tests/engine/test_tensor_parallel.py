@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,14 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.cluster_utils import Cluster
 
 from vllm_cospec.training.config import TrainConfig
 from vllm_cospec.training.learning.learner import Learner
 from vllm_cospec.training.pairs.demo import PLANS, build_model, build_tokenizer
-from vllm_cospec.training.rollout.actors import RolloutActor, remote
+from vllm_cospec.training.rollout.actors import RolloutActor
 from vllm_cospec.training.rollout.episodes import Episodes
+from vllm_cospec.training.rollout.placement import Placed
 from vllm_cospec.training.rollout.pool import Pool
 from vllm_cospec.training.rollout.session import ray_session
 from vllm_cospec.training.rollout.units import Unit
@@ -68,32 +73,59 @@ def test_two_ranks_count_as_one(
 def rolled_out(config: TrainConfig, unit: Unit) -> Episodes:
     """What an actor makes of a unit."""
     weights = Learner(config.learner, config.seed, 1).weights()
-    actor = remote(RolloutActor, config.rollout.cpus_per_actor, 0)
+    actor = Placed(RolloutActor, config.pair, config.rollout)
     with Pool(lambda: actor.remote(config, weights), 1) as pool:
         pool.submit([unit], ray.put(weights))
         ((episodes,),) = pool.collect([unit.key])
     return episodes
 
 
+@contextlib.contextmanager
+def pretended_gpus(directory: Path) -> Iterator[str]:
+    """A cluster with two pretended GPUs, on which engines may have Ray actors for ranks; yields its address."""
+    package = directory / "pretended_gpus-1.0.dist-info"  # by which vLLM finds tests/support/pretended_gpus.py
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: pretended_gpus\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[vllm.platform_plugins]\npretended_gpus = pretended_gpus:platform\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(directory), *filter(None, sys.path)]))
+        cluster = Cluster(True, head_node_args={"num_cpus": 2, "num_gpus": 2, "include_dashboard": False})
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("ray_actors", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_actor_with_two_ranks_decides_and_counts_as_with_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_actors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its ranks are its child processes, or Ray actors in a placement group of its own."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     target, draft = write_model(tmp_path / "target", 1), write_model(tmp_path / "draft", 2)
     engine = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 16, "enforce_eager": True,
               "kv_cache_memory_bytes": 2**26}  # fmt: skip
     unit = Unit(0, 0, tuple(load_task("demo").problems(5, 10, "train")), 0, seed=1)
     found = []
-    with ray_session(None, cpus=4):
+    there = pretended_gpus(tmp_path / "platform") if ray_actors else contextlib.nullcontext(None)
+    with there as address, ray_session(address, cpus=4):
         for ranks in (1, 2):
+            own: dict[str, Any] = {"tensor_parallel_size": ranks}
+            gpus = 0
+            if ray_actors and ranks > 1:
+                own |= {"distributed_executor_backend": "ray"}
+                gpus = ranks
             config = TrainConfig.model_validate(
                 {
                     "pair": {
                         "target": str(target), "draft": str(draft), "num_speculative_tokens": 4,
-                        "engine": {**engine, "tensor_parallel_size": ranks},
+                        "engine": engine | own,
                     },
-                    "rollout": {"cpus_per_actor": float(ranks), "max_tokens": 40, "branches_per_response": 2},
+                    "rollout": {
+                        "cpus_per_actor": float(ranks), "gpus_per_actor": float(gpus), "max_tokens": 40,
+                        "branches_per_response": 2,
+                    },
                     # as likely to keep as not, whatever it sees: sums in another order change no decision
                     "learner": {"initial_keep": 0.5},
                 }

@@ -10,7 +10,7 @@ from vllm_cospec.training.commands import DEMO_CONFIG
 from vllm_cospec.training.config import load_train_config
 from vllm_cospec.training.measure.evaluate import Chunk, EvaluationActor
 from vllm_cospec.training.measure.modes import Mode
-from vllm_cospec.training.rollout.actors import ACTOR_ENVIRONMENT
+from vllm_cospec.training.rollout.placement import ACTOR_ENVIRONMENT
 from vllm_cospec.training.tasks import load_task
 
 

@@ -17,11 +17,11 @@ from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.training.config import RolloutConfig, TaskConfig, TrainConfig, load_train_config
 from vllm_cospec.training.learning.advantages import group_advantages
 from vllm_cospec.training.learning.learner import initial_arbiter
-from vllm_cospec.training.rollout.actors import ACTOR_ENVIRONMENT
 from vllm_cospec.training.rollout.branches import branch_request, joined
 from vllm_cospec.training.rollout.collect import roll_out
 from vllm_cospec.training.rollout.engine import Engine, Finished, Request, Response
 from vllm_cospec.training.rollout.episodes import Episodes
+from vllm_cospec.training.rollout.placement import ACTOR_ENVIRONMENT
 from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import Problem, load_task
 from vllm_cospec.training.tasks.grading import Graders

@@ -22,8 +22,9 @@ from vllm_cospec.training.measure.outcome import table_of
 from vllm_cospec.training.measure.thresholds import Sweep, sweep
 from vllm_cospec.training.measure.traffic import traffic_of
 from vllm_cospec.training.prompts import target_tokenizer
-from vllm_cospec.training.rollout.actors import EngineActor, remote
+from vllm_cospec.training.rollout.actors import EngineActor
 from vllm_cospec.training.rollout.engine import Engine, Request
+from vllm_cospec.training.rollout.placement import Placed
 from vllm_cospec.training.rollout.pool import Pool
 from vllm_cospec.training.tasks import Problem, digest
 from vllm_cospec.training.tasks.grading import FailureWatch, Graders
@@ -197,7 +198,7 @@ def _answers(
         Part(i, tuple(problems[first : first + size]), thresholds, config.served_temperature, rollout.top_p)
         for i, first in enumerate(range(0, len(problems), size))
     ]
-    actor = remote(SweepActor, rollout.cpus_per_actor, rollout.gpus_per_actor)
+    actor = Placed(SweepActor, config.pair, rollout)
 
     def make_actor() -> Any:
         return actor.remote(config.pair, config.task, rollout, str(directory))

@@ -19,8 +19,9 @@ from vllm_cospec.training.config import PairConfig, RolloutConfig, TaskConfig
 from vllm_cospec.training.counts import Counts
 from vllm_cospec.training.measure.modes import BASELINES, Mode
 from vllm_cospec.training.measure.outcome import Outcome, table_of
-from vllm_cospec.training.rollout.actors import EngineActor, remote
+from vllm_cospec.training.rollout.actors import EngineActor
 from vllm_cospec.training.rollout.engine import Engine, Request, Response
+from vllm_cospec.training.rollout.placement import Placed
 from vllm_cospec.training.rollout.pool import Pool
 from vllm_cospec.training.tasks import Problem
 from vllm_cospec.training.tasks.grading import FailureWatch, Grade, Graders
@@ -191,7 +192,7 @@ def evaluate(
     Raises:
         RewardError: more answers than is allowed could not be graded.
     """
-    actor = remote(EvaluationActor, rollout.cpus_per_actor, rollout.gpus_per_actor)
+    actor = Placed(EvaluationActor, pair, rollout)
     where = None if artefact is None else str(artefact)
     watch = FailureWatch(task.max_failed_rewards)
     answers: dict[str, Answers] = {}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING, Any
 
-import ray
-
 from vllm_cospec.errors import ConfigError, CoSpecError, one_line
 from vllm_cospec.training.config import PairConfig, TaskConfig, TrainConfig, require_models
 from vllm_cospec.training.rollout.episodes import Episodes
@@ -14,12 +12,6 @@ from vllm_cospec.training.rollout.units import Unit
 
 if TYPE_CHECKING:
     from vllm_cospec.training.tasks.grading import Graders
-
-ACTOR_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 class EngineActor:
@@ -109,12 +101,3 @@ def raise_plainly(failure: Exception | None) -> None:
     if failure is not None:
         reason = one_line(failure) or "no reason given"
         raise ConfigError(f"the engine cannot be started: {type(failure).__name__}: {reason}")
-
-
-def remote(actor: type, cpus: float, gpus: float) -> Any:
-    """Return a Ray actor class of ``actor`` with its resources and environment."""
-    threads = str(max(1, int(cpus)))
-    environment = {**ACTOR_ENVIRONMENT, "OMP_NUM_THREADS": threads}
-    return ray.remote(actor).options(
-        num_cpus=cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": environment}
-    )

@@ -14,7 +14,6 @@ longer than others is given to a second actor, and whichever result comes first 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import statistics
 import time
@@ -27,6 +26,7 @@ import ray
 
 from vllm_cospec.errors import CoSpecError, TrainingError
 from vllm_cospec.training.rollout.losses import cause_of, is_full, is_of_the_actor, said_by
+from vllm_cospec.training.rollout.placement import end
 
 POLL_S = 1.0
 GRACE_S = 30.0  # for the slower ones, once the first actor is ready
@@ -143,7 +143,7 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         for actor in self._actors:
-            _kill(actor)
+            end(actor.handle)
 
     def put(self, payload: Any) -> Any:
         """Return what units are to be submitted with, for a payload that many of them share: it travels once."""
@@ -355,7 +355,7 @@ class Pool:
         """
         self.losses += 1
         self.last_loss = why
-        _kill(actor)
+        end(actor.handle)
         actor.ready = actor.ready or _resolved(actor.started)
         place = self._actors.index(actor)
         if actor.ready:
@@ -380,11 +380,6 @@ class Pool:
         for job in jobs:
             job.suspect, job.holders = True, job.holders - 1
         self._queue_again(jobs, why)
-
-
-def _kill(actor: _Actor) -> None:
-    with contextlib.suppress(Exception):  # it may be gone already, or was never started
-        ray.kill(actor.handle)
 
 
 def _resolved(reference: Any) -> bool:

@@ -46,6 +46,8 @@ def engines_session(
     rollout = config.rollout
     with ray_session(config.ray_address, rollout.actors * rollout.cpus_per_actor, logs, say):
         require_room(rollout.actors, rollout.cpus_per_actor, rollout.gpus_per_actor, say)
+        if config.ray_address is not None:
+            say_what_others_use(rollout.actors, rollout.cpus_per_actor, rollout.gpus_per_actor, say)
         yield
 
 
@@ -146,6 +148,23 @@ def require_room(actors: int, cpus: float, gpus: float, say: Callable[[str], Non
         f"the cluster has room for {fitting} of {actors} engines ({offer}); the others join when there is more: lower "
         f"rollout.actors, or add nodes"
     )
+
+
+def say_what_others_use(actors: int, cpus: float, gpus: float, say: Callable[[str], None]) -> None:
+    """Say so when a cluster is large enough, but what is free of it at the moment is not.
+
+    Args:
+        actors, cpus, gpus, say: as for :func:`require_room`.
+    """
+    free, there = ray.available_resources(), ray.cluster_resources()
+    for name, wanted in (("GPU", gpus), ("CPU", cpus)):
+        needed, left = min(actors * wanted, there.get(name, 0.0)), free.get(name, 0.0)
+        if left < needed - 1e-6:
+            say(
+                f"{left:g} of the cluster's {there.get(name, 0.0):g} {name}s are free, and {actors} engines need "
+                f"{actors * wanted:g}; those without room join when more are free"
+            )
+            return
 
 
 def _start_ray(cpus: float, scratch: str) -> None:

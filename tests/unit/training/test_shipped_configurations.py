@@ -88,6 +88,17 @@ def test_an_engine_of_several_ranks_needs_as_many_gpus() -> None:
     TrainConfig.model_validate(raw)
 
 
+@pytest.mark.parametrize("gpus", [0.0, 1.5])
+def test_ranks_that_are_ray_actors_take_a_whole_gpu_each(gpus: float) -> None:
+    raw = load_train_config(CONFIGS / "qwen3.toml").model_dump()
+    raw["pair"]["engine"]["distributed_executor_backend"] = "ray"
+    raw["rollout"]["gpus_per_actor"] = 1.0
+    assert TrainConfig.model_validate(raw).pair.ranks_are_ray_actors
+    raw["rollout"]["gpus_per_actor"] = gpus
+    with pytest.raises(ValueError, match=rf"gpus_per_actor: {gpus:g}, but ranks that are Ray actors .* set it to 1"):
+        TrainConfig.model_validate(raw)
+
+
 def test_labels_are_those_of_branches() -> None:
     raw = load_train_config(CONFIGS / "qwen3.toml").model_dump()
     assert raw["learner"]["objective"] == "labels"
