@@ -55,12 +55,16 @@ problems = 10
 problems = 20
 thresholds = [0.3, 0.5]
 """
-TRAIN_ONLY = """
-import sys
+IN_A_LOOP = """
+import asyncio, sys
 from pathlib import Path
 from vllm_cospec.training.config import load_train_config
 from vllm_cospec.training.trainer import Trainer
-Trainer(load_train_config(Path(sys.argv[1])), Path(sys.argv[2]), resume=True).run()
+
+async def cell():  # of a notebook: in the main thread, with an event loop that runs
+    Trainer(load_train_config(Path(sys.argv[1])), Path(sys.argv[2]), resume=True).run()
+
+asyncio.run(cell())
 """
 DIES_BEFORE_ITS_SECOND_CHECKPOINT = """
 import os, signal, sys
@@ -93,8 +97,8 @@ arbiter = {"hidden_sizes": config.learner.hidden_sizes, "state_dict": trainer.le
 with Graders(config.task) as graders:
     trainer.run_with(roll_out_with(Engine(config.pair, arbiter, task=config.task), graders, config))
 """
-LOSES_A_NODE = """
-import sys
+LOSES_A_NODE_IN_A_THREAD = """
+import asyncio, sys
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from vllm_cospec.training.config import load_train_config
@@ -110,7 +114,7 @@ class Unlucky(Trainer):
             cluster.remove_node(node, allow_graceful=False)
 
 config = load_train_config(Path(sys.argv[1])).model_copy(update={"ray_address": cluster.address})
-Unlucky(config, Path(sys.argv[2]), resume=True).run()
+asyncio.run(asyncio.to_thread(lambda: Unlucky(config, Path(sys.argv[2]), resume=True).run()))
 cluster.shutdown()
 """
 
@@ -230,9 +234,10 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
         assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
     require_same(final(straight), final(own))
 
-    # On two actors: one is killed in mid-rollout, then, inside that iteration, the driver. It goes on with one.
+    # On two actors, as from a notebook: one is killed in mid-rollout, then, inside that iteration, the driver. It goes
+    # on with one.
     one, two = write_config(tmp_path, 1), write_config(tmp_path, 2)
-    with training([sys.executable, "-c", TRAIN_ONLY, str(two), str(broken)], log) as process:
+    with training([sys.executable, "-c", IN_A_LOOP, str(two), str(broken)], log) as process:
         wait_for(lambda: updates(broken) >= 1, process)
         victim = wait_for(lambda: descendants(process, "ray::RolloutActor.work"), process)[0]
         victim.kill()
@@ -259,9 +264,9 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
         assert process.wait(timeout=60) == 130
     last = log.read_text().strip().splitlines()[-1]
     assert last.startswith(f"cospec: stopped after update {updates(broken)} of {UPDATES}; continue with --resume")
-    # On a cluster of two nodes, one of which is lost for good in the middle of an iteration.
+    # In a thread, on a cluster of two nodes, one of which is lost for good in the middle of an iteration.
     before = log.read_text().count("another takes over")
-    with training([sys.executable, "-c", LOSES_A_NODE, str(two), str(broken)], log) as process:
+    with training([sys.executable, "-c", LOSES_A_NODE_IN_A_THREAD, str(two), str(broken)], log) as process:
         assert process.wait(timeout=300) == 0
     assert log.read_text().count("another takes over") > before
     assert "Traceback" not in log.read_text()

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vllm_cospec.atomic import write_text
 from vllm_cospec.training.measure.plots import plot_curves
+from vllm_cospec.training.progress import shows_bars
 from vllm_cospec.training.rollout.episodes import Episodes
 
 LOG_FILE, HELD_OUT_FILE, TENSORBOARD = "metrics.jsonl", "held_out.jsonl", "tensorboard"
@@ -38,7 +39,7 @@ class Report:
         self._updates, self._done, self._rollouts = updates, done, 0
         self._progress = Progress(
             TextColumn("update"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"), console=self._console,
+            TextColumn("{task.fields[figures]}"), console=self._console, disable=not shows_bars(self._console),
         )  # fmt: skip
 
     def __enter__(self) -> Report:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import rich.jupyter
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vllm_cospec.training.measure.report import TENSORBOARD, Report, plot_learning, read_log
+from vllm_cospec.training.progress import progress_bar
 
 METRICS = {
     "accuracy": 0.625, "acceptance_length": 5.25, "override_rate": 0.31, "loss": -0.0123, "rollouts_per_s": 87.4,
@@ -35,6 +40,23 @@ def test_each_update_is_shown_with_its_figures(tmp_path: Path) -> None:
         "update 2/5  accuracy 0.100  acceptance length 5.25  override rate 0.31  loss -0.0123  87 rollouts/s" in shown
     )
     assert "2/5" in shown.splitlines()[-1]  # the bar
+
+
+def test_a_notebook_without_widgets_shows_lines_and_no_warnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich would print a warning of its own with every bar."""
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    shown: list[str] = []
+    monkeypatch.setattr(rich.jupyter, "display", lambda segments, text: shown.append(text))
+    notebook = Console(force_jupyter=True, width=200)
+    with warnings.catch_warnings(), Report(tmp_path, 5, 0, notebook) as report:
+        warnings.simplefilter("error")
+        report.update(0, METRICS)
+        with progress_bar("calibrating", 3, notebook) as tick:
+            tick(3)
+    assert "update 1/5  accuracy 0.625" in "".join(shown)
 
 
 def test_the_log_and_tensorboard_hold_every_update_once_after_a_resumption(tmp_path: Path) -> None:
