@@ -98,8 +98,8 @@ def test_a_shipped_configuration_runs_from_preflight_to_artefact(name: str, tmp_
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["code", "demo_branch_cold", "demo_group_cold", "smollm2"])
-def test_a_configuration_for_two_cores_runs_from_preflight_to_artefact(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["code", "code_gpu", "demo_branch_cold", "demo_group_cold", "smollm2"])
+def test_a_configuration_of_small_models_runs_from_preflight_to_artefact(name: str, tmp_path: Path) -> None:
     """As it is shipped but for how many of everything; pairs that are built on a user's machine are random Llamas."""
     config = load_train_config(ROOT / "training" / "configs" / f"{name}.toml")
     raw = config.model_dump(mode="json", exclude_none=True)
@@ -108,10 +108,10 @@ def test_a_configuration_for_two_cores_runs_from_preflight_to_artefact(name: str
         roles = enumerate(("target", "draft"), 1)
         raw["pair"] |= {role: str(random_model(tmp_path / role, name, seed)) for seed, role in roles}
         raw["task"] |= {"reward": "odd_rewards:odd"}
-    if name == "code":
+    if name.startswith("code"):
         raw["task"]["options"] |= {"tokenizer": raw["pair"]["target"]}
     raw["pair"]["engine"] |= {"kv_cache_memory_bytes": 2**26, "max_num_seqs": 16}
-    raw["rollout"] |= {"actors": 1, "prompts_per_iteration": 16, "prompts_per_unit": 8}
+    raw["rollout"] |= {"actors": 1, "gpus_per_actor": 0.0, "prompts_per_iteration": 16, "prompts_per_unit": 8}
     warm = min(1, raw["learner"]["warm_start_iterations"])
     raw["learner"] |= {"warm_start_iterations": warm}
     raw["selection"] |= {"problems": 4}
