@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from vllm_cospec.errors import ConfigError, TrainingError
@@ -25,6 +24,7 @@ from vllm_cospec.training.config import (
     load_train_config,
 )
 from vllm_cospec.training.rollout.episodes import Episodes
+from vllm_cospec.training.rollout.in_process import InProcess
 from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import split_of
 from vllm_cospec.training.trainer import Trainer, interrupts_held_back
@@ -236,25 +236,20 @@ def test_held_out_problems_are_trained_on_in_no_iteration(tmp_path: Path) -> Non
     assert not held_out & trained
 
 
-class Held:
-    """Stands for the pool: answers held-out problems with an accuracy that depends on the update."""
+def held_out_answers(trainer: Trainer, accuracy: dict[int, float]) -> InProcess:
+    """Answers to held-out problems, with an accuracy that depends on the update."""
 
-    def __init__(self, trainer: Trainer, accuracy: dict[int, float]):
-        self._trainer, self._accuracy = trainer, accuracy
-
-    def submit(self, units: list[Unit], weights: object) -> None:
-        assert all(unit.threshold == 0.5 and not unit.branches for unit in units)
-
-    def collect(self, keys: list[object]) -> list[list[Episodes]]:
+    def work(unit: Unit, weights: object) -> Episodes:
+        assert unit.threshold == 0.5
+        assert not unit.branches
         found = episodes(0, 100)
-        found.reward = (np.arange(100) < 100 * self._accuracy[self._trainer.updates]).astype(float)
-        return [[found]]
+        found.reward = (np.arange(100) < 100 * accuracy[trainer.updates]).astype(float)
+        return found
+
+    return InProcess(work)
 
 
-def test_the_best_checkpoint_on_held_out_problems_is_shipped_also_after_a_resumption(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray, "put", lambda value: value)
+def test_the_best_checkpoint_on_held_out_problems_is_shipped_also_after_a_resumption(tmp_path: Path) -> None:
     run = config(selection=SelectionConfig(every=2, problems=4))
     accuracy = {2: 0.5, 4: 0.8, 6: 0.7, 8: 0.7}
     trainer = Trainer(run, tmp_path / "run", resume=False)
@@ -263,7 +258,7 @@ def test_the_best_checkpoint_on_held_out_problems_is_shipped_also_after_a_resump
         advance(trainer, updates)
         weights[updates] = trainer.learner.weights()
         if trainer._due():
-            trainer._evaluate(Held(trainer, accuracy))  # type: ignore[arg-type]
+            trainer._evaluate(held_out_answers(trainer, accuracy))
             trainer._save()
             evaluated.append(updates)
         if updates == 5:
