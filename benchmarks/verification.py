@@ -62,11 +62,12 @@ def arbitrating_sampler(stock: RejectionSampler, batch: int, vocab_size: int, k:
     )  # fmt: skip
     save_artefact(artefact, Arbiter((32, 32)), config, "untrained, for timing")
     ids = [str(i) for i in range(batch)]
-    request = SimpleNamespace(sampling_params=None, output_token_ids=[0] * 20)
+    request = SimpleNamespace(sampling_params=None, output_token_ids=[0] * 20, num_prompt_tokens=20)
     runner = SimpleNamespace(
         rejection_sampler=stock,
         speculative_config=SimpleNamespace(rejection_sample_method="standard", method="draft_model"),
         device=torch.device("cpu"),
+        max_model_len=4096,
         drafter=SimpleNamespace(propose=None, _sample_draft_tokens=None),
         input_batch=SimpleNamespace(
             req_ids=ids, generators={}, num_reqs=batch, num_computed_tokens_cpu=np.full(batch, 20)

@@ -188,6 +188,13 @@ def test_help_names_every_option_whole_at_80_columns(name: str, monkeypatch: pyt
     assert [option for option in options if option not in shown] == []
 
 
+def test_a_step_of_both_samplers_on_the_cpu_is_timed() -> None:
+    row = benchmark("verification").compare(100, 3, 4, 0.7, rounds=1)
+    assert (row["vocab"], row["batch"], row["num_draft_tokens"]) == (100, 3, 4)
+    assert row["ratio"] == row["ours_ms"] / row["stock_ms"]
+    assert min(row["ours_ms"], row["stock_ms"], row["floor_ms"]) > 0
+
+
 @pytest.mark.parametrize("command", [["benchmarks/learning_curves.py"], ["-m", "benchmarks.learning_curves"]])
 def test_a_command_runs_as_a_file_and_as_a_module_and_its_errors_are_sentences(command: list[str]) -> None:
     arguments = ["run=/nowhere", "--plot", "/nowhere/plot.png"]
