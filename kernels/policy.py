@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vllm_cospec.kernels.frozen import Frozen
-from vllm_cospec.kernels.statistics import INDEX
+from vllm_cospec.kernels.statistics import DRAFT_STATISTICS, INDEX
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +85,11 @@ class Policy(Frozen):
     def arbiter(self) -> str | None:
         """Directory or hub id of the network that decides; None for a rule."""
         return None
+
+    @property
+    def looks_at_draft(self) -> bool:
+        """Whether a decision depends on the draft's distribution, beyond the strict verdict on a sampled token."""
+        return self.needs_draft_logits or not self.reads.isdisjoint(DRAFT_STATISTICS)
 
     def for_block_length(self, num_speculative_tokens: int) -> Self:
         """Return the policy with everything settled that depends on K.

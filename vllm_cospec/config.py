@@ -148,6 +148,11 @@ class Settings:
     per_request: bool = False  # vLLM counts speculative decoding per request
 
     @property
+    def reads_draft_logits(self) -> bool:
+        """Whether the drafter has logits, and somebody looks at them."""
+        return self.draft_logits and (self.collect or self.policy.looks_at_draft)
+
+    @property
     def counts_requests(self) -> bool:
         """Whether anybody asks what was counted of a request: its response, histograms, or the drift test."""
         return self.per_request or self.traffic is not None

@@ -7,6 +7,7 @@ a tensor. A machine without Triton has no Model Runner V2 either; there :mod:`vl
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ NVIDIA = Tuning(
 )
 AMD = Tuning(2048, 512, {2: {"num_warps": 4}, 4: {"num_warps": 4}}, {})
 NO_DRAFT_LOGITS = None, 0, 0, 0
+LARGE = 2**31  # bytes: from there on Triton compiles differently for AMD
 tuning = AMD if torch.version.hip is not None else NVIDIA
 
 
@@ -279,6 +281,7 @@ class ServerShapes:
     use_fp64: bool = False
     given_verdict: bool = False  # Model Runner V1
     counts_scores: bool = False
+    large_logits: bool = False  # those of a step can be beyond what AMD's compiler addresses with 32 bits
 
     @property
     def num_slots(self) -> int:
@@ -289,23 +292,25 @@ class ServerShapes:
         """Return a vector of one value."""
         return torch.full((size,), value, dtype=of, device=self.device)
 
-    def chunks(self) -> list[Tensor]:
-        """Return the logits of one request, [K + 1, V], in every form a model can hand them over.
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield the logits of one request, [K + 1, V], in every form a model can hand them over.
 
         vLLM's models pad rows to multiples of 64 and cut off the rest; a model may also leave its rows as they are,
-        and then the first row of a chunk need not be aligned.
+        and then the first row of a chunk need not be aligned. AMD's compiler makes another program of logits that are
+        part of more than 2 GiB.
         """
         rows, padded = self.num_steps + 1, triton.cdiv(self.vocab_size, 64) * 64
+        for least in (0, LARGE) if self.large_logits else (0,):
 
-        def logits(count: int, width: int) -> Tensor:
-            return torch.zeros(count, width, dtype=self.dtype, device=self.device)
+            def logits(count: int, width: int, least: int = least) -> Tensor:
+                beyond = triton.cdiv(least, width * self.dtype.itemsize)
+                return torch.empty(count + beyond, width, dtype=self.dtype, device=self.device)[:count].zero_()
 
-        chunks = [logits(rows, padded)[:, : self.vocab_size]]
-        if padded > self.vocab_size:
-            chunks.append(logits(rows, self.vocab_size))
-            if not self.given_verdict and self.vocab_size * self.dtype.itemsize % 16:  # V1 verifies no chunks
-                chunks.append(logits(rows + 1, self.vocab_size)[1:])
-        return chunks
+            yield logits(rows, padded)[:, : self.vocab_size]
+            if padded > self.vocab_size:
+                yield logits(rows, self.vocab_size)
+                if not self.given_verdict and self.vocab_size * self.dtype.itemsize % 16:  # V1 verifies no chunks
+                    yield logits(rows + 1, self.vocab_size)[1:]
 
     def rows(self, raw: Tensor, processed: Tensor) -> Rows:
         """Return a step of one request."""
@@ -369,3 +374,11 @@ def warm_up(server: ServerShapes, program: Program) -> None:
             continue
         for processed in (raw, torch.empty_like(raw, dtype=torch.float32).copy_(raw)):  # as vLLM's sampler copies
             arbitrate(server.rows(raw, processed), sampling, slots, program, memory)
+    if server.large_logits and server.device.type != "cpu":
+        torch.accelerator.empty_cache()
+
+
+def exceeds_32_bits(num_rows: int, vocab_size: int, dtype: torch.dtype) -> bool:
+    """Return whether so many rows of logits make another program here than few do, see :meth:`ServerShapes.chunks`."""
+    padded = triton.cdiv(vocab_size, 64) * 64
+    return torch.version.hip is not None and num_rows * padded * dtype.itemsize >= LARGE

@@ -19,7 +19,7 @@ from vllm.triton_utils import tl, triton
 
 from vllm_cospec.kernels import policies
 from vllm_cospec.kernels.policies import Numbers, Policy, Rule
-from vllm_cospec.kernels.statistics import DRAFT_STATISTICS, INPUT_LIMIT
+from vllm_cospec.kernels.statistics import INPUT_LIMIT
 from vllm_cospec.kernels.triton import layout
 from vllm_cospec.kernels.triton.layout import STATISTICS
 
@@ -67,7 +67,7 @@ def compile_policy(policy: Policy, device: torch.device, arbiter: Any = None, co
     extra, rereads = _passes(policy.reads, numbers, collect)
     program = Program(
         policy.code, numbers, extra=extra, rereads=rereads or bool(numbers.joint), collect=collect,
-        reads_draft=collect or bool(numbers.joint) or not policy.reads.isdisjoint(DRAFT_STATISTICS),
+        reads_draft=collect or policy.looks_at_draft,
     )  # fmt: skip
     if policy.arbiter is None:
         return program

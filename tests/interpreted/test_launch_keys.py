@@ -16,15 +16,16 @@ SERVERS = {
     "aligned rows": (1536, 5, "bfloat16", True),
     "rows that are not": (50_257 // 32, 3, "bfloat16", True),
     "without draft logits": (2048, 1, "float32", False),
+    "more logits than 2 GiB": (1000, 2, "bfloat16", True, True),
 }
-"""Vocabulary, K, dtype of the logits and whether the drafter has logits."""
+"""Vocabulary, K, dtype of the logits, whether the drafter has logits and, if so, whether a step has that many."""
 RUNNERS = {"v2": False, "v1": True}
 
 
 @pytest.fixture(scope="module")
 def programs() -> dict[tuple[str, str], Any]:
     """How many programs the steps of each server reach, and those among them that were not compiled before."""
-    jobs = {(server, runner): (*SERVERS[server], RUNNERS[runner]) for server in SERVERS for runner in RUNNERS}
+    jobs = {(server, runner): (RUNNERS[runner], *SERVERS[server]) for server in SERVERS for runner in RUNNERS}
     done = subprocess.run(
         [sys.executable, "-m", "launch_keys", json.dumps(list(jobs.values()))],
         env={**os.environ, "PYTHONPATH": str(HERE / "stand_in")}, capture_output=True, text=True, check=False,

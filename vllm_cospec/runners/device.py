@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 
-from vllm_cospec.config import Settings
+from vllm_cospec.config import WHERE, Settings
+from vllm_cospec.errors import ConfigError
 from vllm_cospec.health import REASONS
 from vllm_cospec.kernels.policies import Policy
 from vllm_cospec.kernels.triton.policies import Program, compile_policy, flatten_weights
@@ -17,6 +19,8 @@ from vllm_cospec.kernels.triton.step import Memory, Trace
 from vllm_cospec.kernels.triton.workspace import Workspace
 from vllm_cospec.metrics import Counters, Totals
 from vllm_cospec.runners.trace import Decision
+
+logger = init_logger("vllm.cospec")
 
 
 class DeviceCounters:
@@ -98,12 +102,23 @@ class TracedStep:
         ]
 
 
+def announce_draft_logits(logits: Tensor | None, settings: Settings) -> None:
+    """Say at start-up what the draft logits take on the device, and what makes that less."""
+    if logits is None:
+        return
+    without = "" if settings.reads_draft_logits else f"; with {WHERE}.draft_sample_method 'greedy' there are none"
+    logger.info(
+        "CoSpec keeps draft logits: %.2f GiB on the device, in proportion to max_num_seqs%s.",
+        logits.nbytes / 2**30, without,
+    )  # fmt: skip
+
+
 class DevicePolicy:
     """Mixed into the samplers: the policy as the kernels take it, and what it decided, until somebody asks."""
 
     _counters: DeviceCounters
 
-    def load_policy(self, settings: Settings, device: torch.device) -> None:
+    def load_policy(self, settings: Settings, device: torch.device, keeps_draft_logits: bool) -> None:
         """Compile the settings' policy; called once, when the sampler is built.
 
         Raises:
@@ -111,6 +126,7 @@ class DevicePolicy:
         """
         self._settings = settings
         self._device = device
+        self._keeps_draft_logits = keeps_draft_logits
         self._steps: list[TracedStep] = []
         self.sample_actions = False
         """Training: draw the action with the arbiter's probability instead of comparing with the threshold."""
@@ -150,7 +166,16 @@ class DevicePolicy:
         self._program.weights.copy_(flatten_weights(state_dict))
 
     def set_policy(self, policy: Policy) -> None:
-        """Replace the policy; takes effect at the next step, which may have to compile its kernels first."""
+        """Replace the policy; takes effect at the next step, which may have to compile its kernels first.
+
+        Raises:
+            ConfigError: the policy reads draft logits, and none are kept.
+        """
+        if policy.looks_at_draft and self._settings.draft_logits and not self._keeps_draft_logits:
+            raise ConfigError(
+                f"policy {policy.policy!r}: reads draft logits, and this engine keeps none; start it with "
+                f"{WHERE}.draft_sample_method 'probabilistic'"
+            )
         self._program = self._compiled(policy)
 
     def take_decisions(self) -> list[Decision]:

@@ -43,10 +43,11 @@ class DeviceRecorder(V1Drafter):
         self.outgrown = torch.zeros(size, dtype=torch.bool, device=runner.device)
         """[S], which blocks have drafts beyond the drafter's context."""
         self.logits: Tensor | None = None
-        """[S, K, V]; None for drafters without logits."""
+        """[S, K, V]; None for drafters without logits, and where no policy looks at them and no draft is drawn."""
         # suffix decoding drafts from the responses to other requests, and forgets a request that waits
         self._of_others = Reason.DRAFT_COUNT if runner.speculative_config.method == "suffix" else None
-        if settings.draft_logits:
+        drawn = runner.speculative_config.draft_sample_method == "probabilistic"
+        if settings.reads_draft_logits or (settings.draft_logits and drawn):
             config = runner.model_config
             self.logits = torch.full(
                 (size, k, config.get_vocab_size()), -torch.inf, dtype=config.head_dtype, device=runner.device

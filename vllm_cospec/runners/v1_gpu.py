@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -22,16 +21,14 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
 from vllm_cospec.health import REASONS, Reason
-from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate_given, warm_up
+from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate_given, exceeds_32_bits, warm_up
 from vllm_cospec.kernels.triton.step import Rows, Verdict
 from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.reports import StepCounts
-from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep
+from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, announce_draft_logits
 from vllm_cospec.runners.device_recorder import DeviceRecorder
 from vllm_cospec.runners.slots import PlacedSlots
 from vllm_cospec.runners.v1 import V1Sampler, V1Step
-
-logger = init_logger("vllm.cospec")
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class V1GPUSampler(DevicePolicy, V1Sampler):
         self._slots = np.zeros(0, np.int64)  # of the requests of the running step
         self._taken: list[tuple[bool, Reason | None]] = []
         self._known: tuple[Layout, Tensor] | None = None  # of the running step, see _find_lost
-        self.load_policy(settings, runner.device)
+        self.load_policy(settings, runner.device, keeps_draft_logits=self.recorder.logits is not None)
         size, vocab_size = self._table.size, runner.model_config.get_vocab_size()
         num_rows = size * (settings.num_speculative_tokens + 1)
         self.load_memory(self._counters.on_device, vocab_size, num_rows, size, use_fp64=False)
@@ -185,10 +182,12 @@ class V1GPUSampler(DevicePolicy, V1Sampler):
 
     def warm_up(self) -> None:
         """Compile every kernel these settings can launch."""
-        config = self._runner.model_config
+        config, k = self._runner.model_config, self._settings.num_speculative_tokens
+        vocab_size, num_rows = config.get_vocab_size(), self._table.size * (k + 1)
         server = ServerShapes(
-            config.get_vocab_size(), config.head_dtype, self.recorder.logits, self._settings.num_speculative_tokens,
-            self._runner.device, given_verdict=True, counts_scores=self._settings.counts_scores,
+            vocab_size, config.head_dtype, self.recorder.logits, k, self._runner.device,
+            given_verdict=True, counts_scores=self._settings.counts_scores,
+            large_logits=exceeds_32_bits(num_rows, vocab_size, config.head_dtype),
         )  # fmt: skip
         warm_up(server, self.program)
         self.recorder.warm_up()
@@ -233,8 +232,6 @@ def install(runner: Any, settings: Settings, engine_index: int) -> V1GPUSampler:
             f"Runner V1, where cospec does not follow what such a drafter's cache holds; use another drafter"
         )
     sampler = V1GPUSampler(runner, settings, counters_of_this_rank(settings, engine_index))
-    draft_logits = sampler.recorder.logits
-    if draft_logits is not None:
-        logger.info("CoSpec keeps draft logits: %.2f GiB on the device.", draft_logits.nbytes / 2**30)
+    announce_draft_logits(sampler.recorder.logits, settings)
     runner.rejection_sampler = sampler
     return sampler

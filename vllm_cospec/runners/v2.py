@@ -13,22 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler, get_max_chunk_logits
 
 from vllm_cospec import compat
 from vllm_cospec.config import WHERE, Settings
 from vllm_cospec.errors import CompatibilityError
-from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate, warm_up
+from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate, exceeds_32_bits, warm_up
 from vllm_cospec.kernels.triton.step import Rows, Sampling
 from vllm_cospec.metrics import Counters, counters_of_this_rank
 from vllm_cospec.reports import StepCounts
-from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep
+from vllm_cospec.runners.device import DeviceCounters, DevicePolicy, TracedStep, announce_draft_logits
 from vllm_cospec.runners.slots import StagedSlots
 from vllm_cospec.runners.v2_drafter import Arbitrated, DraftHealth, NgramMatches, ResumedRequests, protect
-
-logger = init_logger("vllm.cospec")
 
 
 class V2Sampler(DevicePolicy, RejectionSampler):
@@ -54,7 +51,7 @@ class V2Sampler(DevicePolicy, RejectionSampler):
         self._apply_staged_writes = compat.wrap(staged, runner.sampler, self.apply_staged_writes)
         finish = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests"
         self._finish_requests = compat.wrap(finish, runner, self.finish_requests)
-        self.load_policy(settings, runner.device)
+        self.load_policy(settings, runner.device, keeps_draft_logits=speculator.draft_logits is not None)
         block = settings.num_speculative_tokens + 1
         num_rows = min(runner.max_num_reqs * block, max(get_max_chunk_logits(runner.vocab_size), block))
         self.load_memory(
@@ -152,10 +149,14 @@ class V2Sampler(DevicePolicy, RejectionSampler):
     def warm_up(self) -> None:
         """Compile every kernel these settings can launch."""
         runner = self._runner
+        dtype, num_rows = (
+            runner.vllm_config.model_config.head_dtype,
+            runner.max_num_reqs * (self.num_speculative_steps + 1),
+        )
         server = ServerShapes(
-            runner.vocab_size, runner.vllm_config.model_config.head_dtype, runner.speculator.draft_logits,
-            self.num_speculative_steps, runner.device, use_fp64=self.sampler.use_fp64_gumbel,
-            counts_scores=self._settings.counts_scores,
+            runner.vocab_size, dtype, runner.speculator.draft_logits, self.num_speculative_steps, runner.device,
+            use_fp64=self.sampler.use_fp64_gumbel, counts_scores=self._settings.counts_scores,
+            large_logits=exceeds_32_bits(num_rows, runner.vocab_size, dtype),
         )  # fmt: skip
         warm_up(server, self.program)
 
@@ -185,9 +186,10 @@ def check(runner: Any, settings: Settings) -> None:
         )
     if runner.batch_sharder is not None:
         raise CompatibilityError("batch-sharded sampling: cannot be combined with cospec; switch it off")
-    if settings.draft_logits and runner.speculator.draft_logits is None:
+    if settings.reads_draft_logits and runner.speculator.draft_logits is None:
+        reader = "collect" if settings.collect else f"policy {settings.policy.policy!r}"
         raise CompatibilityError(
-            f"{WHERE}.draft_sample_method: {config.draft_sample_method!r} keeps no draft logits, which arbitration "
+            f"{WHERE}.draft_sample_method: {config.draft_sample_method!r} keeps no draft logits, which {reader} "
             f"reads; leave it out, or pass 'probabilistic'"
         )
 
@@ -205,8 +207,6 @@ def install(runner: Any, settings: Settings, engine_index: int) -> V2Sampler:
     """
     check(runner, settings)
     counters = counters_of_this_rank(settings, engine_index)
-    draft_logits = runner.speculator.draft_logits
-    if draft_logits is not None:
-        logger.info("CoSpec keeps draft logits: %.2f GiB on the device.", draft_logits.nbytes / 2**30)
+    announce_draft_logits(runner.speculator.draft_logits, settings)
     runner.rejection_sampler = V2Sampler(runner, settings, counters)
     return runner.rejection_sampler

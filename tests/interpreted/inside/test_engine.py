@@ -178,6 +178,24 @@ def test_v1_on_a_device_serves_strict_requests_as_stock_v1_does_and_arbitrates_t
     assert ours["metrics"]["vllm:cospec_num_overrides"] == len(kept)
 
 
+@pytest.mark.parametrize("v1", [False, True], ids=["v2", "v1"])
+def test_a_rule_that_ignores_the_draft_needs_none_of_its_logits(v1: bool) -> None:
+    greedy, half = {"draft_sample_method": "greedy"}, (True, False, True, False)
+    worker = {"worker_cls": "mended_worker.MendedDeviceWorker"} if v1 else {}
+    stock = generate({"method": "draft_model", **greedy}, [requests(), requests(temperature=1.0)], v1=v1, **worker)
+    ours = generate(
+        {"method": "cospec", "arbiter": {"policy": "random", "rate": 0.5}, **greedy},
+        [requests(strict=half), requests(strict=half, temperature=1.0)],
+        v1=v1,
+    )
+    assert ours["sampler"] == f"vllm_cospec.runners.{'v1_gpu' if v1 else 'v2'}"
+    assert not ours["keeps_draft_logits"]
+    for batch in (0, 1):
+        for request in (0, 2):
+            assert ours["tokens"][batch][request] == stock["tokens"][batch][request], batch
+    assert ours["metrics"]["vllm:cospec_num_overrides"] > 0
+
+
 def test_overrides_change_the_text(stock: dict[str, Any], learned: dict[str, Any]) -> None:
     changed = [learned["tokens"][b][r] != stock["tokens"][b][r] for b in (0, 1) for r in (1, 3)]
     assert any(changed)

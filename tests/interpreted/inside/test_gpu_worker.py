@@ -71,7 +71,7 @@ def test_the_worker_installs_and_warms_up_for_the_runner_vllm_chose(
          "speculative_config.rejection_sample_method: 'block' cannot be combined with cospec; leave it out"),
         ({"batch_sharder": object()}, "batch-sharded sampling: cannot be combined with cospec; switch it off"),
         ({"draft_logits": None},
-         "speculative_config.draft_sample_method: 'greedy' keeps no draft logits, which arbitration reads; leave it "
+         "speculative_config.draft_sample_method: 'greedy' keeps no draft logits, which policy 'kl' reads; leave it "
          "out, or pass 'probabilistic'"),
         ({}, None),
     ],
@@ -92,8 +92,10 @@ def test_what_arbitration_cannot_be_combined_with_on_v2_is_refused(
         batch_sharder=changes.get("batch_sharder"),
         speculator=SimpleNamespace(draft_logits=changes.get("draft_logits", torch.zeros(0))),
     )
-    settings: Any = SimpleNamespace(draft_logits=True)
+    settings: Any = SimpleNamespace(reads_draft_logits=True, collect=False, policy=Kl(max_kl=1.0))
     if sentence is None:
+        v2.check(runner, settings)
+        runner.speculator.draft_logits, settings.reads_draft_logits = None, False
         v2.check(runner, settings)
         return
     with pytest.raises(CompatibilityError) as caught:

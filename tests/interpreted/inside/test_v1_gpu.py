@@ -14,8 +14,9 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_cospec.config import Settings
-from vllm_cospec.kernels.policies import Learned, Random, Typical
-from vllm_cospec.runners import v1_cpu, v1_gpu
+from vllm_cospec.errors import ConfigError
+from vllm_cospec.kernels.policies import Kl, Learned, Random, Typical
+from vllm_cospec.runners import device, v1_cpu, v1_gpu
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -150,6 +151,40 @@ def test_drafters_on_the_host_have_no_logits_and_ragged_drafts(tmp_path: Path) -
         assert decisions
         assert all((d.statistics[5:10] == 0).all() for d in decisions)
     assert torch.equal(*outputs)
+
+
+def test_a_rule_that_ignores_draft_logits_keeps_none_where_nothing_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(device, "logger", SimpleNamespace(info=lambda text, *args: said.append(text % args)))
+    policy = Typical(posterior_threshold=0.1)
+    settings = Settings(
+        policy=policy, threshold=0.5, max_overrides=None, exact_tokens=0, collect=False, draft_logits=True,
+        num_speculative_tokens=K, counters=str(tmp_path),
+    )  # fmt: skip
+    samplers, outputs = {}, []
+    for method in ("probabilistic", "greedy"):
+        runner = Runner(IDS, {})
+        runner.speculative_config.draft_sample_method = method
+        samplers[method] = v1_gpu.install(runner, settings, 0)
+        outputs.append(torch.stack([runner.run(samplers[method], Step(4, IDS, sampled=0.0)) for _ in range(2)]))
+    assert torch.equal(*outputs)
+    assert samplers["greedy"].recorder.logits is None
+    kept = samplers["probabilistic"].recorder.logits
+    assert kept is not None
+    assert said == [
+        f"CoSpec keeps draft logits: {kept.nbytes / 2**30:.2f} GiB on the device, in proportion to max_num_seqs; with "
+        f"speculative_config.draft_sample_method 'greedy' there are none."
+    ]
+    samplers["probabilistic"].set_policy(Kl(max_kl=1.0))
+    samplers["greedy"].set_policy(NEVER)
+    with pytest.raises(ConfigError) as caught:
+        samplers["greedy"].set_policy(Kl(max_kl=1.0))
+    assert str(caught.value) == (
+        "policy 'kl': reads draft logits, and this engine keeps none; start it with "
+        "speculative_config.draft_sample_method 'probabilistic'"
+    )
 
 
 def test_dummy_batches_and_steps_without_drafts_go_to_stock(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     if hasattr(worker, "cospec"):
         sampler = worker.cospec
         answer["sampler"] = type(sampler).__module__
+        answer["keeps_draft_logits"] = sampler._keeps_draft_logits
         unhealthy = sampler._counters.unhealthy.tolist()
         answer["counters"] = sampler._counters.on_device.tolist()[: -len(unhealthy)]
         answer["unhealthy"] = {reason: count for reason, count in zip(REASONS, unhealthy, strict=True) if count}

@@ -25,7 +25,7 @@ from benchmarks import variants  # noqa: E402
 from benchmarks.offline import TARGETS, Launch, recorded_launches  # noqa: E402
 from vllm_cospec.kernels.reach import STOPS  # noqa: E402
 from vllm_cospec.kernels.scores import NUM_BINS  # noqa: E402
-from vllm_cospec.kernels.triton.launch import ServerShapes, arbitrate, arbitrate_given, warm_up  # noqa: E402
+from vllm_cospec.kernels.triton.launch import LARGE, ServerShapes, arbitrate, arbitrate_given, warm_up  # noqa: E402
 from vllm_cospec.kernels.triton.policies import Program, compile_policy  # noqa: E402
 from vllm_cospec.kernels.triton.step import Memory, Rows, Sampling, Slots, Verdict  # noqa: E402
 from vllm_cospec.kernels.triton.workspace import Workspace  # noqa: E402
@@ -58,6 +58,7 @@ def step(
     padded: bool,
     separate: bool,
     form: int | None,
+    large: bool,
 ) -> None:
     """Launch one step of a batch that is a chunk, from ``first_row`` on, of a larger one, as the runners do.
 
@@ -66,6 +67,7 @@ def step(
         padded: rows of logits are cut out of rows of a multiple of 64, as vLLM's models hand them over.
         separate: processed logits are a copy.
         form: which form a given verdict has; None: strict verification is ours.
+        large: the rows of logits are part of more than 2 GiB.
     """
     batch, total = len(counts), first_row + sum(counts)
 
@@ -73,7 +75,8 @@ def step(
         return torch.zeros(total, *shape, dtype=dtype)[first_row:]
 
     width = -(-server.vocab_size // 64) * 64 if padded else server.vocab_size
-    logits = chunk(width, dtype=server.dtype)[:, : server.vocab_size]
+    beyond = LARGE // (width * server.dtype.itemsize) + 1 if large else 0
+    logits = torch.empty(total + beyond, width, dtype=server.dtype)[first_row:total, : server.vocab_size]
     rows = Rows(
         logits, torch.zeros(logits.shape) if separate else logits, server.draft_logits,
         drafted=chunk(dtype=torch.int32),
@@ -117,12 +120,16 @@ def given(server: ServerShapes, drafts: int, batch: int, form: int) -> Verdict:
     )
 
 
-def missed(vocab: int, k: int, dtype: torch.dtype, has_draft: bool, v1: bool) -> tuple[int, list[str]]:
+def missed(
+    v1: bool, vocab: int, k: int, dtype: torch.dtype, has_draft: bool, large: bool = False
+) -> tuple[int, list[str]]:
     """Return how many programs the steps of a server reach, and those among them that ``warm_up`` left out."""
     reached, left_out = set(), set()
     draft = torch.zeros(SLOTS, k, vocab, dtype=dtype) if has_draft else None
     for policy, arbiter in variants.policies(k):
-        server = ServerShapes(vocab, dtype, draft, k, CPU, given_verdict=v1, counts_scores=arbiter is not None)
+        server = ServerShapes(
+            vocab, dtype, draft, k, CPU, given_verdict=v1, counts_scores=arbiter is not None, large_logits=large
+        )
         if policy.needs_draft_logits and not has_draft:
             continue
         for collect in (False, True):
@@ -132,11 +139,11 @@ def missed(vocab: int, k: int, dtype: torch.dtype, has_draft: bool, v1: bool) ->
             with recorded_launches(*variants.MODULES) as served:
                 for counts in ([1], [k + 1], [2, 1, k + 1], [k + 1] * 16):
                     for first_row in (0,) if v1 else (0, 1, 3, 8):
-                        for padded, variant in itertools.product((False, True), range(2)):
+                        for padded, variant, more in itertools.product((False, True), range(2), {False, large}):
                             if v1 and sum(counts) == len(counts):
                                 continue  # without a draft the runner asks stock
                             form = variant if v1 else None
-                            step(server, program, counts, first_row, padded, not v1 and variant == 1, form)
+                            step(server, program, counts, first_row, padded, not v1 and variant == 1, form, more)
             now = ours(served)
             reached |= now
             left_out |= now - ours(warm)
@@ -145,5 +152,5 @@ def missed(vocab: int, k: int, dtype: torch.dtype, has_draft: bool, v1: bool) ->
 
 if __name__ == "__main__":
     jobs = json.loads(sys.argv[1])
-    found = [missed(vocab, k, getattr(torch, dtype), has_draft, v1) for vocab, k, dtype, has_draft, v1 in jobs]
+    found = [missed(v1, vocab, k, getattr(torch, dtype), *rest) for v1, vocab, k, dtype, *rest in jobs]
     print(json.dumps(found))

@@ -86,7 +86,7 @@ class Drafter:
         return torch.stack(steps, dim=1)
 
     def _sample_draft_tokens(self, step: int, metadata: Any) -> tuple[Tensor, None]:
-        return self._sample_from_logits(self.model.compute_logits(step), metadata, step)
+        return self._sample_from_logits(self.model.compute_logits(step), metadata)
 
     def _sample_from_logits(self, logits: Tensor, metadata: Any, step: int | None = None) -> tuple[Tensor, None]:
         if not metadata.all_greedy:
@@ -166,7 +166,10 @@ class Runner:
         self.max_model_len = 100_000
         self.rejection_sampler = RejectionSampler(Sampler())
         self.speculative_config = SimpleNamespace(
-            rejection_sample_method="standard", method="draft_model", parallel_drafting=False
+            rejection_sample_method="standard",
+            method="draft_model",
+            parallel_drafting=False,
+            draft_sample_method="probabilistic",
         )
         self.vllm_config = SimpleNamespace(observability_config=SimpleNamespace())
         self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCAB, head_dtype=torch.float32)

@@ -14,7 +14,7 @@ from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.calibration import Conditions
 from vllm_cospec.config import Calibrated, CoSpecConfig, Settings
 from vllm_cospec.errors import ArtefactError, ConfigError
-from vllm_cospec.kernels.policies import Cascade, Fly, Kl, Strict, Typical
+from vllm_cospec.kernels.policies import Cascade, Fly, Kl, Strict, Typical, policy_class, policy_names
 from vllm_cospec.settle import Models, settle
 from vllm_cospec.training.pairs.demo import build_tokenizer
 
@@ -108,6 +108,15 @@ def test_settings_carry_every_field() -> None:
 )
 def test_drafters_with_and_without_logits_are_told_apart(method: str, draft_logits: bool) -> None:
     assert settled(method=method).draft_logits is draft_logits
+
+
+def test_who_looks_at_draft_logits() -> None:
+    found = {name for name in policy_names() if policy_class(name).model_construct(policy=name).looks_at_draft}
+    assert found == {"learned", "kl", "mixture", "fsd"}
+    assert not settled().reads_draft_logits
+    assert settled(collect=True).reads_draft_logits
+    assert settled(arbiter={"policy": "kl", "max_kl": 1.0}).reads_draft_logits
+    assert not settled(method="ngram", collect=True).reads_draft_logits
 
 
 @pytest.mark.parametrize("method", ["medusa", "mlp_speculator", "custom_class", "ngram_gpu"])
