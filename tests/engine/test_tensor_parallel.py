@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -70,14 +71,24 @@ def test_two_ranks_count_as_one(
     assert counted["vllm:cospec_num_overrides"] <= accepted
 
 
-def rolled_out(config: TrainConfig, unit: Unit) -> Episodes:
-    """What an actor makes of a unit."""
+def rolled_out(config: TrainConfig, units: list[Unit], harmed: str = "") -> Episodes:
+    """What an actor makes of units; after the first of them a process whose name contains ``harmed`` is killed."""
+    killed: list[int] = []
+
+    def harm(result: object) -> None:
+        if harmed and not killed:
+            named = [own for own in psutil.Process().children(recursive=True) if harmed in " ".join(own.cmdline())]
+            assert len(named) == config.pair.ranks
+            named[-1].kill()
+            killed.append(named[-1].pid)
+
     weights = Learner(config.learner, config.seed, 1).weights()
     actor = Placed(RolloutActor, config.pair, config.rollout)
     with Pool(lambda: actor.remote(config, weights), 1) as pool:
-        pool.submit([unit], ray.put(weights))
-        ((episodes,),) = pool.collect([unit.key])
-    return episodes
+        pool.submit(units, ray.put(weights))
+        found = pool.collect([unit.key for unit in units], tick=harm)
+        assert (pool.losses, pool.set_aside) == (len(killed), [])
+    return Episodes.merge([episodes for parts in found for episodes in parts])
 
 
 @contextlib.contextmanager
@@ -101,12 +112,13 @@ def pretended_gpus(directory: Path) -> Iterator[str]:
 def test_an_actor_with_two_ranks_decides_and_counts_as_with_one(
     ray_actors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its ranks are its child processes, or Ray actors in a placement group of its own."""
+    """Its ranks are its child processes, or Ray actors in a placement group of its own, of which one is killed."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     target, draft = write_model(tmp_path / "target", 1), write_model(tmp_path / "draft", 2)
     engine = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 16, "enforce_eager": True,
               "kv_cache_memory_bytes": 2**26}  # fmt: skip
-    unit = Unit(0, 0, tuple(load_task("demo").problems(5, 10, "train")), 0, seed=1)
+    problems = tuple(load_task("demo").problems(5, 10, "train"))
+    units = [Unit(0, 0, problems[:2], 0, seed=1), Unit(0, 1, problems[2:], 2, seed=1)]
     found = []
     there = pretended_gpus(tmp_path / "platform") if ray_actors else contextlib.nullcontext(None)
     with there as address, ray_session(address, cpus=4):
@@ -130,7 +142,7 @@ def test_an_actor_with_two_ranks_decides_and_counts_as_with_one(
                     "learner": {"initial_keep": 0.5},
                 }
             )  # fmt: skip
-            found.append(rolled_out(config, unit))
+            found.append(rolled_out(config, units, "ray::RayWorkerProc" if gpus else ""))
     one, two = found
     assert one.texts == two.texts
     for name in ("tokens", "steps", "episode", "kept", "output_position", "branch_decision", "branch_weight",
