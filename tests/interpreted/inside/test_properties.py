@@ -283,6 +283,13 @@ def test_bytes_of_a_step(sampled: bool, bound: float) -> None:
         assert 10 < rejected < 20
         assert ours["target"] <= (60 + 2 + rejected) * row * 1.001
         assert ours["draft"] <= rejected * row * 1.001
+        # behind overrides as well: nothing is read again by the program that decides
+        cases.set_bias(network, 50.0)
+        with traffic(target=case.raw, draft=case.draft) as ours:
+            result, _, _ = case.ours(LEARNED, network)
+        assert result.num_sampled.tolist() == [6] * 12
+        assert ours["target"] <= (60 + 12 + rejected) * row * 1.001
+        assert ours["draft"] <= rejected * row * 1.001
     with traffic(target=case.raw, draft=case.draft) as rule:
         case.ours(Typical())
     assert sum(rule.values()) <= sum(stock.values()) * 1.001  # a rule that ignores the drafter costs nothing more
