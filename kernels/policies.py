@@ -257,6 +257,7 @@ class Entropy(Rule):
 
     code: ClassVar[int] = 10
     reads: ClassVar[frozenset[str]] = frozenset({"target_entropy"})
+    weighs_drafts: ClassVar[bool] = True
 
     policy: Literal["entropy"] = "entropy"
     posterior_threshold: float = Field(0.95, gt=0, le=1)
@@ -282,6 +283,7 @@ class Ears(Rule):
 
     code: ClassVar[int] = 11
     reads: ClassVar[frozenset[str]] = frozenset({"target_logprob_top"})
+    weighs_drafts: ClassVar[bool] = True
 
     policy: Literal["ears"] = "ears"
     tolerance: float = Field(ge=0, le=1)

@@ -68,6 +68,8 @@ class Policy(Frozen):
     """Which of the statistics a decision depends on."""
     needs_draft_logits: ClassVar[bool] = False
     """Whether the policy is meaningless for drafters without logits."""
+    weighs_drafts: ClassVar[bool] = False
+    """Whether a decision on a sampled request depends on the probability with which its draft was drawn."""
 
     policy: str
 
@@ -90,6 +92,11 @@ class Policy(Frozen):
     def looks_at_draft(self) -> bool:
         """Whether a decision depends on the draft's distribution, beyond the strict verdict on a sampled token."""
         return self.needs_draft_logits or not self.reads.isdisjoint(DRAFT_STATISTICS)
+
+    @property
+    def draws_drafts(self) -> bool:
+        """Whether drafts of sampled requests are to be drawn, where the user does not say; else they are greedy."""
+        return self.looks_at_draft or self.weighs_drafts
 
     def for_block_length(self, num_speculative_tokens: int) -> Self:
         """Return the policy with everything settled that depends on K.

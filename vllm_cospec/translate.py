@@ -211,8 +211,9 @@ def _translate(
         )
     if inner.get("parallel_drafting"):
         raise ConfigError(f"{WHERE}.parallel_drafting: cannot be combined with cospec; leave it out")
-    if config.draft_method not in ("ngram", "suffix"):
-        inner.setdefault("draft_sample_method", "probabilistic")  # sampled requests verify against q, as in the paper
+    draws = config.collect or (config.arbiter is not None and config.arbiter.draws_drafts)
+    if draws and config.draft_method not in ("ngram", "suffix"):
+        inner.setdefault("draft_sample_method", "probabilistic")  # else vLLM's default, and on a GPU no draft logits
 
     stand_in = copy.copy(engine_args)  # the user's arguments are read again by other API servers: never change them
     stand_in.speculative_config = inner

@@ -47,7 +47,7 @@ def test_vllm_gets_the_inner_method_our_worker_and_the_settings(pair: Pair) -> N
     assert speculative.num_speculative_tokens == 3
     assert speculative.draft_model_config.model == str(pair.draft)
     assert speculative.draft_model_config.max_model_len == 48
-    assert speculative.draft_sample_method == "probabilistic"
+    assert speculative.draft_sample_method == "greedy"  # vLLM's default
     assert config.parallel_config.worker_cls == "vllm_cospec.workers.cpu.CoSpecCPUWorker"
     assert issubclass(config.scheduler_config.get_scheduler_cls(), CoSpecScheduler)
     assert without_counters(speculative.cospec) == Settings(
@@ -136,9 +136,22 @@ def test_every_policy_gets_through_vllm(pair: Pair, name: str) -> None:
     assert settings.policy == (Fly(window=2) if name == "fly" else expected)
 
 
-def test_an_explicit_way_of_drafting_stays(pair: Pair) -> None:
-    config = build(pair.target, user_config(pair, draft_sample_method="greedy"))
-    assert config.speculative_config.draft_sample_method == "greedy"
+@pytest.mark.parametrize("name", policy_names())
+def test_drafts_are_drawn_where_a_policy_looks_at_them(pair: Pair, name: str) -> None:
+    parameters = {"artefact": str(pair.artefact)} if name == "learned" else PARAMETERS[name]
+    arbiter = {"policy": name, **parameters}
+    found = build(pair.target, user_config(pair, arbiter=arbiter)).speculative_config.draft_sample_method
+    draws = {"learned", "kl", "fsd", "mixture", "entropy", "ears"}
+    assert found == ("probabilistic" if name in draws else "greedy")
+    collecting = build(pair.target, user_config(pair, arbiter=arbiter, collect=True))
+    assert collecting.speculative_config.draft_sample_method == "probabilistic"
+
+
+@pytest.mark.parametrize(("arbiter", "way"), [("learned", "greedy"), ("typical", "probabilistic")])
+def test_an_explicit_way_of_drafting_stays(pair: Pair, arbiter: str, way: str) -> None:
+    policy = str(pair.artefact) if arbiter == "learned" else {"policy": arbiter}
+    config = build(pair.target, user_config(pair, arbiter=policy, draft_sample_method=way))
+    assert config.speculative_config.draft_sample_method == way
 
 
 def test_a_trained_arbiter_is_checked_against_the_real_tokenizer(pair: Pair) -> None:
