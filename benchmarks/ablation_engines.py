@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -12,13 +13,13 @@ from torch import Tensor
 from vllm_cospec.training.commands import notice
 from vllm_cospec.training.config import TrainConfig
 from vllm_cospec.training.learning.learner import Learner
-from vllm_cospec.training.measure.calibrate import Answered, Part, SweepActor, answer_part
-from vllm_cospec.training.measure.evaluate import CHUNK, Answers, Chunk, answer, evaluate
+from vllm_cospec.training.measure.calibrate import Answered, Part, answer_part
+from vllm_cospec.training.measure.evaluate import Answers, answer, chunks_of, evaluate
 from vllm_cospec.training.measure.modes import parse_mode
 from vllm_cospec.training.measure.outcome import Outcome
 from vllm_cospec.training.rollout.actors import EngineActor
 from vllm_cospec.training.rollout.engine import Engine
-from vllm_cospec.training.rollout.in_process import InProcess, roll_out_with
+from vllm_cospec.training.rollout.in_process import InProcess, rollouts, training_engine
 from vllm_cospec.training.rollout.placement import Placed
 from vllm_cospec.training.rollout.pool import Pool, UnitPool
 from vllm_cospec.training.rollout.session import engines_session
@@ -41,19 +42,23 @@ class Piece(Part):
         return self.arbiter, self.thresholds, self.temperature, self.index
 
 
-class Judge(SweepActor):
+def judge(engine: Engine, graders: Graders, most: int, piece: Piece, weights: Weights) -> Answered:
+    """Answer some problems with an arbiter; ``most`` tokens are the longest answer."""
+    engine.set_arbiter(weights, sample_actions=False)
+    return answer_part(engine, graders, piece, most)
+
+
+class Judge(EngineActor):
     """An engine that answers problems with the arbiter that comes along."""
 
     def __init__(self, config: TrainConfig, weights: Weights):
-        arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
-        EngineActor.__init__(self, config.pair, config.task, arbiter)
+        super().__init__(config.pair, config.task, config.learner.in_training(weights))
         self._max_tokens = config.rollout.max_tokens
 
-    def work(self, part: Part, payload: Any) -> Answered:
+    def work(self, piece: Piece, weights: Weights) -> Answered:
         """Answer some problems."""
         self.ready()
-        self._engine.set_arbiter(payload, sample_actions=False)
-        return super().work(part, None)
+        return judge(self._engine, self._graders, self._max_tokens, piece, weights)
 
 
 class Engines(Protocol):
@@ -108,7 +113,7 @@ class OneEngine:
     """An engine of this process, which drafts as many tokens as it was started with."""
 
     def __init__(self, config: TrainConfig, k: int):
-        """Start it.
+        """Describe it; it is started by the block.
 
         Args:
             config: of pair, task and learner.
@@ -117,16 +122,14 @@ class OneEngine:
         self._k = k
         pair = config.pair.model_copy(update={"num_speculative_tokens": k})
         weights = Learner(config.learner, config.seed, 1).weights()
-        self._graders = Graders(config.task)
-        arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
-        self._engine = Engine(pair, arbiter, task=config.task)
+        self._started = training_engine(config.model_copy(update={"pair": pair}), weights)
 
     def __enter__(self) -> OneEngine:
-        self._graders.wait_until_ready()
+        self._engine, self._graders = self._started.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._graders.close()
+    def __exit__(self, *error: Any) -> None:
+        self._started.__exit__(*error)
 
     def draft(self, k: int) -> bool:
         """As :meth:`Engines.draft`."""
@@ -134,23 +137,15 @@ class OneEngine:
 
     def train(self, trainer: Trainer) -> None:
         """As :meth:`Engines.train`."""
-        trainer.run_with(roll_out_with(self._engine, self._graders, trainer.config))
+        trainer.run_with(rollouts(self._engine, self._graders, trainer.config))
 
     @contextlib.contextmanager
     def judging(self, config: TrainConfig, weights: Weights) -> Iterator[UnitPool]:
         """As :meth:`Engines.judging`."""
-
-        def work(piece: Piece, own: Weights) -> Answered:
-            self._engine.set_arbiter(own, sample_actions=False)
-            return answer_part(self._engine, self._graders, piece, config.rollout.max_tokens)
-
-        yield InProcess(work)
+        yield InProcess(partial(judge, self._engine, self._graders, config.rollout.max_tokens))
 
     def outcome(self, config: TrainConfig, rule: str, problems: Sequence[Problem]) -> Outcome:
         """As :meth:`Engines.outcome`."""
         mode, most = parse_mode(rule), config.rollout.max_tokens
-        chunks = [
-            Chunk(mode, i, tuple(problems[first : first + CHUNK]))
-            for i, first in enumerate(range(0, len(problems), CHUNK))
-        ]
-        return Answers.merge([answer(self._engine, chunk, self._graders, most) for chunk in chunks]).outcome
+        answers = [answer(self._engine, chunk, self._graders, most) for chunk in chunks_of(mode, problems)]
+        return Answers.merge(answers).outcome

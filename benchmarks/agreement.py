@@ -32,15 +32,13 @@ from vllm_cospec.training.measure.intervals import accuracy_interval
 from vllm_cospec.training.measure.provenance import write_result
 from vllm_cospec.training.progress import progress_bar
 from vllm_cospec.training.rollout.actors import RolloutActor
-from vllm_cospec.training.rollout.engine import Engine
 from vllm_cospec.training.rollout.episodes import Episodes
-from vllm_cospec.training.rollout.in_process import roll_out_with
+from vllm_cospec.training.rollout.in_process import rollouts, training_engine
 from vllm_cospec.training.rollout.placement import Placed
 from vllm_cospec.training.rollout.pool import Pool, UnitPool
 from vllm_cospec.training.rollout.session import engines_session
 from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import Split, load_task
-from vllm_cospec.training.tasks.grading import Graders
 
 EVERY = 1000  # branches per response: more than there are mismatches
 CHUNK = 125
@@ -83,9 +81,8 @@ def figures(episodes: Episodes) -> dict[str, Any]:
 def engines(config: TrainConfig, weights: dict[str, Any], in_process: bool, units: int) -> Iterator[UnitPool]:
     """Have engines that roll out: on Ray, or one in this process."""
     if in_process:
-        arbiter = {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
-        with Graders(config.task) as graders:
-            yield roll_out_with(Engine(config.pair, arbiter, task=config.task), graders, config)
+        with training_engine(config, weights) as (engine, graders):
+            yield rollouts(engine, graders, config)
         return
     actor = Placed(RolloutActor, config.pair, config.rollout)
     with (

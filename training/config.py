@@ -184,6 +184,10 @@ class LearnerConfig(Frozen):
     overlong_penalty: float = Field(0.5, ge=0)
     """Taken off the reward of a response that was cut off, where overlong says so."""
 
+    def in_training(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """Return an arbiter of these weights as an engine takes one that is in training."""
+        return {"hidden_sizes": self.hidden_sizes, "state_dict": weights}
+
 
 class SelectionConfig(Frozen):
     """Which checkpoint is shipped: the best one on training problems that are held out."""

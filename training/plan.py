@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
-import ray
 from rich.table import Table
 
 from vllm_cospec.errors import ConfigError
@@ -150,7 +149,7 @@ def probe(config: TrainConfig, problems: Problems, count: int, say: Say) -> Epis
         ) as pool,
     ):  # fmt: skip
         unit = Unit(0, 0, chosen, 0, config.seed)
-        pool.submit([unit], ray.put(weights))
+        pool.submit([unit], pool.put(weights))
         return Episodes.merge([part for parts in pool.collect([unit.key]) for part in parts])
 
 

@@ -86,16 +86,13 @@ IN_PROCESS = """
 import sys
 from pathlib import Path
 from vllm_cospec.training.config import load_train_config
-from vllm_cospec.training.rollout.engine import Engine
-from vllm_cospec.training.rollout.in_process import roll_out_with
-from vllm_cospec.training.tasks.grading import Graders
+from vllm_cospec.training.rollout.in_process import rollouts, training_engine
 from vllm_cospec.training.trainer import Trainer
 
 config = load_train_config(Path(sys.argv[1]))
 trainer = Trainer(config, Path(sys.argv[2]), resume=False)
-arbiter = {"hidden_sizes": config.learner.hidden_sizes, "state_dict": trainer.learner.weights()}
-with Graders(config.task) as graders:
-    trainer.run_with(roll_out_with(Engine(config.pair, arbiter, task=config.task), graders, config))
+with training_engine(config, trainer.learner.weights()) as (engine, graders):
+    trainer.run_with(rollouts(engine, graders, config))
 """
 LOSES_A_NODE_IN_A_THREAD = """
 import asyncio, sys

@@ -47,6 +47,13 @@ class Chunk:
         return [self]
 
 
+def chunks_of(mode: Mode, problems: Sequence[Problem]) -> list[Chunk]:
+    """Return all problems in one mode, in chunks."""
+    return [
+        Chunk(mode, i, tuple(problems[first : first + CHUNK])) for i, first in enumerate(range(0, len(problems), CHUNK))
+    ]
+
+
 @dataclass(frozen=True)
 class Answers:
     """The outcome of a mode, and what is known of each single answer besides."""
@@ -198,11 +205,7 @@ def evaluate(
     answers: dict[str, Answers] = {}
     for kind in dict.fromkeys(engine_of(mode, artefact is not None) for mode in modes):
         wanted = [mode for mode in modes if engine_of(mode, artefact is not None) == kind]
-        chunks = [
-            Chunk(mode, i, tuple(problems[first : first + CHUNK]))
-            for mode in wanted
-            for i, first in enumerate(range(0, len(problems), CHUNK))
-        ]
+        chunks = [chunk for mode in wanted for chunk in chunks_of(mode, problems)]
 
         def make_actor(kind: str = kind) -> Any:
             return actor.remote(pair, task, kind, where, rollout.max_tokens)

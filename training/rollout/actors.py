@@ -46,18 +46,15 @@ class RolloutActor(EngineActor):
     """An engine that collects, for training."""
 
     def __init__(self, config: TrainConfig, weights: dict[str, Any]):
-        super().__init__(
-            config.pair, config.task, {"hidden_sizes": tuple(config.learner.hidden_sizes), "state_dict": weights}
-        )
+        super().__init__(config.pair, config.task, config.learner.in_training(weights))
         self._config = config
 
     def work(self, unit: Unit, weights: dict[str, Any]) -> Episodes:
         """Roll out a unit with these weights."""
-        from vllm_cospec.training.rollout.collect import roll_out
+        from vllm_cospec.training.rollout.collect import roll_out_with
 
         self.ready()
-        self._engine.set_arbiter(weights, sample_actions=unit.threshold is None)
-        return roll_out(self._engine, unit, self._config, self._graders)
+        return roll_out_with(self._engine, self._graders, self._config, unit, weights)
 
 
 def require_models_here(pair: PairConfig) -> None:

@@ -21,6 +21,14 @@ from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks.grading import Grade, Graders
 
 
+def roll_out_with(
+    engine: Engine, graders: Graders, config: TrainConfig, unit: Unit, weights: dict[str, Any]
+) -> Episodes:
+    """Roll out a unit with these weights; actions are sampled where the unit has no threshold."""
+    engine.set_arbiter(weights, sample_actions=unit.threshold is None)
+    return roll_out(engine, unit, config, graders)
+
+
 def roll_out(engine: Engine, unit: Unit, config: TrainConfig, graders: Graders) -> Episodes:
     """Generate the responses of a unit, and its branches.
 

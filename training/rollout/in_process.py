@@ -5,15 +5,15 @@ For a single accelerator on which several runs share an engine: starting one tak
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from vllm_cospec.training.config import TrainConfig
-from vllm_cospec.training.rollout.collect import roll_out
+from vllm_cospec.training.rollout.collect import roll_out_with
 from vllm_cospec.training.rollout.engine import Engine
-from vllm_cospec.training.rollout.episodes import Episodes
-from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks.grading import Graders
 
 
@@ -49,11 +49,15 @@ class InProcess:
         return found
 
 
-def roll_out_with(engine: Engine, graders: Graders, config: TrainConfig) -> InProcess:
+@contextlib.contextmanager
+def training_engine(config: TrainConfig, weights: dict[str, Any]) -> Iterator[tuple[Engine, Graders]]:
+    """Have an engine in this process with an arbiter in training, of these weights to begin with, and its graders."""
+    with Graders(config.task) as graders:
+        engine = Engine(config.pair, config.learner.in_training(weights), task=config.task)
+        graders.wait_until_ready()
+        yield engine, graders
+
+
+def rollouts(engine: Engine, graders: Graders, config: TrainConfig) -> InProcess:
     """Return what a run of this configuration can be trained with."""
-
-    def work(unit: Unit, weights: dict[str, Any]) -> Episodes:
-        engine.set_arbiter(weights, sample_actions=unit.threshold is None)
-        return roll_out(engine, unit, config, graders)
-
-    return InProcess(work)
+    return InProcess(partial(roll_out_with, engine, graders, config))

@@ -149,10 +149,8 @@ class V2Sampler(DevicePolicy, RejectionSampler):
     def warm_up(self) -> None:
         """Compile every kernel these settings can launch."""
         runner = self._runner
-        dtype, num_rows = (
-            runner.vllm_config.model_config.head_dtype,
-            runner.max_num_reqs * (self.num_speculative_steps + 1),
-        )
+        dtype = runner.vllm_config.model_config.head_dtype
+        num_rows = runner.max_num_reqs * (self.num_speculative_steps + 1)
         server = ServerShapes(
             runner.vocab_size, dtype, runner.speculator.draft_logits, self.num_speculative_steps, runner.device,
             use_fp64=self.sampler.use_fp64_gumbel, counts_scores=self._settings.counts_scores,
