@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -98,26 +99,12 @@ class Server:
                 probe.bind((HOST, self.port))
             except OSError as error:
                 raise ServerError(f"port {self.port}: {error.strerror}; choose another one") from None
-        environment = {"VLLM_NO_USAGE_STATS": "1", **os.environ}
-        output = None if self.log is None else self.log.open("wb")
         try:
-            self._process = subprocess.Popen(
-                self.command,
-                stdout=output,
-                stderr=subprocess.STDOUT if output else None,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches us alone, and we stop the whole group in order
-            )
-            self._watchdog = subprocess.Popen(
-                [sys.executable, "-ISc", WATCHDOG, str(self._process.pid)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        finally:
-            if output is not None:
-                output.close()
+            with ThreadPoolExecutor(1) as starter:  # where no signal comes between a process and our knowing of it
+                starter.submit(self._start).result()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -194,6 +181,28 @@ class Server:
         if self._watchdog is not None:
             self._watchdog.communicate(b".")  # there is nothing left to watch
         self._process = self._watchdog = None
+
+    def _start(self) -> None:
+        environment = {"VLLM_NO_USAGE_STATS": "1", **os.environ}
+        output = None if self.log is None else self.log.open("wb")
+        try:
+            self._process = subprocess.Popen(
+                self.command,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches us alone, and we stop the whole group in order
+            )
+            self._watchdog = subprocess.Popen(
+                [sys.executable, "-ISc", WATCHDOG, str(self._process.pid)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        finally:
+            if output is not None:
+                output.close()
 
 
 def _serve_command() -> list[str]:

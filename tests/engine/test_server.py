@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pytest
 import torch
+from descendants import descendants, survivors
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
@@ -306,17 +306,13 @@ def test_an_interrupted_demo_leaves_no_process_behind(sent: signal.Signals) -> N
     demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 90
-        started: list[psutil.Process] = []
-        while not any("spawn_main" in " ".join(process.cmdline()) for process in started):
+        while not descendants(demo.pid, "spawn_main"):
             assert time.monotonic() < deadline
             time.sleep(0.2)
-            started = psutil.Process(demo.pid).children(recursive=True)
         time.sleep(2)
-        started = psutil.Process(demo.pid).children(recursive=True)
+        started = descendants(demo.pid)
         demo.send_signal(sent)
         demo.wait(60)
-        _, alive = psutil.wait_procs(started, timeout=30)
-        # where nobody waits for orphans, as in a container without an init, they stay as zombies
-        assert not [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        assert not survivors(started, timeout=30)
     finally:
         demo.kill()

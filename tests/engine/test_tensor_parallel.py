@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import torch
+from descendants import descendants
 from ray.cluster_utils import Cluster
 
 from vllm_cospec.training.config import TrainConfig
@@ -77,7 +77,7 @@ def rolled_out(config: TrainConfig, units: list[Unit], harmed: str = "") -> Epis
 
     def harm(result: object) -> None:
         if harmed and not killed:
-            named = [own for own in psutil.Process().children(recursive=True) if harmed in " ".join(own.cmdline())]
+            named = descendants(naming=harmed)
             assert len(named) == config.pair.ranks
             named[-1].kill()
             killed.append(named[-1].pid)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from descendants import descendants, survivors
 from scripts import benchmark
 
 from vllm_cospec.errors import CoSpecError
@@ -36,11 +36,6 @@ def start(*options: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def servers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The processes below it, engine cores among them."""
-    return psutil.Process(process.pid).children(recursive=True)
-
-
 def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -57,17 +52,15 @@ def test_a_server_that_dies_ends_the_run_and_leaves_the_figures_of_the_rounds_be
         "--plot", str(plot),
     )  # fmt: skip
     wait_for(path.exists, process)
-    below = servers(process)
-    for server in below:
-        if "--speculative-config" in server.cmdline():
-            server.kill()
+    below = descendants(process.pid)  # engine cores among them
+    for server in descendants(process.pid, "--speculative-config"):
+        server.kill()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.strip().splitlines()[-1].startswith("throughput: ")
     assert "partial results are above" in errors
     assert "Traceback" not in errors
-    psutil.wait_procs(below, timeout=20)
-    assert not [server for server in below if server.is_running()]
+    assert not survivors(below, timeout=20)
     figures = json.loads(path.read_text())
     assert figures["schema"] == 1
     assert figures["complete"] is False
@@ -116,15 +109,14 @@ def test_what_lies_beside_a_base_model_moves_no_figure(pair: Path, run_engine: R
 @pytest.mark.timeout(300)
 def test_ctrl_c_during_the_start_leaves_no_server_behind() -> None:
     process = start("--modes", "standard", "--num-prompts", "4", "--rounds", "1")
-    wait_for(lambda: len(servers(process)) > 1, process)
-    below = servers(process)
+    wait_for(lambda: descendants(process.pid, "--speculative-config"), process)
+    below = descendants(process.pid)  # processes that grade among them
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "throughput: interrupted; no round was finished" in errors
     assert "Traceback" not in errors
-    psutil.wait_procs(below, timeout=20)
-    assert not [server for server in below if server.is_running()]
+    assert not survivors(below, timeout=20)
 
 
 def test_whatever_a_user_gets_wrong_is_told_before_a_server_starts(tmp_path: Path) -> None:

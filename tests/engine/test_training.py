@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from descendants import descendants, survivors
 from transformers import AutoTokenizer
 
 from vllm_cospec.arbiter import ArtefactConfig, load_artefact
@@ -152,12 +152,6 @@ def updates(output: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def descendants(process: subprocess.Popen[bytes], name: str) -> list[psutil.Process]:
-    return [
-        child for child in psutil.Process(process.pid).children(recursive=True) if name in " ".join(child.cmdline())
-    ]
-
-
 def final(output: Path) -> Checkpoint:
     found = load_latest(output / "checkpoints")
     assert found is not None
@@ -236,15 +230,14 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_weights_of_one_that
     one, two = write_config(tmp_path, 1), write_config(tmp_path, 2)
     with training([sys.executable, "-c", IN_A_LOOP, str(two), str(broken)], log) as process:
         wait_for(lambda: updates(broken) >= 1, process)
-        victim = wait_for(lambda: descendants(process, "ray::RolloutActor.work"), process)[0]
+        victim = wait_for(lambda: descendants(process.pid, "ray::RolloutActor.work"), process)[0]
         victim.kill()
         wait_for(lambda: "another takes over" in log.read_text(), process)
         assert updates(broken) < UPDATES
-        everyone = psutil.Process(process.pid).children(recursive=True)
+        everyone = descendants(process.pid)
         process.kill()
     # Ray's agents first try for a minute to report the raylet's end to a GCS that is gone as well.
-    psutil.wait_procs(everyone, timeout=180)
-    assert not [child for child in everyone if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not survivors(everyone, timeout=180)
     # Between two iterations: an update is taken and logged, its checkpoint not written yet.
     saved = load_latest(broken / "checkpoints")
     assert saved is not None
