@@ -28,6 +28,7 @@ _NUMBER = re.compile(
     rf"(?P<sign>[+-]?) ?(?:{_CURRENCY})? ?(?P<inner>[+-]?)(?P<whole>{_GROUPED})?(?P<decimals>\.\d*)?"
     rf"(?P<exponent>[eE][+-]?\d{{1,3}})? ?(?:{_CURRENCY})?"
 )
+_REPEATING = re.compile(r"(?P<sign>[+-]?)(?P<whole>\d{0,18})\.(?P<fixed>\d{0,18})\\overline\{(?P<repeated>\d{1,18})\}")
 _RATIO = re.compile(r"(?P<sign>[+-]?)(?:(?P<whole>\d{1,18}) )?(?P<above>\d{1,18}) ?/ ?(?P<below>\d{1,18})")
 _WRAPPERS = (
     re.compile(r"\$\$(.+)\$\$", re.DOTALL),
@@ -63,12 +64,18 @@ def plain(text: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    """Return the number a text is: signs, currency, thousands, decimals, exponents and ratios are read; else None."""
+    """Return the number a text is: with sign, currency, thousands, decimals, exponent, or as a ratio; else None."""
     text = plain(text)
     ratio = _RATIO.fullmatch(text)
     if ratio and int(ratio["below"]):
         value = int(ratio["whole"] or 0) + Fraction(int(ratio["above"]), int(ratio["below"]))
         return -value if ratio["sign"] == "-" else value
+    repeating = _REPEATING.fullmatch(text)
+    if repeating:
+        digits = repeating["whole"] + repeating["fixed"] + repeating["repeated"]
+        once = int(repeating["whole"] + repeating["fixed"] or 0)  # 0.1666... is (16 - 1) / 90
+        value = Fraction(int(digits) - once, (10 ** len(repeating["repeated"]) - 1) * 10 ** len(repeating["fixed"]))
+        return -value if repeating["sign"] == "-" else value
     found = _NUMBER.fullmatch(text)
     if not found or (found["sign"] and found["inner"]):
         return None

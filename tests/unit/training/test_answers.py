@@ -34,6 +34,8 @@ CASES = [  # gold, right responses, wrong responses
     ("3 1/2", ["3.5", r"\boxed{\frac{7}{2}}"], ["3", "1/2", "31/2"]),
     ("18", ["She makes $18 every day.", "#### 18", r"first 17, then \boxed{18}"], ["She makes $17", r"18 \boxed{17}"]),
     (".5", ["0.5", ".5", r"\frac{1}{2}"], ["5", "05"]),
+    (r"0.1\overline{6}", [r"\boxed{\frac16}", "1/6", r"$0.1\overline{6}$"], ["0.16", "0.1", "6", r"0.\overline{16}"]),
+    ("1/3", [r"\boxed{0.\overline{3}}"], [r"\boxed{0.\overline{4}}", "0.33"]),
     ("18 dollars", ["18", "$18", "18.0 dollars", "The answer is 18 dollars."], ["17", "18 euros", "1", "17 dollars"]),
     ("12/5 hours", ["2.4", r"\boxed{12/5}", "2.4 hours"], ["12", "5", "2.4 days"]),
     ("2 pi", ["2 pi"], ["2"]),
@@ -74,6 +76,8 @@ def test_what_cannot_be_delimited_has_a_fault(gold: str) -> None:
         ("1,23", None), ("12,345,678", 12345678), (r"1{,}234", 1234), ("1.", 1), (".5", Fraction(1, 2)), (".", None),
         ("", None), ("1/0", None), ("-3/4", Fraction(-3, 4)), ("\u22123", -3), ("1\u00a0234", 1234), ("20\u20ac", 20),
         (r"\$7", 7), ("1 2", None), ("0x10", None), ("\u0661", 1),
+        (r"-2.3\overline{45}", Fraction(-129, 55)), (r"0.\overline{9}", 1), (r".\overline{3}", Fraction(1, 3)),
+        (r"0.\overline{}", None),
     ],
 )  # fmt: skip
 def test_numbers_are_read_with_signs_currency_and_thousands(text: str, value: Fraction | None) -> None:
