@@ -9,7 +9,7 @@ import pytest
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.calibration import STRICT_THRESHOLD, calibrated_threshold
 from vllm_cospec.fingerprint import weights_hash
-from vllm_cospec.training.config import bundled, load_train_config
+from vllm_cospec.training.config import bundled, cached_pair, load_train_config
 from vllm_cospec.training.measure.fixed_sequence import threshold_sequence
 from vllm_cospec.training.preflight import CALIBRATION_SEED
 from vllm_cospec.training.tasks import digest, load_task
@@ -40,8 +40,17 @@ def test_a_shipped_arbiter_was_calibrated_as_its_configuration_says(name: str) -
     assert conditions.draft
     if name == "demo":
         assert conditions.draft == weights_hash(str(bundled("draft")))
+
+
+@pytest.mark.parametrize("name", ARBITERS)
+def test_a_shipped_arbiter_names_the_problems_it_was_calibrated_on(name: str) -> None:
+    if name == "code" and not cached_pair("code").is_dir():
+        pytest.skip("its lines are cut with the target's tokenizer: make code-pair")
+    config = load_train_config(ROOT / "training" / "configs" / f"{name}.toml")
+    statement = load_artefact(ARBITERS[name])[1].statement
+    assert statement is not None
     problems = load_task(config.task.name, **config.task.options).problems(
-        CALIBRATION_SEED, calibration.problems, "calibration"
+        CALIBRATION_SEED, config.calibration.problems, "calibration"
     )
     assert (statement.task, statement.task_hash) == (config.task.name, digest(problems))
 
