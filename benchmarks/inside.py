@@ -26,7 +26,7 @@ import typer
 
 from benchmarks.command import run as run_command
 from benchmarks.command import wide_console
-from benchmarks.resumed import require_alike
+from benchmarks.resumed import drop_cut_line, require_alike
 from benchmarks.setup import Setup, served, set_up
 from benchmarks.side_by_side import turns
 from benchmarks.sweep import numbers
@@ -229,8 +229,9 @@ def read(work: Path, about: dict[str, Any]) -> list[TimedBatch]:
         write_text(work / ABOUT, json.dumps(about, indent=1) + "\n")
     found = json.loads((work / ABOUT).read_text())
     require_alike(found, about, f"--work: {work} holds batches with other", "directory")
+    drop_cut_line(work / BATCHES)
     lines = (work / BATCHES).read_text().splitlines() if (work / BATCHES).exists() else []
-    return [TimedBatch(**json.loads(line)) for line in lines]
+    return [TimedBatch(**row) for line in lines for row in json.loads(line)]
 
 
 def main(
@@ -279,8 +280,8 @@ def main(
         engines = build_engines(setup, names, lengths, arbiter, max(loads))
         for batch in measure(engines, setup, left, seconds, long > 0, CLOCKS[clock]):
             batches += batch
-            with (work / BATCHES).open("a") as file:  # all modes or none
-                file.write("".join(json.dumps(asdict(one)) + "\n" for one in batch))
+            with (work / BATCHES).open("a") as file:
+                file.write(json.dumps([asdict(one) for one in batch]) + "\n")  # all modes or none
     report(batches, about, json_path, plot, accuracy)
 
 

@@ -23,7 +23,7 @@ import typer
 from benchmarks.command import run as run_command
 from benchmarks.command import several, wide_console
 from benchmarks.pareto import families, grid
-from benchmarks.resumed import require_alike
+from benchmarks.resumed import drop_cut_line, require_alike
 from vllm_cospec.arbiter import load_artefact
 from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError
@@ -153,6 +153,7 @@ class Answering:
         self._together = together
         self._config, self._path, self._problems = config, work / ANSWERS, problems
         self._temperature = temperature
+        drop_cut_line(self._path)
         self.done = {(row["mode"], row["problem"]) for row in read_answers(work)} if self._path.exists() else set()
 
     def left(self, contestant: Contestant) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vllm_cospec.errors import ConfigError
@@ -23,3 +25,10 @@ def require_alike(found: Mapping[str, Any], about: Mapping[str, Any], holds: str
     differing = [key for key, value in about.items() if found.get(key) != value]
     if differing:
         raise ConfigError(f"{holds} {differing[0]}; choose another {other}")
+
+
+def drop_cut_line(path: Path) -> None:
+    """Take away what a kill has left of a last line, so that what is appended stands on lines of its own."""
+    whole = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+    if path.exists() and whole < path.stat().st_size:
+        os.truncate(path, whole)

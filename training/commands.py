@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from pydantic import ValidationError
 from rich.console import Console
 
-from vllm_cospec.arbiter import load_artefact
+from vllm_cospec.arbiter import Arbiter, load_artefact
 from vllm_cospec.atomic import write_text
-from vllm_cospec.errors import ConfigError, TrainingError, first_sentence
+from vllm_cospec.errors import ConfigError, CoSpecError, TrainingError, first_sentence
 from vllm_cospec.training.artefact import portable
 from vllm_cospec.training.config import TrainConfig, load_train_config, require_models
 from vllm_cospec.training.measure.calibrate import calibrate, conclusion
@@ -76,7 +77,8 @@ def _train(trainer: Trainer, console: Console) -> Path:
     totals["idle_share_with_start"] = round(tally.idle_share_with_start, 4)
     update, arbiter = trainer.shipped()
     totals["shipped_update"] = update
-    save_uncalibrated(artefact, arbiter, config.pair, portable(config), {"training": totals})
+    if not holds(artefact, arbiter):  # one that does stays, with its curve, until there is another curve
+        save_uncalibrated(artefact, arbiter, config.pair, portable(config), {"training": totals})
     plot_learning(output)
     calibrate_artefact(artefact, config, console)
     console.print(
@@ -89,6 +91,16 @@ def _train(trainer: Trainer, console: Console) -> Path:
         console.print(f"{tally['grader_failures']:.0f} answers could not be graded and scored 0, see {FAILURES}")
     console.print(f"arbiter, as it was after update {update}: {artefact}", soft_wrap=True)
     return artefact
+
+
+def holds(artefact: Path, arbiter: Arbiter) -> bool:
+    """Whether a directory has an artefact with an arbiter's weights."""
+    try:
+        found = load_artefact(artefact)[0].state_dict()
+    except CoSpecError:
+        return False
+    weights = arbiter.state_dict()
+    return found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 def as_served(config: TrainConfig, pair: dict[str, Any], calibration: dict[str, Any]) -> TrainConfig:

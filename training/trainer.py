@@ -8,9 +8,6 @@ not.
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +20,7 @@ from torch import Tensor
 from vllm_cospec.arbiter import Arbiter
 from vllm_cospec.atomic import write_text
 from vllm_cospec.errors import ConfigError, TrainingError
+from vllm_cospec.server import interrupts_held_back
 from vllm_cospec.training.config import TrainConfig
 from vllm_cospec.training.continuation import check_continuation, fingerprints, settings_of
 from vllm_cospec.training.learning.advantages import branch_returns, load_advantage
@@ -331,19 +329,3 @@ class Trainer:
             for part in (parts["labels"], parts["branches"])
         )
         self._best = (*facts["best"], parts["best"][0]) if facts["best"] is not None else None
-
-
-@contextlib.contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Let Ctrl-C take effect after the block only. Does nothing outside of the main thread, where no signal arrives."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda signum, frame: pressed.append(signum))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if pressed:
-        raise KeyboardInterrupt

@@ -55,11 +55,12 @@ def new_directory(destination: Path) -> Iterator[Path]:
             partial.rename(destination)
         elif not _exchange(partial, destination):
             old = scratch / "old"
-            destination.rename(old)
             try:
+                destination.rename(old)
                 partial.rename(destination)
-            except OSError:
-                old.rename(destination)
+            except BaseException:  # an interrupt as well
+                if old.exists() and not destination.exists():
+                    old.rename(destination)
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

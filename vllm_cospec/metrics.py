@@ -8,10 +8,10 @@ which built the configuration creates and removes; workers on other machines can
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import tempfile
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,14 +41,9 @@ def counters_directory() -> str:
     if inherited and pid != str(os.getpid()) and Path(inherited).is_dir():
         return inherited
     directory = tempfile.mkdtemp(prefix="vllm-cospec-")
-    creator = os.getpid()
-    os.environ[DIRECTORY_VARIABLE] = f"{creator}:{directory}"
-
-    def remove() -> None:
-        if os.getpid() == creator:
-            shutil.rmtree(directory, ignore_errors=True)
-
-    atexit.register(remove)
+    os.environ[DIRECTORY_VARIABLE] = f"{os.getpid()}:{directory}"
+    # in this process alone, and also where it is a child of multiprocessing, which does without atexit
+    Finalize(None, shutil.rmtree, (directory,), {"ignore_errors": True}, exitpriority=0)
     return directory
 
 

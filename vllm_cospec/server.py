@@ -170,14 +170,16 @@ class Server:
         process = self._process
         if process is None:
             return
-        for sent in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            for sent in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, sent)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_TIMEOUT_S)
+                    break
+        finally:  # children that outlived the parent; everything when the user is too impatient to wait
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, sent)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_TIMEOUT_S)
-                break
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # children that outlived the parent
+                os.killpg(process.pid, signal.SIGKILL)
         if self._watchdog is not None:
             self._watchdog.communicate(b".")  # there is nothing left to watch
         self._process = self._watchdog = None
@@ -234,3 +236,19 @@ def interruptible() -> Iterator[None]:
     finally:
         for sent, handler in previous.items():
             signal.signal(sent, handler)
+
+
+@contextlib.contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Let Ctrl-C take effect after the block only. Does nothing outside of the main thread, where no signal arrives."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda signum, frame: pressed.append(signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pressed:
+        raise KeyboardInterrupt

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm_cospec.demo
+from vllm_cospec.parent import end_with
 from vllm_cospec.training.measure.provenance import write_result
 
 BUNDLED = Path(vllm_cospec.demo.__file__).parent
@@ -239,6 +240,7 @@ def _problems(name: str, findings: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Answer in one mode for :func:`in_its_own_process`, or, without arguments, record the answers of this CPU."""
     if len(sys.argv) == 4:
+        end_with(os.getppid())
         mode, on_device, out = sys.argv[1:]
         Path(out).write_text(json.dumps(answer(mode, on_device == "1")))
         return

@@ -10,6 +10,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
+from vllm_cospec.parent import end_with
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -32,7 +34,9 @@ def spread(work: Callable[[Item], Result], items: Iterable[Item], workers: int) 
     root = str(Path(__file__).resolve().parents[2])
     sys.path.append(root)  # where the processes find this package, which then takes the path out again, as it did here
     try:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=end_with, initargs=(os.getpid(),)
+        ) as pool:
             return list(pool.map(work, items))
     finally:
         sys.path.remove(root)

@@ -58,7 +58,7 @@ class Slow(Squarer):
 
 actor = ray.remote(Slow).options(num_cpus=1)
 said, removed = [], []
-with Pool(lambda: actor.remote(sys.argv[1]), 3, notice=said.append, pause_s=0.2, start_timeout_s=20) as pool:
+with Pool(lambda: actor.remote(sys.argv[1]), 3, notice=said.append, pause_s=0.2, start_timeout_s=60) as pool:
     pool.wait_until_ready()
     work = units(30)
     pool.submit(work, payload=1)

@@ -305,7 +305,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(sent: signal.Signals) -> N
     command = [str(Path(sys.executable).with_name("cospec")), "demo"]
     demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not descendants(demo.pid, "spawn_main"):
             assert time.monotonic() < deadline
             time.sleep(0.2)

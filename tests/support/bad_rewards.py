@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -34,3 +36,9 @@ def misbehave(problem: Any, text: str) -> Any:
 def process(problem: Any, text: str) -> float:
     """The process this is graded in."""
     return float(os.getpid())
+
+
+def litter(problem: Any, text: str) -> Any:
+    """Write into the directory for temporary files, and misbehave."""
+    Path(tempfile.gettempdir(), "litter").write_text(text)
+    return misbehave(problem, text)

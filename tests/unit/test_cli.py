@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import typer.main
 
 import vllm_cospec.demo
 from vllm_cospec import cli
+from vllm_cospec.arbiter import Arbiter, load_artefact
 from vllm_cospec.training import commands
 
 DEMO = Path(vllm_cospec.demo.__file__).parent
@@ -191,6 +193,30 @@ def test_a_disk_that_is_full_is_one_sentence(
     assert (
         err == "cospec: x: [Errno 28] No space left on device; the last checkpoint is intact, continue with --resume\n"
     )
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_finished_run_that_is_resumed_keeps_its_curve_until_there_is_another(
+    same: bool, cospec: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its calibration may be interrupted; what it shipped is worth more than the same weights without a curve."""
+    (tmp_path / "run.toml").write_text(BUNDLED)
+    artefact = tmp_path / "x" / "arbiter"
+    arbiter, before = load_artefact(Path(ARBITER))
+    if not same:
+        arbiter = Arbiter(before.hidden_sizes)
+    monkeypatch.setattr(commands.Trainer, "run", lambda self: shutil.copytree(ARBITER, artefact))
+    monkeypatch.setattr(commands.Trainer, "shipped", lambda self: (3, arbiter))
+    monkeypatch.setattr(commands, "plot_learning", lambda output: None)
+    found = []
+    monkeypatch.setattr(commands, "calibrate_artefact", lambda place, *_: found.append(load_artefact(place)))
+    code, _, err = cospec("train", "--config", "run.toml", "--output", "x")
+    assert code == 0, err
+    ((weights, config),) = found
+    assert commands.holds(artefact, arbiter)
+    assert weights.hidden_sizes == arbiter.hidden_sizes
+    assert bool(config.calibration) == same
+    assert (config == before) == same
 
 
 def test_a_run_that_is_stopped_says_how_to_go_on(

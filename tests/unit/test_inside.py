@@ -90,7 +90,9 @@ def test_what_was_measured_is_read_again_and_another_run_keeps_off_it(tmp_path: 
     about = {"modes": ["standard"], "seed": 1}
     assert inside.read(tmp_path / "work", about) == []
     one = batch(4, "standard", 0, 4.0, [4], [3])
-    (tmp_path / "work" / "batches.jsonl").write_text(json.dumps(asdict(one)) + "\n")
+    line = json.dumps([asdict(one)]) + "\n"
+    (tmp_path / "work" / "batches.jsonl").write_text(line + line[:30])  # of the second a kill left a part
     assert inside.read(tmp_path / "work", about) == [one]
+    assert (tmp_path / "work" / "batches.jsonl").read_text() == line
     with pytest.raises(ConfigError, match=r"^--work: .* holds batches with other seed; choose another directory"):
         inside.read(tmp_path / "work", {**about, "seed": 2})

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -57,6 +58,23 @@ def test_an_interrupt_while_a_process_is_made_leaves_no_server(moment: int, monk
     finally:
         for process in started:
             process.kill()
+
+
+def test_who_interrupts_again_does_not_wait_for_a_deaf_server() -> None:
+    server = Server("model", None)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    server.command = [sys.executable, "-c", deaf]
+    with interruptible(), server:
+        process = server._process
+        assert process is not None
+        time.sleep(1)  # it is deaf by now
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            server.stop()
+        assert process.wait(5) == -signal.SIGKILL
+        assert time.monotonic() - began < 5
 
 
 def test_a_server_without_a_watchdog_is_not_left_running(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import multiprocessing
 import os
 import shutil
 import time
 from dataclasses import replace
+from multiprocessing import util
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -248,16 +248,13 @@ def test_a_variable_that_makes_no_sense_is_ignored(monkeypatch: pytest.MonkeyPat
 
 def test_the_directory_goes_with_the_process_that_made_it_and_not_with_its_children() -> None:
     def make_and_end(queue: Any) -> None:
-        atexit._clear()  # what this process would do at its own end
         directory = counters_directory()
         child = os.fork()
         if child == 0:
-            atexit._run_exitfuncs()  # the handlers it inherited
+            util._exit_function()  # type: ignore[attr-defined]  # what it does at its own end
             os._exit(0)
         os.waitpid(child, 0)
-        still_there = Path(directory).is_dir()
-        atexit._run_exitfuncs()
-        queue.put((directory, still_there))
+        queue.put((directory, Path(directory).is_dir()))
 
     queue = fork.SimpleQueue()
     maker = fork.Process(target=make_and_end, args=(queue,))

@@ -10,6 +10,7 @@ import pytest
 from scripts import benchmark
 
 from vllm_cospec.errors import ConfigError
+from vllm_cospec.training.tasks import Problem
 
 natural = benchmark("natural")
 
@@ -56,6 +57,12 @@ def test_a_mode_that_cannot_be_asked_is_refused(mode: str, sentence: str) -> Non
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
     work = keep(tmp_path / "a", [answer("strict", 0, True)], 1, tail='{"mode": "strict", "prob')
     assert [row["problem"] for row in natural.read_answers(work)] == [0]
+    config = natural.load_train_config(natural.CONFIG)
+    asking = natural.Answering(config, work, [Problem("a", "b")] * 2, 0.0)
+    assert asking.done == {("strict", 0)}
+    with (work / natural.ANSWERS).open("a") as file:  # as a run does that goes on
+        file.write(json.dumps(answer("strict", 1, True)) + "\n")
+    assert [row["problem"] for row in natural.read_answers(work)] == [0, 1]
 
 
 def test_the_acceptance_length_is_delivered_tokens_per_step_behind_the_prompts(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import ray
 
 from vllm_cospec.errors import ConfigError, CoSpecError, TrainingError, one_line
-from vllm_cospec.server import interruptible
+from vllm_cospec.server import interruptible, interrupts_held_back
 from vllm_cospec.training.config import TrainConfig
 from vllm_cospec.training.rollout.losses import cause_of, said_by
 
@@ -172,22 +172,33 @@ def _start_ray(cpus: float, scratch: str) -> None:
     reason = ""
     for _ in range(START_ATTEMPTS):
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(1, int(-(-cpus // 1))),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=256 * 2**20,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=scratch,
-            )
+            with interrupts_held_back():  # before it is done Ray does not know what it would have to stop
+                ray.init(
+                    address="local",
+                    num_cpus=max(1, int(-(-cpus // 1))),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=256 * 2**20,
+                    runtime_env={"env_vars": _temporary_files(scratch)},
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=scratch,
+                )
             return
         except Exception as error:  # Ray raises bare Exceptions here
             reason = one_line(error)
     raise ConfigError(
         f"ray_address: Ray does not start on this machine ({reason}); name a running cluster, or try again"
     )
+
+
+def _temporary_files(scratch: str) -> dict[str, str]:
+    """Variables that have actors leave their files where they go with the session: they end without cleaning up.
+
+    What torch compiles is kept for the next one.
+    """
+    compiled = f"{tempfile.gettempdir()}/torchinductor_cospec_{os.getuid()}"
+    return {"TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", compiled)}
 
 
 def _join_ray(address: str) -> None:

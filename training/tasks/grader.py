@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
-import os
 import resource
 import signal
 from collections.abc import Iterator
@@ -13,8 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from vllm_cospec.errors import ConfigError
-
-DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+from vllm_cospec.parent import end_with
 
 
 def main(connection: int, parent: int) -> None:
@@ -24,7 +21,7 @@ def main(connection: int, parent: int) -> None:
         connection: file descriptor that pairs of problem and text arrive at, and scores leave by.
         parent: process without which this one is to end.
     """
-    _end_with(parent)
+    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process in its time
     with Connection(connection) as link:
         task = link.recv()
@@ -52,11 +49,3 @@ def _incoming(link: Connection) -> Iterator[Any]:
     with contextlib.suppress(EOFError):
         while True:
             yield link.recv()
-
-
-def _end_with(parent: int) -> None:
-    """Have Linux end this process when its parent's thread ends, also in the middle of a calculation."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
-        os._exit(1)

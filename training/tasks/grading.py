@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,6 +52,7 @@ class Graders:
         self._task = task
         self._local = threading.local()
         self._all: list[_Process] = []
+        self._closed = False
         self._threads = ThreadPoolExecutor(task.reward_processes, "grader")
         self._started = [self._threads.submit(self._process) for _ in range(task.reward_processes)]
 
@@ -61,8 +64,9 @@ class Graders:
 
     def close(self) -> None:
         """End the processes; what is not graded yet is dropped."""
+        self._closed = True  # read by a thread that has just started a process, which is not among them yet
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for process in self._all:
+        for process in list(self._all):
             process.kill()
         self._threads.shutdown(wait=True)
 
@@ -88,10 +92,17 @@ class Graders:
         process: _Process | None = getattr(self._local, "process", None)
         if process is None or not process.alive():
             if process is not None:
+                process.kill()
                 self._all.remove(process)
             process = self._local.process = _Process(self._task)
             self._all.append(process)
-            process.wait_until_ready()
+            if self._closed:
+                process.kill()
+            try:
+                process.wait_until_ready()
+            except ConfigError:
+                process.kill()  # else its late word would be taken for the score of an answer
+                raise
         return process
 
     def _grade(self, problem: Problem, text: str) -> Grade:
@@ -116,8 +127,10 @@ class _Process:
 
     def __init__(self, task: TaskConfig):
         self._connection, theirs = Pipe()
+        self._scratch = tempfile.mkdtemp(prefix="cospec-grader-")  # outlives a kill in the middle of an answer
         command = [sys.executable, "-c", f"from {GRADER} import main; main({theirs.fileno()}, {os.getpid()})"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        environment["TMPDIR"] = self._scratch
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment
         )
@@ -168,6 +181,7 @@ class _Process:
         self._process.kill()
         self._process.wait()
         self._connection.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 class FailureWatch:

@@ -72,7 +72,8 @@ def run(program: str, limits: Limits) -> Ending:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
-            process.communicate()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # where nothing confines it, a child may have left
+                process.communicate(timeout=1)  # its session and hold the pipe open
     last = said.decode(errors="replace").rstrip().rpartition("\n")[2]
     if last == word:
         return Ending(True)

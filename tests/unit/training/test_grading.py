@@ -6,15 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from vllm_cospec.errors import ConfigError, RewardError
 from vllm_cospec.training.config import TaskConfig
-from vllm_cospec.training.tasks import Problem
+from vllm_cospec.training.tasks import Problem, grading
 from vllm_cospec.training.tasks.grading import FailureWatch, Graders
 
 PROBLEM = Problem("1/2+1/4?", "3/4", source="p.jsonl, line 12")
@@ -52,11 +54,34 @@ def test_every_way_to_fail_scores_0_is_named_and_leaves_the_others_alone() -> No
 
 @pytest.mark.parametrize("text", ["$9^{9^{9^{9}}}$", "$10^{10^{9}}$", "$(10^9)!$"])
 def test_monstrous_mathematics_scores_0_in_the_time_allowed(text: str) -> None:
-    with Graders(task("math_verify", reward_timeout_s=3.0)) as graders:
+    with Graders(task("math_verify", reward_timeout_s=8.0)) as graders:
         graders.wait_until_ready()
         began = time.monotonic()
         assert [g.score for g in graders.grade([Problem("x", "5")] * 2, [text, "5"])] == [0.0, 1.0]
         assert time.monotonic() - began < 60
+
+
+def test_a_start_that_took_too_long_is_not_taken_for_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The late word of a process that is ready would move every score to the answer behind its own."""
+    with Graders(task()) as graders:
+        graders.wait_until_ready()
+        monkeypatch.setattr(grading, "START_TIMEOUT_S", 0.0)
+        assert "took longer" in graders.grade([PROBLEM], ["hang"])[0].failure
+        with pytest.raises(ConfigError, match="its grading process cannot be started"):
+            graders.grade([PROBLEM], ["a"])
+        monkeypatch.setattr(grading, "START_TIMEOUT_S", 300.0)
+        assert [grade.score for grade in graders.grade([PROBLEM] * 3, ["bb", "ccc", "dddd"])] == [2.0, 3.0, 4.0]
+
+
+def test_what_a_killed_grader_had_written_goes_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with Graders(task("bad_rewards:litter")) as graders:
+        graders.wait_until_ready()
+        assert "took longer" in graders.grade([PROBLEM], ["hang"])[0].failure
+        graders.grade([PROBLEM], ["fine"])
+        (left,) = tmp_path.iterdir()  # the second one's
+        assert [path.name for path in left.iterdir()] == ["litter"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_time_limits_hold_off_the_main_thread() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_cospec.training.tasks import sandbox
 from vllm_cospec.training.tasks.sandbox import Ending, Limits, require, run
 
 QUICK = Limits(seconds=10.0, memory_gb=0.5, file_mb=1.0)
@@ -113,3 +114,10 @@ def test_no_network_no_other_program_no_other_process() -> None:
 def test_limits_alone_run_where_a_kernel_cannot_confine() -> None:
     assert run("open('/etc/passwd').read()", Limits(confined=False)).passed
     assert not run("x = bytearray(2**32)", Limits(confined=False)).passed
+
+
+def test_a_child_that_escapes_limits_alone_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "START_S", 4.0)
+    began = time.monotonic()
+    run("import os, time\nif not os.fork():\n    os.setsid()\n    time.sleep(30)\n", Limits(1.0, confined=False))
+    assert time.monotonic() - began < 20

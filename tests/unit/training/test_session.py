@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,30 @@ def test_what_keeps_ray_from_starting_is_one_sentence(monkeypatch: pytest.Monkey
     ):
         ray_session(None, cpus=1).__enter__()
     assert len(stand_in.calls) == START_ATTEMPTS
+
+
+def test_an_interrupt_while_ray_starts_finds_something_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its start is done Ray does not know of the processes it has made."""
+    done = []
+
+    def init(**options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        done.append("started")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: done.append("stopped"))
+    with pytest.raises(KeyboardInterrupt), ray_session(None, cpus=1):
+        done.append("used")
+    assert done == ["started", "stopped"]
+
+
+def test_actors_leave_their_temporary_files_where_they_go_with_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = replace(monkeypatch, 0)
+    with ray_session(None, cpus=1):
+        variables = stand_in.calls[0]["runtime_env"]["env_vars"]
+        assert variables["TMPDIR"] == stand_in.calls[0]["_temp_dir"]
+        assert not variables["TORCHINDUCTOR_CACHE_DIR"].startswith(variables["TMPDIR"])  # it is used again
 
 
 def test_a_cluster_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vllm_cospec.errors import ConfigError, TrainingError
-from vllm_cospec.server import interruptible
+from vllm_cospec.server import interruptible, interrupts_held_back
 from vllm_cospec.training.config import (
     CalibrationConfig,
     LearnerConfig,
@@ -27,7 +27,7 @@ from vllm_cospec.training.rollout.episodes import Episodes
 from vllm_cospec.training.rollout.in_process import InProcess
 from vllm_cospec.training.rollout.units import Unit
 from vllm_cospec.training.tasks import split_of
-from vllm_cospec.training.trainer import Trainer, interrupts_held_back
+from vllm_cospec.training.trainer import Trainer
 
 DEMO = load_train_config(Path(__file__).parents[3] / "training" / "configs" / "demo.toml")
 
