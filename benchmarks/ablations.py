@@ -66,7 +66,7 @@ GROUPS = {
 }  # fmt: skip
 NO_SCALE = 1e30  # a statistic divided by it is 0
 BOTH, TEMPERATURE = "warm start and RL", 0.7
-# the best of 85 settings on 500 calibration problems, see benchmarks/results/pareto_demo.json
+# the best of 95 settings on 500 calibration problems, see benchmarks/results/pareto_demo.json
 RULE = "relaxed_topk(top_n=10, delta=0.9)"
 
 Weights = dict[str, Tensor]

@@ -31,6 +31,7 @@ from vllm_cospec.training.tasks.code_corpus import fingerprint, read_corpus
 from vllm_cospec.training.tasks.code_lines import LEARNT_PACKAGE, TRAINING
 
 WEIGHTS = "weights.safetensors"
+CARD = "README.md"
 END_OF_TURN = 2
 POSITIONS = 8192  # the target's
 
@@ -103,7 +104,9 @@ def build_draft(source: Path, tokenizer: Any, target: Path, directory: Path) -> 
     model.load_state_dict({**weights, "lm_head.weight": weights[EMBEDDING]})
     with new_directory(directory) as partial:
         model.save_pretrained(partial)
-        shutil.copy(source / TRAINING, partial)
+        for name in (TRAINING, CARD):
+            if (source / name).exists():
+                shutil.copy(source / name, partial)
         finish(tokenizer, partial)
 
 
