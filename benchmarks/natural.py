@@ -350,29 +350,37 @@ def times_strict(kept: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, A
 
 @app.command()
 def report(
-    calibration: Annotated[Path, typer.Option(help="Answers to calibration lines.")],
+    calibration: Annotated[
+        Path | None, typer.Option(help="Answers to calibration lines; left out: modes are compared as they were asked.")
+    ] = None,
     test: Annotated[Path | None, typer.Option(help="Answers to test lines; left out: nothing is said of them.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here, a plot beside it.")] = None,
 ) -> None:
     """Show both, rules as tuned on the calibration lines, and compare on the test lines, or else on the others."""
     where = test or calibration
-    tuning, tested = rows_of(calibration), rows_of(where)
+    if where is None:
+        raise ConfigError("--calibration, --test: name a directory of answers with one of them")
+    tuning = rows_of(calibration) if calibration else {}
+    tested = rows_of(where)
     found, kept = outcomes(where)
     chosen = tuned(tuning)
     console = wide_console()
-    console.print(rich_table(list(tuning.values()), "calibration"))
+    if tuning:
+        console.print(rich_table(list(tuning.values()), "calibration"))
     if test is not None:
         console.print(rich_table(list(tested.values()), "test"))
     ours = [name for name in tested if "learned" in name]
     best = max(chosen.values(), key=lambda name: tuning[name]["accuracy"], default=None)
-    rivals = [name for name in {BASELINE, "draft", *chosen.values()} if name in tested]
-    paired = against(found, ours, sorted(rivals))
+    rivals = {BASELINE, "draft", *chosen.values()} if calibration else set(tested) - set(ours)
+    paired = against(found, ours, sorted(rivals & set(tested)))
     result: dict[str, Any] = {
         split: {"about": json.loads((work / ABOUT).read_text()), "modes": rows}
         for split, work, rows in (("calibration", calibration, tuning), ("test", test, tested))
         if work is not None
     }
-    result |= {"tuned": chosen, "best_rule": best, "paired": paired, "acceptance_lengths": times_strict(kept)}
+    if calibration:
+        result |= {"tuned": chosen, "best_rule": best}
+    result |= {"paired": paired, "acceptance_lengths": times_strict(kept)}
     for name, pair in paired.items():
         console.print(f"{name}: {100 * pair['difference']:+.1f} points, +{pair['gained']} -{pair['lost']}, "
                       f"p = {pair['p_value']:.2g}", markup=False)  # fmt: skip

@@ -108,3 +108,17 @@ def test_acceptance_lengths_are_compared_with_stricts_on_resampled_lines() -> No
     low, high = found["kl(max_kl=1.0)"]["ci95"]
     assert (low, high) == pytest.approx((1.0, 2.0))  # one of the lines three times
     assert natural.times_strict({"draft": rows([13])}) == {}
+
+
+def test_modes_are_compared_as_they_were_asked_where_nothing_was_tuned(tmp_path: Path) -> None:
+    right = {"a: learned(threshold=0.5)": [1, 1, 1, 0], "mixture(weight=0.5)": [1, 0, 0, 0]}
+    rows = [answer(mode, i, bool(r)) for mode, given in right.items() for i, r in enumerate(given)]
+    path = tmp_path / "figures.json"
+    natural.report(None, keep(tmp_path / "test", rows, 4), path)
+    found = json.loads(path.read_text())
+    (pair,) = found["paired"].values()
+    assert (pair["gained"], pair["lost"]) == (2, 0)
+    assert list(found["test"]["modes"]) == list(right)
+    assert "best_rule" not in found
+    with pytest.raises(ConfigError, match=r"^--calibration, --test: name a directory"):
+        natural.report(None, None, None)
