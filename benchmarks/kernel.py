@@ -8,10 +8,7 @@ and bytes, and the floors are those bytes divided by a data sheet's bandwidth.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +20,8 @@ if not __package__:  # run as a file: the package is found from the root
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.command import run
+from benchmarks.gpu.processes import new_interpreters
 from vllm_cospec.errors import ConfigError
-from vllm_cospec.parent import end_with
 from vllm_cospec.training.measure.provenance import write_result
 
 VOCAB_SIZE, NUM_DRAFT_TOKENS, AGREEMENT = 151_936, 5, 0.7
@@ -87,8 +84,7 @@ def _measure(rounds: int) -> list[dict[str, Any]]:
 
 def in_fresh_process(function: Any, *arguments: Any) -> Any:
     """Run a function in a new interpreter: Triton is switched on in one part of the report and off in the other."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=end_with, initargs=(os.getpid(),)) as pool:
+    with new_interpreters(1) as pool:
         return pool.submit(function, *arguments).result()
 
 

@@ -372,7 +372,7 @@ def report(
     ours = [name for name in tested if "learned" in name]
     best = max(chosen.values(), key=lambda name: tuning[name]["accuracy"], default=None)
     rivals = {BASELINE, "draft", *chosen.values()} if calibration else set(tested) - set(ours)
-    paired = against(found, ours, sorted(rivals & set(tested)))
+    paired = against(found, ours, sorted(rivals))
     result: dict[str, Any] = {
         split: {"about": json.loads((work / ABOUT).read_text()), "modes": rows}
         for split, work, rows in (("calibration", calibration, tuning), ("test", test, tested))

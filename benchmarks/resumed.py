@@ -29,6 +29,5 @@ def require_alike(found: Mapping[str, Any], about: Mapping[str, Any], holds: str
 
 def drop_cut_line(path: Path) -> None:
     """Take away what a kill has left of a last line, so that what is appended stands on lines of its own."""
-    whole = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
-    if path.exists() and whole < path.stat().st_size:
-        os.truncate(path, whole)
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -21,6 +21,11 @@ def available() -> int:
     return max(1, min(12, (os.cpu_count() or 1) - 2))
 
 
+def new_interpreters(workers: int) -> ProcessPoolExecutor:
+    """Return a pool of processes that share nothing with this one, and end with it."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with, initargs=(os.getpid(),))
+
+
 def spread(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> list[Result]:
     """Return ``work`` of every item, in order; in this process with one worker.
 
@@ -34,9 +39,7 @@ def spread(work: Callable[[Item], Result], items: Iterable[Item], workers: int) 
     root = str(Path(__file__).resolve().parents[2])
     sys.path.append(root)  # where the processes find this package, which then takes the path out again, as it did here
     try:
-        with ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=end_with, initargs=(os.getpid(),)
-        ) as pool:
+        with new_interpreters(workers) as pool:
             return list(pool.map(work, items))
     finally:
         sys.path.remove(root)
